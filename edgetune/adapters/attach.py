@@ -1,0 +1,96 @@
+"""An adapter method around the frozen linears of a torch decoder.
+
+`AdaptedLinear` holds the frozen layer and the method's tensors and knows neither: no class per combination of method
+and grid. Dropout masks come from counters (seed, step, micro-batch, slot), so a recomputed block sees the mask of its
+first pass and a resumed run sees those of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgetune.adapters import METHODS
+from edgetune.adapters.lora import LoraConfig
+from edgetune.adapters.slot import Slot
+from edgetune.errors import AdapterError
+from edgetune.linear import FrozenLinear
+from edgetune.models.decoder import Decoder
+
+
+class AdaptedLinear(nn.Module):
+    """`base_layer` plus a method's contribution from the same input."""
+
+    def __init__(self, base_layer: FrozenLinear, slot: Slot, index: int, config: LoraConfig, method: str) -> None:
+        super().__init__()
+        self.base_layer, self.slot, self.index, self.config = base_layer, slot, index, config
+        self.method = METHODS[method]
+        self.tensors = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(shape)) for name, shape in slot.tensors.items()}
+        )
+        self.dropout_key: tuple[int, ...] | None = None  # None: no dropout, as in evaluation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """X [..., in_features] -> [..., out_features]."""
+        y = self.base_layer(x)
+        result: torch.Tensor = self.method.forward(self._dropped(x), y, self.tensors, self.config)
+        return result
+
+    def _dropped(self, x: torch.Tensor) -> torch.Tensor:
+        p = self.config.lora_dropout or 0.0
+        if p == 0 or self.dropout_key is None:
+            return x
+        seed = int(np.random.SeedSequence([*self.dropout_key, self.index]).generate_state(1, np.uint64)[0] >> 1)
+        keep = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) >= p
+        return x * keep / (1 - p)
+
+    def merged_weight(self) -> torch.Tensor:
+        """float32 [out_features, in_features]: the frozen weight with the adapter folded in, as a new tensor."""
+        tensors = {name: value.detach().numpy() for name, value in self.tensors.items()}
+        return self.base_layer.dequantize() + torch.from_numpy(self.method.delta(tensors, self.config))
+
+
+def attach(decoder: Decoder, config: LoraConfig, seed: int = 0, method: str = "lora") -> dict[str, nn.Parameter]:
+    """Wrap the linears that a resolved config names; return the trainable tensors by full name.
+
+    The values are initialized from `seed` alone; the adapted decoder computes what the base computes.
+    """
+    parameters: dict[str, nn.Parameter] = {}
+    for index, slot in enumerate(METHODS[method].slots(config, decoder.config)):
+        path, _, name = slot.linear.removeprefix("model.").rpartition(".")
+        parent = decoder.get_submodule(path)
+        layer = AdaptedLinear(getattr(parent, name), slot, index, config, method)
+        for key, value in METHODS[method].initialize(slot, np.random.default_rng([seed, index])).items():
+            layer.tensors[key].data.copy_(torch.from_numpy(value))
+            parameters[f"{slot.linear}.{key}"] = layer.tensors[key]
+        setattr(parent, name, layer)
+    return parameters
+
+
+def load_tensors(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, np.ndarray]) -> None:
+    """Copy adapter tensors into attached parameters.
+
+    Raises:
+        AdapterError: a tensor is missing, extra or of another shape.
+    """
+    problems = [f"{name} is missing" for name in parameters if name not in tensors]
+    problems += [f"{name} has no place" for name in tensors if name not in parameters]
+    problems += [
+        f"{name} has shape {list(tensors[name].shape)}; {list(value.shape)} was expected"
+        for name, value in parameters.items()
+        if name in tensors and tensors[name].shape != tuple(value.shape)
+    ]
+    if problems:
+        raise AdapterError("The adapter does not fit: " + "; ".join(problems[:10]))
+    for name, value in parameters.items():
+        value.data.copy_(torch.from_numpy(np.ascontiguousarray(tensors[name])))
+
+
+def set_dropout(decoder: Decoder, key: tuple[int, ...] | None) -> None:
+    """Choose the dropout masks of every adapted linear by counters such as (seed, step, micro-batch); None: none."""
+    for module in decoder.modules():
+        if isinstance(module, AdaptedLinear):
+            module.dropout_key = key

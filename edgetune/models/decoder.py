@@ -1,0 +1,173 @@
+"""The decoder that all families share, in torch, over frozen weights.
+
+Module paths equal the Hugging Face names less their `model.` prefix. The pieces (`embed`, `context`, a layer, `norm`,
+`lm_head`) are public because the trainer drives them one block at a time; `forward` chains them for whole logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name that every torch reader knows
+from torch import nn
+
+from edgetune.base import Base, open_base
+from edgetune.linear import FrozenLinear, Workspace, frozen_linear
+from edgetune.models.config import DecoderConfig
+from edgetune.models.rope import rope_tables
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer of one pass shares."""
+
+    cos: torch.Tensor  # [B or 1, 1, T, head_dim/2]
+    sin: torch.Tensor
+    mask: torch.Tensor | None  # bool [B, 1, T, T], True = may look; None = plain causal
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, base: Base, name: str) -> None:
+        super().__init__()
+        self.eps = base.config.rms_norm_eps
+        self.register_buffer("weight", torch.from_numpy(base.vector(f"{name}.weight")), persistent=False)
+        self.weight: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotate(x: torch.Tensor, context: Context) -> torch.Tensor:
+    """Rotary embedding of x [B, heads, T, head_dim], rotate-half convention."""
+    first, second = x.chunk(2, -1)
+    cos, sin = context.cos, context.sin
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention; rows of a window see only their own segment."""
+
+    def __init__(self, base: Base, name: str, workspace: Workspace) -> None:
+        super().__init__()
+        self.config = base.config
+        self.q_proj = frozen_linear(base, f"{name}.q_proj", workspace)
+        self.k_proj = frozen_linear(base, f"{name}.k_proj", workspace)
+        self.v_proj = frozen_linear(base, f"{name}.v_proj", workspace)
+        self.o_proj = frozen_linear(base, f"{name}.o_proj", workspace)
+        self.q_norm = RMSNorm(base, f"{name}.q_norm") if base.config.qk_norm else None
+        self.k_norm = RMSNorm(base, f"{name}.k_norm") if base.config.qk_norm else None
+
+    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        batch, length, _ = x.shape
+        heads, kv_heads, head_dim = (
+            self.config.num_attention_heads,
+            self.config.num_key_value_heads,
+            self.config.head_dim,
+        )
+        q = self.q_proj(x).view(batch, length, heads, head_dim)
+        k = self.k_proj(x).view(batch, length, kv_heads, head_dim)
+        v = self.v_proj(x).view(batch, length, kv_heads, head_dim).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q.transpose(1, 2), context), rotate(k.transpose(1, 2), context)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=context.mask, is_causal=context.mask is None, enable_gqa=heads != kv_heads
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(batch, length, heads * head_dim))  # type: ignore[no-any-return]
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, base: Base, name: str, workspace: Workspace) -> None:
+        super().__init__()
+        self.gate_proj = frozen_linear(base, f"{name}.gate_proj", workspace)
+        self.up_proj = frozen_linear(base, f"{name}.up_proj", workspace)
+        self.down_proj = frozen_linear(base, f"{name}.down_proj", workspace)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, base: Base, name: str, workspace: Workspace) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(base, f"{name}.input_layernorm")
+        self.self_attn = Attention(base, f"{name}.self_attn", workspace)
+        self.post_attention_layernorm = RMSNorm(base, f"{name}.post_attention_layernorm")
+        self.mlp = GatedMLP(base, f"{name}.mlp", workspace)
+
+    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        """X [B, T, hidden] -> [B, T, hidden]."""
+        x = x + self.self_attn(self.input_layernorm(x), context)
+        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm and head over one base; a tied head is the embedding itself."""
+
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        self.config: DecoderConfig = base.config
+        self.workspace = Workspace()
+        self.embed_tokens = frozen_linear(base, "model.embed_tokens", self.workspace)
+        self.layers = nn.ModuleList(
+            Block(base, f"model.layers.{i}", self.workspace) for i in range(base.config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(base, "model.norm")
+        tied = base.config.tie_word_embeddings
+        self.lm_head: FrozenLinear = self.embed_tokens if tied else frozen_linear(base, "lm_head", self.workspace)
+        self._cos = self._sin = torch.empty(0, base.config.head_dim // 2)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Ids [B, T] -> [B, T, hidden]."""
+        return self.embed_tokens.lookup(input_ids)
+
+    def context(
+        self, length: int, position_ids: torch.Tensor | None = None, segment_ids: torch.Tensor | None = None
+    ) -> Context:
+        """Rotary tables and mask of one pass.
+
+        Args:
+            length: T, the window's length.
+            position_ids: [B, T], each below T, counted from zero in every segment; None counts 0..T-1.
+            segment_ids: [B, T]; a position sees earlier ones of its own segment only. None is one segment.
+        """
+        if len(self._cos) < length:  # only as long as windows are: a 128k context would take 32 MiB
+            self._cos, self._sin = (torch.from_numpy(table) for table in rope_tables(self.config, length))
+        if position_ids is None:
+            cos, sin = self._cos[None, None, :length], self._sin[None, None, :length]
+        else:
+            cos, sin = self._cos[position_ids][:, None], self._sin[position_ids][:, None]
+        if segment_ids is None:
+            return Context(cos, sin, None)
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        return Context(cos, sin, same.tril()[:, None])
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Ids [B, T] -> logits [B, T, vocab], whole: for tests, evaluation of small models and the parity gate."""
+        context = self.context(input_ids.shape[1], position_ids, segment_ids)
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x, context)
+        return self.lm_head(self.norm(x))  # type: ignore[no-any-return]
+
+
+def load_decoder(folder: str | Path) -> Decoder:
+    """The decoder over a base/ folder (codes stay mapped) or over a plain model folder (dense).
+
+    Raises:
+        ModelError: as `open_base`.
+    """
+    return Decoder(open_base(folder)).eval()

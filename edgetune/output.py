@@ -1,0 +1,62 @@
+"""Output folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edgetune.errors import ConfigError
+
+__all__ = ["folder_in_progress"]
+
+
+@contextmanager
+def folder_in_progress(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `out` to write into; it takes that name when the block ends without an error.
+
+    Raises:
+        ConfigError: `out` exists (without `force`), is a link or a file, or its parent cannot be written.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise ConfigError(f"{out} is a link or a file, which is never replaced. Choose another --out.")
+    if out.exists() and not force and any(out.iterdir()):
+        raise ConfigError(f"{out} exists and is not empty. Choose another --out, or replace it with --force.")
+    out = out.absolute()
+    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error.strerror}. Choose another --out.") from error
+    try:
+        yield temporary
+        _sync(temporary)
+        replaced = None
+        if out.exists():
+            replaced = out.with_name(f".{out.name}.old-{os.getpid()}")
+            out.rename(replaced)
+        temporary.rename(out)
+        _sync_folder(out.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
