@@ -1,0 +1,288 @@
+"""What a training step costs: every byte of its peak by part, its floating point operations and its memory traffic.
+
+The byte counts follow `training.backprop` and `models.decoder` tensor by tensor. Three moments can be a run's peak:
+
+    reading    before the model is loaded: the tokenizer is, and the rows are made
+    loss       all block inputs and kept activations are held, and the loss has its tiles
+    backward   a block has its activations, and the gradients of its MLP beside them; first the topmost kept block,
+               then the topmost block that is computed again
+
+The larger one is the peak, and the parts are those of that moment, so they add up. Mapped codes are file-backed: they
+count as `file_backed_bytes`, not here. All arrays are float32 unless said otherwise.
+
+Left out: the attention of a block as a peak of its own; its MLP needs more wherever it is at least as wide.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from edgetune.adapters import METHODS
+from edgetune.adapters.lora import LoraConfig
+from edgetune.adapters.slot import Slot
+from edgetune.base import Base
+from edgetune.device import Compute
+from edgetune.grids import GRIDS, int4
+from edgetune.models.config import LINEARS, DecoderConfig
+from edgetune.objectives import sft
+
+FLOAT_BYTES = 4
+# Python and torch objects of a frozen linear with its mapped arrays, and of an adapted one; measured on 210 of each.
+LINEAR_OBJECT_BYTES = 4400
+SLOT_OBJECT_BYTES = 5200
+# Buffers that MKL packs matrices into and keeps, per thread: about 1,900 bytes for each row of the largest weight, up
+# to 4,096 rows (measured on x86-64; other libraries take less).
+PACK_BYTES_PER_ROW, PACK_ROWS = 1900, 4096
+# From this size on, glibc gives freed memory back (memory.trim_allocator); smaller blocks stay for the next step.
+RETURNED_BYTES = 1 << 17
+# A row of data as Python and numpy objects, beyond its tokens; measured.
+ROW_OBJECT_BYTES = 700
+# A tokenizer in memory per byte of its tokenizer.json: 11 in a fresh heap, 15 where the plan was made in this process
+# and had loaded it before. What reading rows leaves behind even so (memory.give_back): 3 MiB, and 0.7 per byte of the
+# file. Measured with byte-level BPE of 2,048, 49,152 and 151,936 tokens.
+TOKENIZER_BYTES_PER_BYTE, LEFT_BYTES_PER_BYTE, LEFT_BYTES = 15, 0.7, 3 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides the cost of a step. `adapter` is resolved; `supervised_per_window` is the most of any window."""
+
+    model: DecoderConfig
+    method: str
+    adapter: LoraConfig
+    grid: str
+    batch_size: int
+    gradient_accumulation_steps: int
+    max_seq_length: int
+    recompute_layers: int
+    loss_tile_rows: int
+    threads: int
+    supervised_per_window: int
+    num_tokens: int = 0
+    num_rows: int = 0
+    tokenizer_file_bytes: int = 0
+    base_copy_bytes: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a micro-batch, padding included."""
+        return self.batch_size * self.max_seq_length
+
+    @property
+    def first_block(self) -> int:
+        """The lowest block with an adapter: below it nothing is stored and no gradient is asked for."""
+        return min(self.adapter.layers_to_transform or (0,))
+
+    @property
+    def path_layers(self) -> int:
+        """Blocks that the gradient passes through."""
+        return self.model.num_hidden_layers - self.first_block
+
+    @property
+    def slots(self) -> list[Slot]:
+        slots: list[Slot] = METHODS[self.method].slots(self.adapter, self.model)
+        return slots
+
+    @property
+    def supervised(self) -> int:
+        """Positions of a micro-batch that the loss computes, at most."""
+        return min(self.supervised_per_window * self.batch_size, self.tokens)
+
+
+def peak_parts(job: Job, floor_bytes: int) -> tuple[str, dict[str, int]]:
+    """The moment of the peak, and its bytes by part; they add up to the peak."""
+    shared = _shared(job, floor_bytes)
+    reading = dict.fromkeys(shared, 0) | {
+        "floor": floor_bytes,
+        "data": _row_bytes(job) + LEFT_BYTES + TOKENIZER_BYTES_PER_BYTE * job.tokenizer_file_bytes,
+    }
+    moments = {"reading": reading, "loss": _at_loss(job), "backward": _at_backward(job)}
+    totals = {name: sum((shared | parts).values()) for name, parts in moments.items()}
+    peak = max(totals, key=totals.__getitem__)
+    return peak, shared | moments[peak]
+
+
+def stored_bytes(base: Base, grid: str) -> int:
+    """Bytes of the base on this grid: mapped, and in the page cache while it is used."""
+    if base.grid == grid:
+        return sum(info.nbytes for info in base.weights.values())
+    matrices = base.config.matrices().values()
+    return sum(int(GRIDS[grid].nbytes(shape)) for shape in matrices) + _vector_bytes(base.config)
+
+
+def copied_bytes(base: Base) -> int:
+    """Anonymous bytes that loading takes for the quantized absmax of nf4's double quantization, widened to float32."""
+    nested = [name for name in base.weights if name.endswith(".nested_absmax")]
+    absmax = (base.weights[name.removesuffix(".nested_absmax") + ".absmax"] for name in nested)
+    return sum(FLOAT_BYTES * math.prod(info.shape) for info in absmax)
+
+
+def _vector_bytes(model: DecoderConfig) -> int:
+    return FLOAT_BYTES * sum(n for (n,) in model.vectors().values())
+
+
+def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
+    """Parts that hardly change during a step."""
+    slots = job.slots
+    parameters = FLOAT_BYTES * sum(slot.num_parameters for slot in slots)
+    largest = max(n for n, _ in job.model.linear_shapes.values())
+    packed = min(max(largest, job.loss_tile_rows), PACK_ROWS) * PACK_BYTES_PER_ROW * job.threads
+    return {
+        "floor": floor_bytes,
+        "base": _vector_bytes(job.model) + job.base_copy_bytes + LINEAR_OBJECT_BYTES * len(job.model.matrices()),
+        "adapter": parameters + SLOT_OBJECT_BYTES * len(slots),
+        "gradients": parameters,
+        "optimizer": 2 * parameters,
+        "data": data_bytes(job),
+        "kernels": packed,
+        "block_inputs": 0,
+        "kept_activations": 0,
+        "block_workspace": _dequantized_bytes(job),
+        "logits": 0,
+    }
+
+
+def data_bytes(job: Job) -> int:
+    """Rows as int32 ids and labels, the windows of a step as four int64 arrays, and what reading leaves behind."""
+    step = 4 * 8 * job.tokens * job.gradient_accumulation_steps
+    return _row_bytes(job) + step + LEFT_BYTES + int(LEFT_BYTES_PER_BYTE * job.tokenizer_file_bytes)
+
+
+def _row_bytes(job: Job) -> int:
+    return 2 * 4 * job.num_tokens + ROW_OBJECT_BYTES * job.num_rows
+
+
+def _dequantized_bytes(job: Job) -> int:
+    """The one buffer that every linear of a block is dequantized into."""
+    return FLOAT_BYTES * max(n * k for n, k in job.model.linear_shapes.values())
+
+
+def _hidden_bytes(job: Job) -> int:
+    """Hidden states of a micro-batch, [B, T, hidden]."""
+    return FLOAT_BYTES * job.tokens * job.model.hidden_size
+
+
+def _kept_layers(job: Job) -> range:
+    return range(job.first_block + job.recompute_layers, job.model.num_hidden_layers)
+
+
+def _at_loss(job: Job) -> dict[str, int]:
+    parts = {
+        "block_inputs": (job.path_layers + 1) * _hidden_bytes(job),
+        "kept_activations": sum(saved_bytes(job, layer) for layer in _kept_layers(job)),
+        "logits": loss_bytes(job),
+    }
+    if job.gradient_accumulation_steps == 1:  # large gradients of the step before have been given back
+        sizes = [FLOAT_BYTES * math.prod(shape) for slot in job.slots for shape in slot.tensors.values()]
+        parts["gradients"] = sum(size for size in sizes if size < RETURNED_BYTES)
+    return parts
+
+
+def _at_backward(job: Job) -> dict[str, int]:
+    """The topmost kept block, or the topmost one that is computed again, whichever needs more."""
+    kept = list(_kept_layers(job))
+    moments = []
+    if kept:
+        rest = sum(saved_bytes(job, layer) for layer in kept[:-1])
+        moments.append((job.path_layers, rest, kept[-1]))
+    if job.recompute_layers:
+        moments.append((job.recompute_layers, 0, job.first_block + job.recompute_layers - 1))
+    candidates = [
+        {
+            "block_inputs": inputs * _hidden_bytes(job),
+            "kept_activations": rest,
+            "block_workspace": _dequantized_bytes(job) + saved_bytes(job, layer) + backward_bytes(job, layer),
+        }
+        for inputs, rest, layer in moments
+    ]
+    return max(candidates, key=lambda parts: sum(parts.values()))
+
+
+def adapted_paths(job: Job, layer: int) -> dict[str, Slot]:
+    """Path inside the block -> slot, for the adapted linears of a layer."""
+    at = f"model.layers.{layer}."
+    return {slot.linear.removeprefix(at): slot for slot in job.slots if slot.linear.startswith(at)}
+
+
+def saved_bytes(job: Job, layer: int) -> int:
+    """What autograd keeps of a block from its forward to its backward pass, its input apart."""
+    model, slots = job.model, adapted_paths(job, layer)
+    hidden, inner = model.hidden_size, model.intermediate_size
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    q, kv = heads * model.head_dim, kv_heads * model.head_dim
+    floats = 2 + hidden  # 1 / rms of both norms; the input of the second
+    floats += q + 2 * kv + q + heads  # rotated q and k, v; the attention's output and its log-sum-exp
+    if model.qk_norm:
+        floats += q + kv + heads + kv_heads
+    floats += 3 * inner  # gate, silu(gate), up
+    floats += sum(METHODS[job.method].saved_per_token(slot) for slot in slots.values())
+    dropout = bool(job.adapter.lora_dropout)
+    for sharing in (LINEARS[:3], LINEARS[3:4], LINEARS[4:6], LINEARS[6:]):  # linears with the same input
+        adapted = [slots[path] for path in sharing if path in slots]
+        # Adapters keep their input; with dropout each has one of its own, and a mask of one byte per value.
+        floats += sum(slot.in_features for slot in (adapted if dropout else adapted[:1]))
+    masks = sum(slot.in_features for slot in slots.values()) if dropout else 0
+    # The attention kernel turns the boolean mask into a float one for itself, and keeps it.
+    attention_mask = FLOAT_BYTES * job.tokens * job.max_seq_length
+    return int(FLOAT_BYTES * job.tokens * floats + job.tokens * masks + attention_mask)
+
+
+def backward_bytes(job: Job, layer: int) -> int:
+    """What the backward pass of a block holds beside its saved activations: the gradients around the MLP's product.
+
+    The block's output and its gradient, and the gradients of the product, of silu(gate) and of up; the product
+    itself, kept for an adapter of down_proj, is gone by then.
+    """
+    hidden, inner = job.model.hidden_size, job.model.intermediate_size
+    product_freed = "mlp.down_proj" in adapted_paths(job, layer)
+    return FLOAT_BYTES * job.tokens * (2 * hidden + (2 if product_freed else 3) * inner)
+
+
+def loss_bytes(job: Job) -> int:
+    """The normalized hidden states and what the loss holds beside them."""
+    model = job.model
+    rows = min(job.loss_tile_rows, model.vocab_size)
+    tile = FLOAT_BYTES * rows * (model.hidden_size + min(sft.TILE_TOKENS, job.supervised))
+    if job.grid == int4.NAME:
+        tile += FLOAT_BYTES * rows * -(-model.hidden_size // int4.BLOCK)  # the scales of a tile, widened
+    # Supervised rows, their gradient, and from those the gradient of all rows.
+    positions = FLOAT_BYTES * model.hidden_size * (2 * job.supervised + job.tokens)
+    return _hidden_bytes(job) + tile + positions
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """One optimizer step: floating point operations, and bytes that move beside them."""
+
+    flops: float
+    traffic_bytes: float
+
+    def seconds(self, compute: Compute) -> float:
+        """A roofline whose sides do not overlap: weights are decoded between the products, not during them."""
+        return self.flops / (compute.gflops_fp32_sustained * 1e9) + self.traffic_bytes / (compute.mem_bw_mb_s * 1e6)
+
+
+def step_work(job: Job) -> StepWork:
+    """Operations and traffic of one optimizer step.
+
+    A weight costs 2 operations per token in each visit: forward, again where the block is computed again, and for the
+    gradient of the block's input. The lowest adapted block asks for that gradient only above its first adapter; it is
+    counted whole. Every visit decodes the weight: its codes are read, its float32 values written and read back.
+    """
+    model = job.model
+    below, again = job.first_block, job.recompute_layers
+    visits = below + 2 * job.path_layers + again  # passes over one block's weights
+    weights = sum(n * k for n, k in model.linear_shapes.values())
+    attention = 4 * job.max_seq_length * model.num_attention_heads * model.head_dim  # scores and values, per token
+    forward_passes = below + job.path_layers + again
+    flops = job.tokens * (2.0 * weights * visits + attention * (forward_passes + 2.5 * job.path_layers))
+    trained = sum(slot.num_parameters for slot in job.slots)
+    flops += job.tokens * 2.0 * trained * (3 + again / max(1, job.path_layers))
+    head = model.vocab_size * model.hidden_size
+    flops += 6.0 * head * job.supervised
+    decoded = weights * visits + head * (1 if job.loss_tile_rows >= model.vocab_size else 2)
+    activations = sum(saved_bytes(job, layer) for layer in (job.first_block,)) * (forward_passes + 2 * job.path_layers)
+    traffic = decoded * (0.5625 + 2 * FLOAT_BYTES) + activations
+    times = job.gradient_accumulation_steps
+    return StepWork(flops * times, traffic * times + 7.0 * FLOAT_BYTES * trained)

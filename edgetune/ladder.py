@@ -1,0 +1,141 @@
+"""The ladder of concessions: which settings may shrink, in which order, and by which steps.
+
+    batch_size            the next smaller divisor of the effective batch; accumulation grows, so that batch stays
+    recompute_layers      one block more is computed again in backward
+    loss_tile_rows        half the rows of the head per loss tile
+    max_seq_length        half the window, never below what the rows need
+    target_modules        q_proj and v_proj alone
+    r                     rank 4, then 2
+    layers_to_transform   the upper half of the blocks, then of those, down to the last
+
+The first three cost time, the others cost what the adapter can learn, so they come later. A step is taken only when
+every step above it was not enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from edgetune.adapters.lora import LoraConfig
+from edgetune.models.config import DecoderConfig
+
+FEWER_TARGETS = ("q_proj", "v_proj")  # the pair that the LoRA paper settles on
+SMALLER_RANKS = (4, 2)
+SMALLEST_TILE_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The settings that a plan may change. `adapter` is as the user wrote it, with what was conceded filled in."""
+
+    model: DecoderConfig
+    adapter: LoraConfig
+    batch_size: int
+    gradient_accumulation_steps: int
+    max_seq_length: int
+    recompute_layers: int
+    loss_tile_rows: int
+
+    @property
+    def resolved(self) -> LoraConfig:
+        """The adapter with every field filled."""
+        return self.adapter.resolved(self.model)
+
+    @property
+    def path_layers(self) -> int:
+        """Blocks from the lowest adapted one to the top."""
+        return self.model.num_hidden_layers - min(self.resolved.layers_to_transform or (0,))
+
+    def value(self, setting: str) -> str:
+        """A setting as it is typed on the command line."""
+        value = getattr(self if hasattr(self, setting) else self.resolved, setting)
+        if setting == "layers_to_transform":
+            return _ranges(value)
+        return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _ranges(layers: Iterable[int]) -> str:
+    """0,2,5-8 for 0, 2, 5, 6, 7, 8."""
+    parts: list[list[int]] = []
+    for layer in sorted(layers):
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+@dataclass(frozen=True)
+class Freedom:
+    """What may be conceded, and how far."""
+
+    settings: frozenset[str]
+    accumulation: bool
+    """Whether accumulation may grow where the micro-batch shrinks."""
+    shortest_window: int
+
+
+def _smaller_batches(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
+    effective = choice.batch_size * choice.gradient_accumulation_steps
+    for size in range(choice.batch_size - 1, 0, -1):
+        if choice.batch_size % size == 0:
+            steps = effective // size if freedom.accumulation else choice.gradient_accumulation_steps
+            yield replace(choice, batch_size=size, gradient_accumulation_steps=steps)
+
+
+def _more_recomputation(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
+    for layers in range(choice.recompute_layers + 1, choice.path_layers + 1):
+        yield replace(choice, recompute_layers=layers)
+
+
+def _smaller_tiles(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
+    while choice.loss_tile_rows > SMALLEST_TILE_ROWS:
+        choice = replace(choice, loss_tile_rows=max(SMALLEST_TILE_ROWS, choice.loss_tile_rows // 2))
+        yield choice
+
+
+def _shorter_windows(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
+    while choice.max_seq_length > freedom.shortest_window:
+        choice = replace(choice, max_seq_length=max(freedom.shortest_window, choice.max_seq_length // 2))
+        yield choice
+
+
+def _fewer_targets(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
+    yield replace(choice, adapter=replace(choice.adapter, target_modules=FEWER_TARGETS))
+
+
+def _smaller_ranks(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
+    for r in SMALLER_RANKS:
+        yield replace(choice, adapter=replace(choice.adapter, r=r))
+
+
+def _upper_layers(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
+    total = choice.model.num_hidden_layers
+    kept = total // 2
+    while kept:
+        layers = tuple(range(total - kept, total))
+        again = min(choice.recompute_layers, kept)
+        yield replace(choice, adapter=replace(choice.adapter, layers_to_transform=layers), recompute_layers=again)
+        kept //= 2
+
+
+RUNGS: dict[str, Callable[[Choice, Freedom], Iterator[Choice]]] = {
+    "batch_size": _smaller_batches,
+    "recompute_layers": _more_recomputation,
+    "loss_tile_rows": _smaller_tiles,
+    "max_seq_length": _shorter_windows,
+    "target_modules": _fewer_targets,
+    "r": _smaller_ranks,
+    "layers_to_transform": _upper_layers,
+}
+
+
+def descend(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
+    """The choice itself, then each further concession, smaller and smaller; nothing is ever taken back."""
+    yield choice
+    for setting, rung in RUNGS.items():
+        if setting in freedom.settings:
+            for smaller in rung(choice, freedom):
+                choice = smaller
+                yield choice

@@ -1,0 +1,336 @@
+"""Memory: the meter, the limits and the floor, all in bytes.
+
+A budget counts anonymous + swap memory of the whole process tree: the figure that Android's memory limiter and a Linux
+cgroup act on. Pages of mapped files are clean and can be dropped, so they are reported beside it (`rss`), never in it.
+
+On Linux the figures come from /proc (RssAnon + VmSwap); elsewhere from psutil's unique set size, which is slower and
+counts mapped pages that nobody shares. Shared anonymous memory is not counted; nothing in edgetune creates any.
+
+Left out: what to do at the limit. The trainer decides that; the meter only raises its flag.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TypedDict
+
+import psutil
+
+MIB = 1 << 20
+SAMPLE_SECONDS = 0.004
+# Stacks of threads that start later count towards RLIMIT_DATA, 8 MiB each.
+THREAD_SLACK_BYTES = 32 * MIB
+_PROC = Path("/proc/self/status").exists()
+_PROC_CHILDREN = Path("/proc/thread-self/children").exists()  # some kernels, Android's among them, leave it out
+_FIELDS = re.compile(rb"^(VmHWM|VmRSS|RssAnon|VmData|VmSwap):\s+(\d+) kB$", re.MULTILINE)
+
+
+def format_mib(num_bytes: float) -> str:
+    """For people: "1,338 MiB", with one decimal below 100."""
+    mib = num_bytes / MIB
+    return f"{mib:,.0f} MiB" if abs(mib) >= 99.95 else f"{mib:.1f} MiB"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One reading, summed over a process and its descendants."""
+
+    anonymous_bytes: int
+    rss_bytes: int
+
+
+def anonymous_bytes(pid: int | None = None) -> int:
+    """Anonymous + swap bytes of a process and its descendants; None is this process.
+
+    Raises:
+        ProcessLookupError: there is no such process (any more).
+    """
+    return _Tree(pid).read().anonymous_bytes
+
+
+def rss_bytes(pid: int | None = None) -> int:
+    """Resident bytes of the same, mapped files included."""
+    return _Tree(pid).read().rss_bytes
+
+
+class _Tree:
+    """A process and its descendants. The files of the root stay open, so that reading again costs little."""
+
+    def __init__(self, pid: int | None) -> None:
+        self.pid = os.getpid() if pid is None else pid
+        self.highest_rss_bytes = 0  # of the root, as the kernel remembers it
+        self._status = -1
+        if _PROC:
+            try:
+                self._status = os.open(f"/proc/{self.pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise ProcessLookupError(f"there is no process {self.pid}") from error
+
+    def read(self) -> Sample:
+        if not _PROC:
+            return self._read_psutil()
+        fields = _status_fields(os.pread(self._status, 4096, 0))
+        self.highest_rss_bytes = fields.get(b"VmHWM", 0)
+        anonymous, rss = _anonymous(fields), fields.get(b"VmRSS", 0)
+        for child in _descendants(self.pid):
+            fields = _fields_of(child)
+            anonymous, rss = anonymous + _anonymous(fields), rss + fields.get(b"VmRSS", 0)
+        return Sample(anonymous, rss)
+
+    def _read_psutil(self) -> Sample:
+        anonymous = rss = 0
+        root = psutil.Process(self.pid)
+        for process in (root, *root.children(recursive=True)):
+            try:
+                info = process.memory_full_info()
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+            anonymous, rss = anonymous + info.uss, rss + info.rss
+        return Sample(anonymous, rss)
+
+    def __del__(self) -> None:
+        if self._status >= 0:
+            os.close(self._status)
+
+
+def _status_fields(text: bytes) -> dict[bytes, int]:
+    return {name: int(kib) * 1024 for name, kib in _FIELDS.findall(text)}
+
+
+def _fields_of(pid: int) -> dict[bytes, int]:
+    try:
+        return _status_fields(Path(f"/proc/{pid}/status").read_bytes())
+    except OSError:  # it has ended
+        return {}
+
+
+def _anonymous(fields: dict[bytes, int]) -> int:
+    return fields.get(b"RssAnon", 0) + fields.get(b"VmSwap", 0)
+
+
+def _descendants(pid: int) -> list[int]:
+    """All living descendants. Every thread lists the children that it started."""
+    if not _PROC_CHILDREN:
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    found: list[int] = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            handle = os.open(f"/proc/{pid}/task/{thread}/children", os.O_RDONLY)
+            try:
+                children = os.read(handle, 1 << 16).split()
+            finally:
+                os.close(handle)
+            for child in map(int, children):
+                found += [child, *_descendants(child)]
+    except OSError:  # the thread or the process has ended
+        pass
+    return found
+
+
+class Meter:
+    """Samples memory in a daemon thread while the `with` body runs.
+
+    `exceeded` is set at the first sample above `budget_bytes` and stays set; nothing is stopped.
+    """
+
+    def __init__(self, budget_bytes: int | None = None, *, seconds: float = SAMPLE_SECONDS) -> None:
+        self.budget_bytes = budget_bytes
+        self.exceeded = threading.Event()
+        self.num_samples = 0
+        self._seconds = seconds
+        self._tree = _Tree(None)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="edgetune-meter", daemon=True)
+        self.reset_peak()
+
+    def __enter__(self) -> Meter:
+        self.reset_peak()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._take()
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def now_bytes(self) -> int:
+        """Anonymous + swap bytes at this moment."""
+        return self._take().anonymous_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most anonymous + swap bytes of any sample since the last reset."""
+        return self._peak.anonymous_bytes
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """The most resident bytes since the last reset; exact for this process where the kernel keeps the figure."""
+        return self._peak.rss_bytes
+
+    def reset_peak(self) -> None:
+        """Forget the peaks: from here on they start at what is in use now."""
+        with self._lock:
+            self._peak = self._tree.read()
+            self._highest_rss_before = self._tree.highest_rss_bytes
+
+    def _take(self) -> Sample:
+        with self._lock:
+            sample = self._tree.read()
+            self.num_samples += 1
+            highest = self._tree.highest_rss_bytes
+            seen = highest if highest > self._highest_rss_before else 0
+            self._peak = Sample(
+                max(self._peak.anonymous_bytes, sample.anonymous_bytes),
+                max(self._peak.rss_bytes, sample.rss_bytes, seen),
+            )
+        if self.budget_bytes is not None and sample.anonymous_bytes > self.budget_bytes:
+            self.exceeded.set()
+        return sample
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._seconds):
+            self._take()
+
+
+def set_data_limit(budget_bytes: int, slack_bytes: int = THREAD_SLACK_BYTES) -> bool:
+    """Let allocations fail above the budget: RLIMIT_DATA = budget + what it counts beyond anonymous memory + slack.
+
+    RLIMIT_DATA counts private writable address space, touched or not. What is reserved now and not in use (VmData less
+    RssAnon) is measured and added; call this after the imports. Only the soft limit is set, so it can be lifted again.
+
+    Returns:
+        Whether the limit holds now: False where the system has none.
+    """
+    if not _PROC:
+        return False
+    import resource
+
+    fields = _fields_of(os.getpid())
+    unused_bytes = max(0, fields[b"VmData"] - fields[b"RssAnon"])
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = budget_bytes + unused_bytes + slack_bytes
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    return True
+
+
+class CgroupState(TypedDict):
+    """How a cgroup could hold this process: `version` 0 is not at all, `folder` is that of the memory controller."""
+
+    version: int
+    folder: str
+    writable: bool
+    limit_bytes: int | None
+
+
+_NO_CGROUP = CgroupState(version=0, folder="", writable=False, limit_bytes=None)
+
+
+def cgroup_state(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> CgroupState:
+    """The memory controller of this process, version 1 or 2; the other arguments are for tests."""
+    try:
+        lines = [line.split(":", 2) for line in proc.read_text().splitlines()]
+    except OSError:
+        return _NO_CGROUP
+    for controller, version, mount, file in (
+        ("memory", 1, root / "memory", "memory.limit_in_bytes"),
+        ("", 2, root, "memory.max"),
+    ):
+        paths = [path for _, names, path in lines if controller in names.split(",")]
+        # Inside a container the path may be the host's, which is not mounted: then the mount is our own group.
+        own = [folder for path in paths if (folder := mount / path.lstrip("/")).is_dir()]
+        folder = own[0] if own else mount
+        if paths and (_has_memory(folder) if version == 2 else (folder / file).exists()):
+            writable, limit_bytes = os.access(folder, os.W_OK), _limit(folder / file)
+            return CgroupState(version=version, folder=str(folder), writable=writable, limit_bytes=limit_bytes)
+    return _NO_CGROUP
+
+
+def _has_memory(folder: Path) -> bool:
+    try:
+        return "memory" in (folder / "cgroup.controllers").read_text().split()
+    except OSError:
+        return False
+
+
+def _limit(file: Path) -> int | None:
+    try:
+        value = int(file.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+    return value if value < 1 << 60 else None  # version 1 writes "no limit" as a huge number
+
+
+def trim_allocator(threshold_bytes: int = 1 << 17) -> bool:
+    """Make glibc give every block of at least `threshold_bytes` back when it is freed; elsewhere do nothing.
+
+    glibc raises that threshold on its own up to 32 MiB as large blocks are freed, and then keeps freed blocks in its
+    heap. Fixing it gave back 65 to 120 MiB in measurements. It holds for the process and cannot be undone.
+
+    Returns:
+        Whether it was set.
+    """
+    m_mmap_threshold, m_trim_threshold = -3, -1  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # macOS, Windows, musl
+        return False
+    return bool(mallopt(m_mmap_threshold, threshold_bytes) and mallopt(m_trim_threshold, threshold_bytes))
+
+
+def give_back() -> bool:
+    """Return to the system what was freed inside the allocator's heap: call it after freeing much in small pieces.
+
+    A tokenizer of 150,000 tokens is 100 MiB of them; 82 stay behind when it is freed, and 6 after this (measured).
+
+    Returns:
+        Whether the allocator can (glibc alone does).
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # macOS, Windows, musl
+        return False
+    trim(0)
+    return True
+
+
+# Anonymous bytes after the imports of an engine and a first small step, before any model: what `measure_floor` gave on
+# x86-64 Linux, Python 3.11, torch 2.13 for CPUs. Stands in where the engine is not installed and cannot be measured.
+FLOOR_BYTES = {"torch": 182 * MIB}
+
+
+@functools.cache
+def measure_floor(engine: str, threads: int = 1) -> int:
+    """Anonymous bytes of a process with this engine before any model, measured once in a child (about two seconds).
+
+    Where the engine is not installed or does not start, what another machine measured (`FLOOR_BYTES`).
+    """
+    if engine == "torch" and importlib.util.find_spec("torch") is not None:
+        code = f"import edgetune.cli, edgetune.floor; edgetune.floor.main({threads})"
+        package = str(Path(__file__).parents[1])
+        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+        child = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+            check=False,
+        )
+        if child.returncode == 0:
+            return int(child.stdout)
+    return FLOOR_BYTES[engine]

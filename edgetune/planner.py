@@ -1,0 +1,309 @@
+"""The planner: from a model, a device and wishes to a plan that fits the device's budget, or a refusal.
+
+It starts from what the user asked for, and from defaults where nothing was asked. While the peak does not fit, it goes
+down the ladder of concessions (`ladder`). What the user set is never conceded; where that makes the job too large,
+`BudgetError` says what would fit. Recomputation alone is taken back at the end, as far as the budget then allows,
+because it costs nothing but time.
+
+Step time and energy follow from the profile by a roofline (`costs.step_work`): they are predictions for the device, not
+for the machine that plans. Left out: the `ort` engine, zeroth-order steps, a cache for the frozen lower blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgetune import __version__, host
+from edgetune.adapters.lora import LoraConfig
+from edgetune.base import Base, open_base
+from edgetune.costs import Job, copied_bytes, peak_parts, step_work, stored_bytes
+from edgetune.data import Rows, read_rows, split_eval
+from edgetune.device import DeviceProfile, load_device
+from edgetune.errors import BudgetError, ConfigError
+from edgetune.grids import GRIDS
+from edgetune.hub import model_folder
+from edgetune.ladder import RUNGS, Choice, descend
+from edgetune.memory import MIB, format_mib, give_back, measure_floor
+from edgetune.plans import FORMAT_VERSION, Concession, Plan, TrainConfig
+from edgetune.tokenizer import load_tokenizer
+from edgetune.wishes import RowFacts, Wishes
+
+__all__ = ["Concession", "Plan", "TrainConfig", "plan"]
+
+ENGINES = ("torch",)
+METHOD, OPTIMIZER = "lora", "adamw"
+DEFAULT_EPOCHS = 3.0
+# The prediction may be off by this share of what lies above the floor, and by this share of the whole.
+MARGIN_ABOVE_FLOOR, MARGIN = 0.05, 0.02
+
+
+def plan(
+    model: str | Path,
+    device: str | Path | DeviceProfile,
+    *,
+    data: str | Path | Rows | None = None,
+    adapter: LoraConfig | None = None,
+    config: TrainConfig | None = None,
+    grid: str | None = None,
+    engine: str = "torch",
+    budget: str | int = "foreground",
+    skip_bad: bool = False,
+) -> Plan:
+    """Fit the training of an adapter into a device's memory budget.
+
+    Args:
+        model: a model folder, a base/ folder or a Hub id.
+        device: a profile, its id or its TOML file.
+        data: rows to learn from; with them the window, the number of steps and the time of the run are known.
+        adapter: the adapter that is wanted; what it leaves open may be conceded.
+        config: the training that is wanted; what it leaves open may be conceded.
+        grid: "int4" or "nf4"; None is that of a base/ folder, else the device's.
+        engine: "torch", the only one so far.
+        budget: "foreground", "background", MiB as an int, or "min": the smallest peak that this job can have.
+        skip_bad: leave bad rows out, up to 1 %.
+
+    Raises:
+        BudgetError: nothing fits; the message says what is missing and what would fit.
+        ConfigError: a setting is out of its range, or engine, grid or budget are unknown.
+        DataError, DeviceError, ModelError: from reading rows, profile and model.
+    """
+    if engine not in ENGINES:
+        raise ConfigError(f"engine = {engine!r}; edgetune {__version__} has {', '.join(ENGINES)} only. Leave it out.")
+    profile = device if isinstance(device, DeviceProfile) else load_device(device)
+    base = open_base(model_folder(model))
+    budget_name, budget_bytes = _budget(budget, profile)
+    config = (config or TrainConfig()).checked()
+    facts = _facts(data, base, config, skip_bad)
+    wishes = Wishes(base.config, adapter or LoraConfig(), config, facts)
+    threads = min(profile.compute.threads, host.threads())
+    costs = _Costs(_grid(grid, base, profile), threads, measure_floor(engine, threads), base, facts)
+
+    walked = list(_walk(wishes, costs, budget_bytes))
+    choice = walked[-1]
+    if budget_bytes is None:
+        budget_bytes = -(-costs.needed_bytes(choice) // MIB) * MIB
+    elif costs.needed_bytes(choice) > budget_bytes:
+        raise BudgetError(_refusal(wishes, costs, budget_bytes, profile, budget_name, base.folder.name))
+    else:
+        choice = _less_recomputation(wishes, costs, choice, budget_bytes)
+    concessions = _concessions(walked, choice, costs, budget_name, budget_bytes)
+    return _made(str(model), base, profile, engine, wishes, costs, choice, budget_name, budget_bytes, concessions)
+
+
+def _grid(grid: str | None, base: Base, profile: DeviceProfile) -> str:
+    if grid is not None and grid not in GRIDS:
+        raise ConfigError(f"grid = {grid!r}; choose from {', '.join(GRIDS)}.")
+    if grid is not None and base.grid not in (None, grid):
+        raise ConfigError(f"{base.folder} is on the {base.grid} grid already, not on {grid}. Leave --grid out.")
+    return base.grid or grid or profile.runtime.grid
+
+
+def _budget(budget: str | int, profile: DeviceProfile) -> tuple[str, int | None]:
+    """The budget's name and its bytes; `min` has none before the plan is made."""
+    memory = profile.memory
+    named = {"foreground": memory.budget_mib, "background": memory.budget_background_mib}
+    if budget == "min":
+        return "min", None
+    if isinstance(budget, str) and budget in named:
+        return budget, named[budget] * MIB
+    if type(budget) is int and 0 < budget <= memory.total_mib:
+        return "given", budget * MIB
+    most = f"the {memory.total_mib} of {profile.id}"
+    raise ConfigError(f"budget = {budget!r}; expected foreground, background, min, or MiB from 1 to {most}.")
+
+
+def _facts(data: str | Path | Rows | None, base: Base, config: TrainConfig, skip_bad: bool) -> RowFacts:
+    """The rows to learn from and those held out, divided as training will divide them."""
+    if data is None:
+        return RowFacts()
+    length = config.max_seq_length or base.config.max_position_embeddings
+    if not isinstance(data, Rows):
+        data = read_rows(data, load_tokenizer(base.folder), length, skip_bad=skip_bad)
+        give_back()
+    rows, held_out = split_eval(data, config.eval_fraction, config.seed)
+    return RowFacts(rows.rows, held_out.rows, rows.kind == "text")
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What a choice costs, everything else being given."""
+
+    grid: str
+    threads: int
+    floor_bytes: int
+    base: Base
+    facts: RowFacts
+
+    def job(self, choice: Choice) -> Job:
+        """A choice as the cost model wants it."""
+        facts, length, tokenizer = self.facts, choice.max_seq_length, self.base.folder / "tokenizer.json"
+        return Job(
+            model=choice.model,
+            method=METHOD,
+            adapter=choice.resolved,
+            grid=self.grid,
+            batch_size=choice.batch_size,
+            gradient_accumulation_steps=choice.gradient_accumulation_steps,
+            max_seq_length=length,
+            recompute_layers=choice.recompute_layers,
+            loss_tile_rows=choice.loss_tile_rows,
+            threads=self.threads,
+            supervised_per_window=facts.windows(length)[1] if facts.rows else length,
+            num_tokens=facts.num_tokens,
+            num_rows=len(facts.rows) + len(facts.held_out),
+            tokenizer_file_bytes=tokenizer.stat().st_size if tokenizer.is_file() else 0,
+            base_copy_bytes=copied_bytes(self.base),
+        )
+
+    def parts(self, choice: Choice) -> tuple[str, dict[str, int]]:
+        """The moment of the peak, and its parts."""
+        return peak_parts(self.job(choice), self.floor_bytes)
+
+    def needed_bytes(self, choice: Choice) -> int:
+        """The smallest budget for a choice: the predicted peak, and what the prediction may be off by."""
+        peak = sum(self.parts(choice)[1].values())
+        return math.ceil(peak + MARGIN * peak + MARGIN_ABOVE_FLOOR * (peak - self.floor_bytes))
+
+
+def _walk(wishes: Wishes, costs: _Costs, budget_bytes: int | None) -> Iterator[Choice]:
+    """Down the ladder: every choice to the first that fits, or to the end where there is none or no budget."""
+    for choice in descend(wishes.start(), wishes.freedom):
+        yield choice
+        if budget_bytes is not None and costs.needed_bytes(choice) <= budget_bytes:
+            return
+
+
+def _less_recomputation(wishes: Wishes, costs: _Costs, choice: Choice, budget_bytes: int) -> Choice:
+    """The same choice with as few blocks computed again as fit, where the user left that open."""
+    if "recompute_layers" not in wishes.freedom.settings:
+        return choice
+    fewer = (replace(choice, recompute_layers=layers) for layers in range(choice.recompute_layers))
+    return next((other for other in fewer if costs.needed_bytes(other) <= budget_bytes), choice)
+
+
+def _concessions(
+    walked: list[Choice], given: Choice, costs: _Costs, budget_name: str, budget_bytes: int
+) -> tuple[Concession, ...]:
+    """What differs from the start, in the ladder's order, each with what was needed before it."""
+    start, made = walked[0], []
+    for setting in RUNGS:
+        wanted = start.value(setting)
+        if given.value(setting) == wanted:
+            continue
+        before = [choice for choice in walked if choice.value(setting) == wanted][-1]
+        needed = format_mib(costs.needed_bytes(before))
+        reason = f"{wanted} needs {needed}; " + (
+            "min takes the smallest" if budget_name == "min" else f"{format_mib(budget_bytes)} are allowed"
+        )
+        if given.gradient_accumulation_steps != start.gradient_accumulation_steps and setting == "batch_size":
+            reason += f"; gradient_accumulation_steps {given.gradient_accumulation_steps} keeps the effective batch"
+        made.append(Concession(setting, wanted, given.value(setting), reason))
+    return tuple(made)
+
+
+def _made(
+    model: str, base: Base, profile: DeviceProfile, engine: str, wishes: Wishes, costs: _Costs, choice: Choice,
+    budget_name: str, budget_bytes: int, concessions: tuple[Concession, ...],
+) -> Plan:  # fmt: skip
+    """The plan for a choice, with what it predicts for the device."""
+    config, facts = wishes.config, wishes.facts
+    moment, parts = costs.parts(choice)
+    step_seconds = step_work(costs.job(choice)).seconds(profile.compute)
+    made = Plan(
+        format_version=FORMAT_VERSION,
+        edgetune_version=__version__,
+        device=profile.id,
+        model=model,
+        model_config=base.config,
+        engine=engine,
+        simulated=profile.kind in ("phone", "watch", "glasses"),
+        grid=costs.grid,
+        budget_name=budget_name,
+        budget_bytes=budget_bytes,
+        floor_bytes=costs.floor_bytes,
+        parts=parts,
+        peak_moment=moment,
+        predicted_peak_bytes=sum(parts.values()),
+        file_backed_bytes=stored_bytes(base, costs.grid),
+        fits=True,
+        concessions=concessions,
+        method=METHOD,
+        adapter=choice.resolved,
+        optimizer=OPTIMIZER,
+        batch_size=choice.batch_size,
+        gradient_accumulation_steps=choice.gradient_accumulation_steps,
+        max_seq_length=choice.max_seq_length,
+        recompute_layers=choice.recompute_layers,
+        loss_tile_rows=choice.loss_tile_rows,
+        max_steps=config.max_steps,
+        num_epochs=config.num_epochs or DEFAULT_EPOCHS,
+        warmup_steps=None,
+        warmup_ratio=config.warmup_ratio,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        eval_fraction=config.eval_fraction,
+        seed=config.seed,
+        threads=costs.threads,
+        predicted_step_seconds=step_seconds,
+        predicted_run_seconds=None,
+        predicted_energy_mwh=None,
+        fits_training_window=None,
+        num_slices=None,
+    )
+    if config.max_steps is None and not facts.rows:
+        return made
+    made = made.with_steps(facts.windows(choice.max_seq_length)[0] if facts.rows else 0)
+    assert made.max_steps is not None
+    run_seconds = made.max_steps * step_seconds
+    return replace(
+        made,
+        predicted_run_seconds=run_seconds,
+        predicted_energy_mwh=run_seconds * profile.power.max_avg_mw / 3600,
+        fits_training_window=run_seconds <= profile.duty.daily_s,
+        num_slices=math.ceil(run_seconds / profile.duty.slice_s),
+    )
+
+
+def _refusal(
+    wishes: Wishes, costs: _Costs, budget_bytes: int, profile: DeviceProfile, budget_name: str, model: str
+) -> str:
+    """Why nothing fits, and the nearest that would: one setting, else several, else a budget."""
+    *_, smallest = descend(wishes.start(), wishes.freedom)
+    needed = costs.needed_bytes(smallest)
+    parts = sorted(costs.parts(smallest)[1].items(), key=lambda part: -part[1])[:3]
+    fixed = " ".join(f"{_flag(name)} {smallest.value(name)}" for name in wishes.fixed)
+    needed_mib = -(-needed // MIB)
+    ways = [_nearest(wishes, costs, budget_bytes)]
+    if budget_name == "background" and needed_mib <= profile.memory.budget_mib:
+        ways.append("--budget foreground")
+    elif needed_mib <= profile.memory.total_mib:
+        ways.append(f"--budget {needed_mib}")
+    found = " or ".join(filter(None, ways))
+    return (
+        f"{model}{f' with {fixed}' if fixed else ''} needs {format_mib(needed)} to train; {profile.id} allows "
+        f"{format_mib(budget_bytes)} ({budget_name}): {format_mib(needed - budget_bytes)} are missing.\n"
+        f"Largest parts: {', '.join(f'{name} {format_mib(size)}' for name, size in parts)}.\n"
+        + (f"It fits with {found}." if found else f"No setting makes it fit {profile.id}: choose a smaller model.")
+    )
+
+
+def _nearest(wishes: Wishes, costs: _Costs, budget_bytes: int) -> str:
+    """The flags that make it fit: the first single setting of the ladder that does, else all that have to change."""
+    for names in [*((name,) for name in wishes.fixed), wishes.fixed]:
+        others = wishes.without(names)
+        *_, end = _walk(others, costs, budget_bytes)
+        if costs.needed_bytes(end) <= budget_bytes:
+            start = wishes.start()
+            return " ".join(
+                f"{_flag(name)} {end.value(name)}" for name in names if end.value(name) != start.value(name)
+            )
+    return ""
+
+
+def _flag(setting: str) -> str:
+    return "--layers" if setting == "layers_to_transform" else "--" + setting.replace("_", "-")

@@ -1,0 +1,207 @@
+"""What a plan is: the wishes that it starts from, the numbers that it fixes, its JSON and its table for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from edgetune import __version__
+from edgetune.adapters.lora import LoraConfig
+from edgetune.errors import ConfigError
+from edgetune.memory import format_mib
+from edgetune.models.config import DecoderConfig
+from edgetune.schema import Key, Reader
+
+__all__ = ["Concession", "Plan", "TrainConfig"]
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What the user asks of training. None means "not set": the plan chooses, and may concede it to the budget."""
+
+    batch_size: Annotated[int | None, Key("windows of one forward pass (micro-batch)", 1, 4096)] = None
+    gradient_accumulation_steps: Annotated[int | None, Key("micro-batches of an optimizer step", 1, 1 << 20)] = None
+    max_seq_length: Annotated[int | None, Key("tokens of a window", 2, 1 << 20)] = None
+    recompute_layers: Annotated[int | None, Key("blocks computed again in backward", 0, 1 << 16)] = None
+    num_epochs: Annotated[float | None, Key("passes over the rows", 1e-6, 1e6)] = None
+    max_steps: Annotated[int | None, Key("optimizer steps, whatever the epochs", 1, 1 << 40)] = None
+    learning_rate: Annotated[float, Key("peak of the schedule", 1e-12, 100)] = 2e-4
+    lr_scheduler_type: Annotated[str, Key("after the warm-up", choices=("cosine", "linear", "constant"))] = "cosine"
+    warmup_ratio: Annotated[float, Key("share of the steps over which the rate rises", 0, 1)] = 0.03
+    weight_decay: Annotated[float, Key("AdamW's decay", 0, 100)] = 0.0
+    max_grad_norm: Annotated[float, Key("gradients are clipped to this norm", 1e-12, 1e12)] = 1.0
+    eval_fraction: Annotated[float, Key("share of the rows held out where no other rows are given", 0, 0.9)] = 0.1
+    seed: Annotated[int, Key("fixes the adapter's start, the order of the rows and dropout", 0, (1 << 63) - 1)] = 0
+
+    def checked(self) -> TrainConfig:
+        """The same config.
+
+        Raises:
+            ConfigError: values are of another type or out of range; the message lists all of them.
+        """
+        reader = Reader()
+        made = reader.read(TrainConfig, dataclasses.asdict(self))
+        if made is None:
+            raise ConfigError("the training settings cannot be used:\n" + _listed(reader.problems))
+        return made
+
+
+@dataclass(frozen=True)
+class Concession:
+    """A setting that the budget changed, and why."""
+
+    setting: str
+    wanted: str
+    given: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every number that the trainer uses, and where every byte of its peak goes."""
+
+    format_version: int
+    edgetune_version: str
+    device: str
+    model: str
+    model_config: DecoderConfig
+    engine: str
+    simulated: bool
+    """The device does not run this engine itself; this machine stands in for it."""
+    grid: str
+    budget_name: str
+    """foreground, background, given (a number of MiB) or min."""
+    budget_bytes: int
+    floor_bytes: int
+    """The process after its imports and before any model."""
+    parts: dict[str, int]
+    """Part -> bytes at the moment of the peak; the floor is one, and they add up to `predicted_peak_bytes`."""
+    peak_moment: str
+    predicted_peak_bytes: int
+    file_backed_bytes: int
+    """The mapped base: in the page cache, not in the budget."""
+    fits: bool
+    concessions: tuple[Concession, ...]
+    method: str
+    adapter: LoraConfig
+    optimizer: str
+    batch_size: int
+    gradient_accumulation_steps: int
+    max_seq_length: int
+    recompute_layers: int
+    """Blocks, from the lowest adapted one on, that are computed again in backward; the rest keep their activations."""
+    loss_tile_rows: int
+    max_steps: int | None
+    """None until the rows are known: see `with_steps`."""
+    num_epochs: float
+    """Counts where the user set no `max_steps`."""
+    warmup_steps: int | None
+    warmup_ratio: float
+    learning_rate: float
+    lr_scheduler_type: str
+    weight_decay: float
+    max_grad_norm: float
+    eval_fraction: float
+    seed: int
+    threads: int
+    predicted_step_seconds: float
+    predicted_run_seconds: float | None
+    predicted_energy_mwh: float | None
+    fits_training_window: bool | None
+    """Whether the run ends within the seconds that the profile grants per day; None while its length is unknown."""
+    num_slices: int | None
+    """Uninterrupted stretches that the profile cuts the run into."""
+
+    def with_steps(self, num_windows: int) -> Plan:
+        """The plan with `max_steps` and `warmup_steps` filled in for so many windows; what is set already stays."""
+        steps = self.max_steps
+        if steps is None:
+            per_step = self.batch_size * self.gradient_accumulation_steps
+            steps = max(1, math.ceil(self.num_epochs * num_windows / per_step))
+        warmup = round(self.warmup_ratio * steps) if self.warmup_steps is None else self.warmup_steps
+        return replace(self, max_steps=steps, warmup_steps=warmup)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """The plan that `to_dict` gave, also after a way through JSON.
+
+        Raises:
+            ConfigError: a key is missing, unknown or of another type, the format is newer, or the parts do not add up.
+        """
+        version = values.get("format_version")
+        if type(version) is int and version > FORMAT_VERSION:
+            raise ConfigError(
+                f"this plan has format_version {version}, of edgetune {values.get('edgetune_version')}; "
+                f"edgetune {__version__} reads up to {FORMAT_VERSION}. Upgrade edgetune, or plan again."
+            )
+        reader = Reader()
+        made = reader.read(cls, values)
+        if made is None:
+            raise ConfigError("this is not a plan:\n" + _listed(reader.problems))
+        if sum(made.parts.values()) != made.predicted_peak_bytes:
+            raise ConfigError(
+                f"the parts of this plan add up to {sum(made.parts.values())} bytes, its predicted_peak_bytes is "
+                f"{made.predicted_peak_bytes}. It was changed by hand: plan again."
+            )
+        return made
+
+    def explain(self) -> str:
+        """The plan for people: what runs, where every MiB goes, what was conceded and why, how long it takes."""
+        return "\n".join([*self._settings(), "", *self._peak(), "", *self._conceded(), "", *self._time()])
+
+    def _settings(self) -> Iterator[str]:
+        adapter, layers = self.adapter, self.adapter.layers_to_transform or ()
+        where = "simulated here: phones and watches run the ort engine" if self.simulated else "runs there as it is"
+        yield f"{self.model} for {self.device}: {self.method} on the {self.grid} grid, engine {self.engine} ({where})"
+        yield (
+            f"  adapter     r {adapter.r}, alpha {adapter.lora_alpha:g}, on {', '.join(adapter.target_modules or ())} "
+            f"in {len(layers)} of {self.model_config.num_hidden_layers} blocks"
+        )
+        windows = f"{self.batch_size} x {self.gradient_accumulation_steps} windows of {self.max_seq_length} tokens"
+        again = f"{self.recompute_layers} blocks computed again"
+        yield f"  step        {windows}, {again}, loss in tiles of {self.loss_tile_rows:,} rows"
+
+    def _peak(self) -> Iterator[str]:
+        yield (
+            f"Predicted peak {format_mib(self.predicted_peak_bytes)} of {format_mib(self.budget_bytes)} "
+            f"({self.budget_name} budget), anonymous + swap, at the {self.peak_moment} of a step"
+        )
+        for part, size in sorted(self.parts.items(), key=lambda item: -item[1]):
+            yield f"  {part:<17} {format_mib(size):>10} {size / self.predicted_peak_bytes:6.1%}"
+        yield f"  mapped from files, not in the budget: {format_mib(self.file_backed_bytes)}"
+
+    def _conceded(self) -> Iterator[str]:
+        yield "Conceded to the budget" if self.concessions else "Nothing was conceded to the budget."
+        for concession in self.concessions:
+            yield f"  {concession.setting}: {concession.wanted} -> {concession.given}  ({concession.reason})"
+
+    def _time(self) -> Iterator[str]:
+        yield f"Predicted for {self.device}: {self.predicted_step_seconds:.3g} s per step"
+        if self.predicted_run_seconds is None or self.predicted_energy_mwh is None:
+            yield "  the whole run: unknown without --data or --max-steps"
+            return
+        inside = "inside" if self.fits_training_window else "NOT inside"
+        yield (
+            f"  {self.max_steps:,} steps in {_duration(self.predicted_run_seconds)}, "
+            f"{self.predicted_energy_mwh:,.0f} mWh, {inside} the training window of one day, "
+            f"in {self.num_slices} slice{'' if self.num_slices == 1 else 's'}"
+        )
+
+
+def _listed(problems: list[str]) -> str:
+    return "\n".join(f"  {problem}" for problem in problems[:20])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

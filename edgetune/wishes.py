@@ -1,0 +1,123 @@
+"""What a plan starts from: what the user set, what the rows need, and a default for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+from edgetune.adapters.lora import LoraConfig
+from edgetune.data import Row, pack
+from edgetune.errors import ConfigError
+from edgetune.ladder import RUNGS, Choice, Freedom
+from edgetune.models.config import DecoderConfig
+from edgetune.plans import TrainConfig
+
+DEFAULT_BATCH_SIZE = 8
+DEFAULT_TILE_ROWS = 8192
+DEFAULT_WINDOW = 512  # for texts, which can be cut; other rows get the window that they need
+SHORTEST_WINDOW = 64
+WINDOW_STEP = 16
+
+
+@dataclass(frozen=True, eq=False)
+class RowFacts:
+    """The rows of a file, as far as they matter to a plan; empty where there is none."""
+
+    rows: tuple[Row, ...] = ()
+    """Those to learn from."""
+    held_out: tuple[Row, ...] = ()
+    """Those to evaluate on: they are in memory too, and have to fit the window."""
+    is_text: bool = False
+
+    @cached_property
+    def longest(self) -> int:
+        return max(map(len, self.rows + self.held_out), default=0)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.rows + self.held_out))
+
+    @lru_cache(maxsize=16)  # noqa: B019 - a plan asks for a handful of lengths, and its facts end with it
+    def windows(self, length: int) -> tuple[int, int]:
+        """How many windows of this length the rows fill, and the most supervised positions of any of them."""
+        windows = pack(self._cut(length), length)
+        return len(windows), max(sum(row.num_supervised for row in window.rows) for window in windows)
+
+    def _cut(self, length: int) -> tuple[Row, ...]:
+        """The rows as they will be read for this window: longer texts are cut."""
+        return tuple(
+            Row(row.input_ids[at : at + length], row.labels[at : at + length], row.line)
+            for row in self.rows
+            for at in range(0, len(row), length)
+        )
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asked for, of this model and these rows."""
+
+    model: DecoderConfig
+    adapter: LoraConfig
+    config: TrainConfig
+    facts: RowFacts
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """Settings of the ladder that the user set, in its order."""
+        given = {**vars(self.config), **vars(self.adapter)}
+        return tuple(name for name in RUNGS if given.get(name) is not None)
+
+    def without(self, names: Iterable[str]) -> Wishes:
+        """The same with these settings left open."""
+        of_config: dict[str, Any] = dict.fromkeys({field.name for field in fields(TrainConfig)}.intersection(names))
+        of_adapter: dict[str, Any] = dict.fromkeys({field.name for field in fields(LoraConfig)}.intersection(names))
+        return replace(self, config=replace(self.config, **of_config), adapter=replace(self.adapter, **of_adapter))
+
+    @property
+    def freedom(self) -> Freedom:
+        """What may be conceded. A window never gets shorter than a row that cannot be cut."""
+        facts = self.facts
+        shortest = SHORTEST_WINDOW if facts.is_text else max(facts.longest, SHORTEST_WINDOW)
+        accumulation = self.config.gradient_accumulation_steps is None
+        return Freedom(frozenset(RUNGS).difference(self.fixed), accumulation, shortest)
+
+    def window(self) -> int:
+        """The default window: what the longest row needs."""
+        most = self.model.max_position_embeddings
+        if not self.facts.rows:
+            return min(DEFAULT_WINDOW, most)
+        needed = -(-max(self.facts.longest, SHORTEST_WINDOW) // WINDOW_STEP) * WINDOW_STEP
+        return min(needed, most, DEFAULT_WINDOW if self.facts.is_text else needed)
+
+    def start(self) -> Choice:
+        """The choice before any concession.
+
+        Raises:
+            ConfigError: a setting is out of its range or contradicts the model.
+        """
+        config, model = self.config, self.model
+        length = config.max_seq_length or self.window()
+        most = model.max_position_embeddings
+        if length > most:
+            raise ConfigError(f"max_seq_length = {length}; the model has {most} positions. Set it to at most that.")
+        steps = config.gradient_accumulation_steps or 1
+        batch = config.batch_size or max(1, DEFAULT_BATCH_SIZE // steps)
+        if config.batch_size is None and self.facts.rows:
+            batch = min(batch, self.facts.windows(length)[0])
+        choice = Choice(
+            model=model,
+            adapter=self.adapter,
+            batch_size=batch,
+            gradient_accumulation_steps=steps,
+            max_seq_length=length,
+            recompute_layers=config.recompute_layers or 0,
+            loss_tile_rows=min(DEFAULT_TILE_ROWS, model.vocab_size),
+        )
+        if choice.recompute_layers > choice.path_layers:
+            raise ConfigError(
+                f"recompute_layers = {choice.recompute_layers}; the gradient passes {choice.path_layers} blocks. "
+                "Set it to at most that."
+            )
+        return choice

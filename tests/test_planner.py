@@ -1,0 +1,643 @@
+"""Plans: byte counts against torch and against numbers worked out by hand, the ladder, refusals that are right."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import tiny_config, write_model
+
+from edgetune import costs, planner
+from edgetune.adapters import METHODS
+from edgetune.adapters.lora import LoraConfig
+from edgetune.base import open_base
+from edgetune.costs import Job, peak_parts
+from edgetune.data import pack, read_rows, split_eval
+from edgetune.device import load_device
+from edgetune.errors import BudgetError, ConfigError, DataError
+from edgetune.ladder import RUNGS
+from edgetune.memory import MIB
+from edgetune.models import FAMILIES, load_config
+from edgetune.planner import Plan, TrainConfig, plan
+from edgetune.quantizer import quantize
+from edgetune.tokenizer import load_tokenizer
+
+FLOOR = 100 * MIB
+
+
+@pytest.fixture(autouse=True)
+def known_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No child is started, and the numbers do not depend on this machine."""
+    monkeypatch.setattr(planner, "measure_floor", lambda engine, threads: FLOOR)
+    monkeypatch.setattr(planner.host, "threads", lambda: 2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large enough that its activations matter: 64 KiB a token and block."""
+    config = tiny_config("llama", num_hidden_layers=8, hidden_size=96, intermediate_size=256, vocab_size=4000)
+    return write_model(tmp_path_factory.mktemp("model"), config)
+
+
+def job(model: Any, **overrides: Any) -> Job:
+    values: dict[str, Any] = {
+        "model": model, "method": "lora", "adapter": LoraConfig(r=4).resolved(model), "grid": "nf4", "batch_size": 2,
+        "gradient_accumulation_steps": 1, "max_seq_length": 32, "recompute_layers": 2, "loss_tile_rows": 100,
+        "threads": 1, "supervised_per_window": 31,
+    }  # fmt: skip
+    return Job(**(values | overrides))
+
+
+TINY = tiny_config(
+    "llama", hidden_size=48, intermediate_size=88, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
+    vocab_size=301, num_hidden_layers=2,
+)  # fmt: skip
+
+
+class TestCounts:
+    """The tiny llama: hidden 48, inner 88, q 48, kv 16, 6 heads, vocabulary 301, 2 blocks; 64 tokens; rank 4."""
+
+    @pytest.fixture
+    def tiny(self, tmp_path: Path) -> Any:
+        return load_config(write_model(tmp_path, TINY, tokenizer=False))
+
+    def test_by_hand(self, tiny: Any) -> None:
+        # Both 1/rms, the middle of the residual; q, k, v, attention, log-sum-exp; gate, silu, up; xA of seven; inputs.
+        floats = 2 + 48 + (48 + 16 + 16 + 48 + 6) + 3 * 88 + 7 * 4 + (48 + 48 + 48 + 88)
+        mask = 64 * 32 * 4
+        assert costs.saved_bytes(job(tiny), 0) == 64 * 4 * floats + mask
+        # The block's output, its gradient, and two gradients of the MLP's width.
+        assert costs.backward_bytes(job(tiny), 0) == 64 * 4 * (2 * 48 + 2 * 88)
+        # 100 rows of the head and their logits for 62 positions; supervised rows twice, all rows twice.
+        assert costs.loss_bytes(job(tiny)) == 4 * (100 * (48 + 62) + 48 * (2 * 62 + 2 * 64))
+        parameters = (
+            2 * 4 * sum(n + k for n, k in [(48, 48), (16, 48), (16, 48), (48, 48), (88, 48), (88, 48), (48, 88)])
+        )
+        parts = peak_parts(job(tiny), FLOOR)[1]
+        assert parts["adapter"] == 4 * parameters + 14 * costs.SLOT_OBJECT_BYTES
+        assert parts["gradients"] == 4 * parameters
+        assert parts["optimizer"] == 8 * parameters
+
+    def test_moments(self, tiny: Any) -> None:
+        hidden = 64 * 48 * 4
+        buffer = 88 * 48 * 4  # the largest linear of a block
+        moment, parts = peak_parts(job(tiny), FLOOR)
+        assert moment == "backward"
+        assert parts["block_inputs"] == 2 * hidden
+        assert parts["block_workspace"] == buffer + costs.saved_bytes(job(tiny), 1) + costs.backward_bytes(job(tiny), 1)
+        assert parts["kept_activations"] == parts["logits"] == 0
+
+        moment, parts = peak_parts(job(tiny, recompute_layers=0, loss_tile_rows=10), FLOOR)
+        assert moment == "backward"
+        assert parts["block_inputs"] == 2 * hidden
+        assert parts["kept_activations"] == costs.saved_bytes(job(tiny), 0)
+
+        moment, parts = peak_parts(job(tiny, recompute_layers=0), FLOOR)
+        assert moment == "loss"
+        assert parts["block_inputs"] == 3 * hidden
+        assert parts["kept_activations"] == 2 * costs.saved_bytes(job(tiny), 0)
+        assert parts["block_workspace"] == buffer
+
+        moment, parts = peak_parts(job(tiny, tokenizer_file_bytes=10 * MIB, num_tokens=5, num_rows=2), FLOOR)
+        assert moment == "reading"
+        data = 5 * 8 + 2 * costs.ROW_OBJECT_BYTES + costs.LEFT_BYTES + 150 * MIB
+        assert parts == dict.fromkeys(parts, 0) | {"floor": FLOOR, "data": data}
+
+    def test_adapters_in_the_upper_blocks(self, tiny: Any) -> None:
+        upper = LoraConfig(r=4, layers_to_transform=(1,)).resolved(tiny)
+        parts = peak_parts(job(tiny, adapter=upper, recompute_layers=1), FLOOR)[1]
+        assert parts["block_inputs"] == 64 * 48 * 4
+        assert 2 * parts["gradients"] == peak_parts(job(tiny), FLOOR)[1]["gradients"]
+
+    def test_large_gradients_are_given_back_between_steps(self, tmp_path: Path) -> None:
+        config = tiny_config("llama", hidden_size=4800, intermediate_size=96, vocab_size=9600)
+        model = dataclasses.replace(FAMILIES["llama"].config_from_hf(config), head_dim=8)
+        at_loss = {"loss_tile_rows": 9600, "recompute_layers": 2, "adapter": LoraConfig(r=8).resolved(model)}
+        once, twice = (peak_parts(job(model, gradient_accumulation_steps=n, **at_loss), FLOOR) for n in (1, 2))
+        assert once[0] == twice[0] == "loss"
+        # Tensors of 8 x 4800 floats are 150 KiB: two of them are A of q, k, v, gate, up, and B of o and down.
+        large = 2 * 7 * 8 * 4800 * 4
+        assert twice[1]["gradients"] - once[1]["gradients"] == large
+
+    def test_dropout(self, tiny: Any) -> None:
+        dropped = LoraConfig(r=4, lora_dropout=0.1).resolved(tiny)
+        widths = (48, 48, 48, 48, 48, 48, 88)
+        shared = 48 + 48 + 48 + 88
+        more = costs.saved_bytes(job(tiny, adapter=dropped), 0) - costs.saved_bytes(job(tiny), 0)
+        assert more == 64 * (4 * (sum(widths) - shared) + sum(widths))
+
+
+def saved_by_torch(base: Path, adapter: LoraConfig, layer: int, batch: int, length: int) -> int:
+    """Bytes that autograd keeps for one block, counted by its own hooks; what is not the block's is left out."""
+    import torch
+
+    from edgetune.adapters.attach import attach, set_dropout
+    from edgetune.models.decoder import load_decoder
+
+    decoder = load_decoder(base)
+    parameters = attach(decoder, adapter)
+    set_dropout(decoder, (0, 0))
+    x = torch.randn(batch, length, decoder.config.hidden_size, requires_grad=True)
+    positions = torch.arange(length)[None].repeat(batch, 1)
+    context = decoder.context(length, positions, torch.zeros(batch, length, dtype=torch.int64))
+    outside = [x, context.cos, context.sin, *parameters.values(), *(b for _, b in decoder.named_buffers())]
+    foreign = {tensor.untyped_storage().data_ptr() for tensor in outside}
+    saved: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in foreign:
+            saved[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = decoder.layers[layer](x, context)
+    assert y.requires_grad
+    return sum(size for size, _ in saved.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoraConfig(r=4),
+        LoraConfig(r=2, target_modules=("q_proj", "v_proj")),
+        LoraConfig(r=3, target_modules=("up_proj",), layers_to_transform=(1,)),
+        LoraConfig(r=4, lora_dropout=0.1),
+    ],
+    ids=["all", "q-v", "up", "dropout"],
+)
+def test_saved_bytes_are_what_torch_saves(tmp_path: Path, family: str, adapter: LoraConfig) -> None:
+    base = write_model(tmp_path, tiny_config(family), tokenizer=False)
+    model = load_config(base)
+    resolved = adapter.resolved(model)
+    for batch, length in ((1, 24), (3, 40)):
+        expected = saved_by_torch(base, resolved, 1, batch, length)
+        counted = costs.saved_bytes(job(model, adapter=resolved, batch_size=batch, max_seq_length=length), 1)
+        assert counted == pytest.approx(expected, rel=0.005), (counted - expected, expected)
+
+
+class TestPlan:
+    def test_everything_adds_up(self, model: Path) -> None:
+        made = plan(model, "pixel-9")
+        assert sum(made.parts.values()) == made.predicted_peak_bytes < made.budget_bytes == 3686 * MIB
+        assert made.parts["floor"] == made.floor_bytes == FLOOR
+        assert made.fits and made.simulated and not made.concessions
+        assert (made.engine, made.grid, made.device) == ("torch", "int4", "pixel-9")
+        assert (made.batch_size, made.gradient_accumulation_steps, made.max_seq_length) == (8, 1, 256)
+
+    def test_keys_that_scripts_rely_on(self, model: Path) -> None:
+        assert {
+            "fits", "engine", "grid", "budget_bytes", "predicted_peak_bytes", "floor_bytes", "parts", "concessions",
+            "predicted_step_seconds", "adapter",
+        } <= set(plan(model, "pixel-9").to_dict())  # fmt: skip
+
+    @pytest.mark.parametrize(("device", "simulated"), [("pixel-9", True), ("galaxy-watch-7", True), ("rpi-5", False)])
+    def test_simulated(self, model: Path, device: str, simulated: bool) -> None:
+        assert plan(model, device).simulated is simulated
+
+    def test_budgets_by_name(self, model: Path) -> None:
+        memory = load_device("galaxy-watch-7").memory
+        for name, size in (("foreground", memory.budget_mib), ("background", memory.budget_background_mib)):
+            made = plan(model, "galaxy-watch-7", budget=name)
+            assert (made.budget_name, made.budget_bytes) == (name, size * MIB)
+        assert plan(model, "galaxy-watch-7", budget=200).budget_bytes == 200 * MIB
+
+    def test_min_is_the_smallest(self, model: Path) -> None:
+        least = plan(model, "pixel-9", budget="min")
+        assert least.predicted_peak_bytes < least.budget_bytes
+        assert plan(model, "pixel-9", budget=least.budget_bytes // MIB).predicted_peak_bytes <= least.budget_bytes
+        with pytest.raises(BudgetError):
+            plan(model, "pixel-9", budget=least.budget_bytes // MIB - 1)
+
+    def test_leaves_room_for_its_own_error(self, model: Path) -> None:
+        for budget in range(120, 300, 9):
+            made = plan(model, "pixel-9", budget=budget)
+            room = made.budget_bytes - made.predicted_peak_bytes
+            assert room >= 0.02 * made.predicted_peak_bytes + 0.05 * (made.predicted_peak_bytes - FLOOR)
+
+    def test_base_folder_and_its_grid(self, model: Path, tmp_path: Path) -> None:
+        base = quantize(model, "int4", tmp_path / "base")
+        assert plan(base, "host").grid == "int4"
+        assert plan(model, "host").grid == "nf4"
+        assert plan(model, "pixel-9", grid="nf4").grid == "nf4"
+        with pytest.raises(ConfigError, match="is on the int4 grid already, not on nf4"):
+            plan(base, "host", grid="nf4")
+
+    def test_file_backed_bytes_are_those_of_the_base(self, model: Path, tmp_path: Path) -> None:
+        base = quantize(model, "nf4", tmp_path / "base")
+        before, after = plan(model, "host").file_backed_bytes, plan(base, "host").file_backed_bytes
+        assert after == sum(info.nbytes for info in open_base(base).weights.values())
+        assert before == after
+
+    def test_double_quantization_is_widened_on_the_heap(self, model: Path, tmp_path: Path) -> None:
+        single = quantize(model, "nf4", tmp_path / "single")
+        double = quantize(model, "nf4", tmp_path / "double", double_quant=True)
+        blocks = sum(-(-n * k // 64) for n, k in load_config(model).matrices().values())
+        parts = [plan(base, "host").parts["base"] for base in (single, double)]
+        assert parts[1] - parts[0] == 4 * blocks
+
+    @pytest.mark.parametrize(
+        ("wishes", "said"),
+        [
+            ({"engine": "ort"}, "engine = 'ort'; edgetune .* has torch only"),
+            ({"grid": "nf5"}, "grid = 'nf5'; choose from nf4, int4"),
+            ({"budget": "most"}, "budget = 'most'; expected foreground"),
+            ({"budget": 0}, "budget = 0; expected"),
+            ({"budget": True}, "budget = True; expected"),
+            ({"budget": 12289}, "budget = 12289; .* to the 12288 of pixel-9"),
+            ({"config": TrainConfig(batch_size=0)}, "batch_size: found 0; expected an integer from 1"),
+            ({"config": TrainConfig(learning_rate=float("nan"))}, "learning_rate: found nan"),
+            ({"config": TrainConfig(lr_scheduler_type="cosin")}, "did you mean 'cosine'"),
+            ({"config": TrainConfig(max_seq_length=257)}, "max_seq_length = 257; the model has 256 positions"),
+            ({"config": TrainConfig(recompute_layers=9)}, "recompute_layers = 9; the gradient passes 8 blocks"),
+            ({"adapter": LoraConfig(r=0)}, "r = 0"),
+        ],
+    )
+    def test_wrong_wishes(self, model: Path, wishes: dict[str, Any], said: str) -> None:
+        with pytest.raises(ConfigError, match=said):
+            plan(model, "pixel-9", **wishes)
+
+    def test_every_setting_changes_the_plan(self, model: Path) -> None:
+        """No field of the configs may be read and forgotten."""
+        other: dict[str, Any] = {
+            "batch_size": 3, "gradient_accumulation_steps": 5, "max_seq_length": 100, "recompute_layers": 2,
+            "num_epochs": 1.5, "max_steps": 7, "learning_rate": 1e-3, "lr_scheduler_type": "linear",
+            "warmup_ratio": 0.5, "weight_decay": 0.1, "max_grad_norm": 2.0, "eval_fraction": 0.2, "seed": 3,
+        }  # fmt: skip
+        assert set(other) == {field.name for field in dataclasses.fields(TrainConfig)}
+        before = plan(model, "rpi-5")
+        for name, value in other.items():
+            after = plan(model, "rpi-5", config=TrainConfig(**{name: value}))
+            assert getattr(after, name) == value != getattr(before, name), name
+        adapters: dict[str, Any] = {
+            "r": 5, "lora_alpha": 3.0, "lora_dropout": 0.1, "target_modules": ("k_proj",), "use_rslora": True,
+            "layers_to_transform": (1, 3),
+        }  # fmt: skip
+        assert set(adapters) == {field.name for field in dataclasses.fields(LoraConfig)}
+        for name, value in adapters.items():
+            after = plan(model, "rpi-5", adapter=LoraConfig(**{name: value}))
+            assert getattr(after.adapter, name) == value != getattr(before.adapter, name), name
+
+
+def plans_by_budget(model: Path, **wishes: Any) -> Iterator[Plan]:
+    """The smallest plan, then those of budgets from there upwards."""
+    smallest = plan(model, "pixel-9", budget="min", **wishes)
+    yield smallest
+    least = smallest.budget_bytes // MIB
+    for budget in [*range(least, least + 60, 4), *range(least + 60, 1000, 60)]:
+        yield plan(model, "pixel-9", budget=budget, **wishes)
+
+
+class TestLadder:
+    def test_order(self, model: Path) -> None:
+        """A rung is stepped on only below all rungs above it; recomputation may be taken back afterwards."""
+        seen = set()
+        for made in plans_by_budget(model):
+            conceded = [c.setting for c in made.concessions]
+            assert conceded == [name for name in RUNGS if name in conceded]
+            deepest = max(map(list(RUNGS).index, conceded), default=-1)
+            assert set(conceded) | {"recompute_layers"} >= set(list(RUNGS)[: deepest + 1])
+            seen.add(tuple(conceded))
+        assert () in seen
+        assert any("layers_to_transform" in conceded for conceded in seen)
+
+    def test_a_larger_budget_never_costs_more(self, model: Path) -> None:
+        def cost(made: Plan) -> tuple[Any, ...]:
+            return (
+                {c.setting for c in made.concessions} - {"recompute_layers"}, -made.batch_size, -made.loss_tile_rows,
+                -made.max_seq_length, -made.adapter.rank, -len(made.adapter.target_modules or ()),
+                -len(made.adapter.layers_to_transform or ()),
+            )  # fmt: skip
+
+        made = [cost(p) for p in plans_by_budget(model)]
+        for smaller, larger in itertools.pairwise(made):
+            assert larger[0] <= smaller[0]
+            assert all(b <= a for a, b in zip(smaller[1:], larger[1:], strict=True))
+
+    def test_what_each_rung_does(self, model: Path) -> None:
+        least = plan(model, "pixel-9", budget="min")
+        assert {c.setting: (c.wanted, c.given) for c in least.concessions} == {
+            "batch_size": ("8", "1"),
+            "recompute_layers": ("0", "1"),
+            "loss_tile_rows": ("4000", "256"),
+            "max_seq_length": ("256", "64"),
+            "target_modules": ("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "q_proj,v_proj"),
+            "r": ("8", "2"),
+            "layers_to_transform": ("0-7", "7"),
+        }
+        assert least.batch_size * least.gradient_accumulation_steps == 8
+        assert all("min takes the smallest" in c.reason for c in least.concessions)
+        assert "gradient_accumulation_steps 8 keeps the effective batch" in least.concessions[0].reason
+
+    def test_reasons_name_need_and_budget(self, model: Path) -> None:
+        made = plan(model, "pixel-9", budget=220)
+        assert [c.setting for c in made.concessions] == ["batch_size"]
+        needed = re.match(r"8 needs (\d+) MiB; 220 MiB are allowed", made.concessions[0].reason)
+        assert needed and 220 < int(needed[1]) < 1000
+
+    def test_alpha_follows_a_conceded_rank(self, model: Path) -> None:
+        least = plan(model, "pixel-9", budget="min").adapter
+        assert (least.r, least.lora_alpha, least.scaling) == (2, 4, 2.0)
+
+    def test_spends_what_is_left_on_less_recomputation(self, model: Path) -> None:
+        layers = {made.recompute_layers for made in plans_by_budget(model, config=TrainConfig(max_seq_length=256))}
+        assert len(layers) > 4
+
+    @pytest.mark.parametrize(
+        ("setting", "value"),
+        [
+            ("batch_size", 4), ("recompute_layers", 1), ("max_seq_length", 128), ("r", 16),
+            ("target_modules", ("o_proj", "k_proj")), ("layers_to_transform", tuple(range(8))),
+        ],
+    )  # fmt: skip
+    def test_what_was_set_is_never_conceded(self, model: Path, setting: str, value: Any) -> None:
+        of_adapter = setting in {field.name for field in dataclasses.fields(LoraConfig)}
+        wishes: dict[str, Any] = (
+            {"adapter": LoraConfig(**{setting: value})} if of_adapter else {"config": TrainConfig(**{setting: value})}
+        )
+        for made in plans_by_budget(model, **wishes):
+            assert getattr(made.adapter if of_adapter else made, setting) == value
+            assert setting not in {c.setting for c in made.concessions}
+
+    def test_accumulation_that_was_set_stays(self, model: Path) -> None:
+        made = plan(model, "pixel-9", budget="min", config=TrainConfig(gradient_accumulation_steps=2))
+        assert (made.batch_size, made.gradient_accumulation_steps) == (1, 2)
+        assert made.concessions[0].wanted == "4"
+
+
+def wishes_from(flags: str, adapter: dict[str, Any], config: dict[str, Any]) -> tuple[LoraConfig, TrainConfig]:
+    """The configs with flags as a message names them laid over."""
+    for flag, value in re.findall(r"--(\S+) (\S+)", flags):
+        name = {"layers": "layers_to_transform"}.get(flag, flag.replace("-", "_"))
+        if name == "target_modules":
+            adapter[name] = tuple(value.split(","))
+        elif name == "layers_to_transform":
+            first, _, last = value.partition("-")
+            adapter[name] = tuple(range(int(first), int(last or first) + 1))
+        else:
+            (adapter if name == "r" else config)[name] = int(value)
+    return LoraConfig(**adapter), TrainConfig(**config)
+
+
+class TestRefusal:
+    CASES = (
+        ({}, {"max_seq_length": 256, "batch_size": 8}),
+        ({"r": 8}, {"batch_size": 8}),
+        ({"r": 64, "target_modules": ("q_proj", "v_proj", "down_proj")}, {"batch_size": 2, "max_seq_length": 128}),
+        ({"layers_to_transform": tuple(range(8))}, {"recompute_layers": 0}),
+        ({}, {}),
+    )
+
+    @pytest.mark.parametrize(("adapter", "config"), CASES)
+    @pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
+    def test_what_it_names_fits(
+        self, model: Path, adapter: dict[str, Any], config: dict[str, Any], share: float
+    ) -> None:
+        wishes = {"adapter": LoraConfig(**adapter), "config": TrainConfig(**config)}
+        least = plan(model, "pixel-9", budget="min", **wishes).budget_bytes
+        budget = int((FLOOR + share * (least - FLOOR)) // MIB) - 1
+        with pytest.raises(BudgetError) as error:
+            plan(model, "pixel-9", budget=budget, **wishes)
+        first, _, third = str(error.value).splitlines()
+        assert re.search(r"to train; pixel-9 allows [\d.]+ MiB \(given\): [\d.]+ MiB are missing", first)
+        ways = third.removeprefix("It fits with ").removesuffix(".").split(" or ")
+        for way in ways:
+            if way.startswith("--budget"):
+                exactly = int(way.removeprefix("--budget "))
+                assert plan(model, "pixel-9", budget=exactly, **wishes).fits
+                with pytest.raises(BudgetError):
+                    plan(model, "pixel-9", budget=exactly - 1, **wishes)
+            else:
+                lora, training = wishes_from(way, dict(adapter), dict(config))
+                assert plan(model, "pixel-9", adapter=lora, config=training, budget=budget).fits
+
+    def test_one_setting_before_several(self, model: Path) -> None:
+        config = TrainConfig(batch_size=8, max_seq_length=256)
+        with pytest.raises(BudgetError, match=r"with --batch-size 8 --max-seq-length 256 needs .*\n.*\nIt fits with --batch-size 1 or --budget \d+\.$"):  # fmt: skip  # noqa: E501
+            plan(model, "pixel-9", config=config, budget=125)
+
+    def test_the_foreground_budget_where_that_is_enough(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(planner, "measure_floor", lambda engine, threads: 160 * MIB)
+        with pytest.raises(
+            BudgetError, match=r"allows 153 MiB \(background\)(.|\n)*It fits with --budget foreground\."
+        ):
+            plan(model, "galaxy-watch-7", budget="background")
+
+    def test_nothing_at_all(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(planner, "measure_floor", lambda engine, threads: 2000 * MIB)
+        with pytest.raises(BudgetError, match="No setting makes it fit apple-watch-10: choose a smaller model"):
+            plan(model, "apple-watch-10")
+
+    def test_largest_parts_in_order(self, model: Path) -> None:
+        with pytest.raises(BudgetError) as error:
+            plan(model, "pixel-9", config=TrainConfig(batch_size=256, max_seq_length=256), budget=150)
+        sizes = [float(size) for size in re.findall(r"(\d+(?:\.\d)?) MiB", str(error.value).splitlines()[1])]
+        assert len(sizes) == 3
+        assert sizes == sorted(sizes, reverse=True)
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+class TestRows:
+    @pytest.fixture
+    def texts(self, tmp_path: Path) -> Path:
+        rng = np.random.default_rng(0)
+        return write_rows(tmp_path / "text.jsonl", [{"text": "ab" * int(n)} for n in rng.integers(10, 300, 40)])
+
+    @pytest.fixture
+    def prompts(self, tmp_path: Path) -> Path:
+        rng = np.random.default_rng(0)
+        return write_rows(
+            tmp_path / "prompt.jsonl",
+            [{"prompt": "p" * int(n), "completion": "c" * 60} for n in rng.integers(10, 90, 40)],
+        )
+
+    @pytest.mark.parametrize("budget", ["foreground", "min"])
+    @pytest.mark.parametrize("kind", ["texts", "prompts"])
+    def test_steps_are_those_that_training_makes(
+        self, model: Path, request: pytest.FixtureRequest, kind: str, budget: str
+    ) -> None:
+        """Counted again from the file at the planned window, as the trainer does."""
+        data = request.getfixturevalue(kind)
+        made = plan(model, "rpi-5", data=data, budget=budget, config=TrainConfig(num_epochs=2, seed=5))
+        rows, _ = split_eval(read_rows(data, load_tokenizer(model), made.max_seq_length), 0.1, 5)
+        windows = len(pack(rows, made.max_seq_length))
+        assert made.max_steps == -(-2 * windows // (made.batch_size * made.gradient_accumulation_steps))
+        assert made.warmup_steps == round(0.03 * made.max_steps)
+
+    def test_a_window_never_gets_shorter_than_a_prompt_and_its_completion(self, model: Path, prompts: Path) -> None:
+        longest = read_rows(prompts, load_tokenizer(model), 256).longest
+        least = plan(model, "rpi-5", data=prompts, budget="min")
+        assert longest <= least.max_seq_length < 256
+        assert "max_seq_length" not in {c.setting for c in least.concessions} or least.max_seq_length == longest
+
+    def test_texts_can_be_cut(self, model: Path, texts: Path) -> None:
+        assert plan(model, "rpi-5", data=texts, budget="min").max_seq_length == 64
+
+    def test_the_default_window_is_what_rows_need(
+        self, model: Path, texts: Path, prompts: Path, tmp_path: Path
+    ) -> None:
+        assert plan(model, "rpi-5", data=texts).max_seq_length == 256  # all the positions that there are
+        short = write_rows(tmp_path / "short.jsonl", [{"text": "a" * 70}] * 9)
+        assert plan(model, "rpi-5", data=short).max_seq_length == 80  # 71 tokens, rounded up
+        assert plan(model, "rpi-5", data=prompts).max_seq_length == 160
+
+    def test_a_window_that_was_set_must_hold_the_rows(self, model: Path, prompts: Path) -> None:
+        with pytest.raises(DataError, match="max_seq_length"):
+            plan(model, "rpi-5", data=prompts, config=TrainConfig(max_seq_length=100))
+
+    def test_no_larger_batch_than_there_are_windows(self, model: Path, tmp_path: Path) -> None:
+        data = write_rows(tmp_path / "few.jsonl", [{"prompt": "p" * 150, "completion": "c" * 50}] * 4)
+        assert plan(model, "rpi-5", data=data).batch_size == 3  # one of four is held out
+
+    def test_rows_are_counted(self, model: Path, texts: Path) -> None:
+        rows = read_rows(texts, load_tokenizer(model), 256)
+        more = plan(model, "rpi-5", data=texts).parts["data"] - plan(model, "rpi-5").parts["data"]
+        assert more == 8 * rows.num_tokens + costs.ROW_OBJECT_BYTES * len(rows)
+
+
+class TestTime:
+    def test_run_energy_and_window(self, model: Path) -> None:
+        watch = load_device("galaxy-watch-7")
+        made = plan(model, watch, config=TrainConfig(max_steps=100))
+        assert made.predicted_run_seconds == pytest.approx(100 * made.predicted_step_seconds)
+        assert made.predicted_energy_mwh == pytest.approx(watch.power.max_avg_mw * made.predicted_run_seconds / 3600)
+        assert made.num_slices == -(-made.predicted_run_seconds // watch.duty.slice_s)
+        assert made.fits_training_window is (made.predicted_run_seconds <= watch.duty.daily_s)
+        assert plan(model, watch, config=TrainConfig(max_steps=10**9)).fits_training_window is False
+        assert plan(model, watch).predicted_run_seconds is None
+
+    def test_operations_by_hand(self, tmp_path: Path) -> None:
+        tiny = load_config(write_model(tmp_path, TINY, tokenizer=False))
+        weights = 2 * (48 * 48 + 16 * 48) + 3 * 88 * 48
+        trained = 2 * 4 * sum(n + k for n, k in tiny.linear_shapes.values())
+        attention = 4 * 32 * 48
+        # Two blocks forward, again, and backward; the head for 62 positions, three products.
+        flops = 64 * (2 * weights * 6 + attention * (4 + 5) + 2 * trained * 4) + 6 * 301 * 48 * 62
+        assert costs.step_work(job(tiny)).flops == pytest.approx(flops)
+        twice = costs.step_work(job(tiny, gradient_accumulation_steps=2))
+        assert twice.flops == pytest.approx(2 * flops)
+
+    def test_a_faster_device_is_faster(self, model: Path) -> None:
+        seconds = [plan(model, name).predicted_step_seconds for name in ("rpi-zero-2w", "rpi-4", "rpi-5")]
+        assert seconds == sorted(seconds, reverse=True)
+        assert seconds[0] > 3 * seconds[-1]
+
+    def test_recomputation_costs_time(self, model: Path) -> None:
+        none, all_of_them = (
+            plan(model, "rpi-5", config=TrainConfig(recompute_layers=layers)).predicted_step_seconds
+            for layers in (0, 8)
+        )
+        assert 1.1 * none < all_of_them < 1.6 * none
+
+
+class TestJson:
+    @pytest.fixture
+    def made(self, model: Path) -> Plan:
+        return plan(model, "galaxy-watch-7", config=TrainConfig(max_steps=9), budget=130)
+
+    def test_round_trip(self, made: Plan) -> None:
+        assert made.concessions
+        assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"format_version": 2}, "format_version 2, of edgetune .* reads up to 1. Upgrade"),
+            ({"batch_sise": 1}, "batch_sise: unknown key; did you mean batch_size"),
+            ({"batch_size": "1"}, "batch_size: found '1'; expected an integer"),
+            ({"batch_size": True}, "batch_size: found True"),
+            ({"adapter": {"r": 8}, "parts": []}, "parts: found a list; expected a table"),
+            ({"predicted_peak_bytes": 1}, "add up to .* changed by hand"),
+        ],
+    )
+    def test_strict(self, made: Plan, change: dict[str, Any], said: str) -> None:
+        with pytest.raises(ConfigError, match=said):
+            Plan.from_dict(made.to_dict() | change)
+
+    def test_missing_key(self, made: Plan) -> None:
+        values = made.to_dict()
+        del values["grid"]
+        with pytest.raises(ConfigError, match="grid: missing"):
+            Plan.from_dict(values)
+
+    def test_with_steps(self, made: Plan) -> None:
+        open_plan = dataclasses.replace(
+            made, max_steps=None, warmup_steps=None, num_epochs=2.5, batch_size=2, gradient_accumulation_steps=3,
+            warmup_ratio=0.1,
+        )  # fmt: skip
+        filled = open_plan.with_steps(100)
+        assert (filled.max_steps, filled.warmup_steps) == (42, 4)
+        assert filled.with_steps(7) == filled
+
+
+def test_explain(model: Path) -> None:
+    made = plan(model, "galaxy-watch-7", config=TrainConfig(max_steps=9), budget=130)
+    text = made.explain()
+    for part, size in made.parts.items():
+        assert re.search(rf"{part} +{size / MIB:,.1f}? MiB|{part} +\d+ MiB", text), part
+    for concession in made.concessions:
+        assert f"{concession.setting}: {concession.wanted} -> {concession.given}" in text
+    assert "130 MiB (given budget)" in text
+    assert "Predicted for galaxy-watch-7" in text
+    assert "simulated here" in text
+    assert "9 steps in" in text
+
+
+def test_methods_give_what_the_plan_needs() -> None:
+    for method in METHODS.values():
+        assert callable(method.slots) and callable(method.saved_per_token)
+
+
+def test_runs_without_torch_and_onnx(model: Path) -> None:
+    code = f"""
+import sys
+for name in ("torch", "onnx", "onnx_ir", "onnxruntime", "bitsandbytes", "transformers", "peft"):
+    sys.modules[name] = None
+from edgetune import memory, planner
+planner.measure_floor = lambda engine, threads: 1
+print(planner.plan({str(model)!r}, "pixel-9").explain())
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--batch-size", "8", "--recompute-layers", "0"),
+        ("--batch-size", "16", "--recompute-layers", "4", "--gradient-accumulation-steps", "2"),
+    ],
+    ids=["kept", "recomputed"],
+)
+def test_the_peak_of_a_real_run(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """In a process of its own, where the measured peak is the run's alone."""
+    config = tiny_config("llama", hidden_size=192, intermediate_size=512, num_hidden_layers=4, vocab_size=3000)
+    base = quantize(write_model(tmp_path / "model", config), "int4", tmp_path / "base")
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": "abc " * 300}] * 12)
+    command = [
+        sys.executable, "-m", "edgetune", "train", str(base), "--device", "rpi-5", "--data", str(data), "--json",
+        "--out", str(tmp_path / "run"), "--max-steps", "4", "--eval-fraction", "0", *flags,
+    ]  # fmt: skip
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    summary = json.loads(child.stdout.splitlines()[-1])
+    predicted, measured, floor = (
+        summary[key] for key in ("predicted_peak_bytes", "measured_peak_bytes", "floor_bytes")
+    )
+    assert measured - floor > 50 * MIB  # enough to tell a wrong count from a floor that varies
+    assert predicted == pytest.approx(measured, rel=0.05)
+    assert predicted - floor == pytest.approx(measured - floor, rel=0.15)
