@@ -1,0 +1,151 @@
+"""From what was typed to a process that trains: a new run with its plan and base, or a run to go on with.
+
+A run's peak counts against the device's budget, so the process that trains holds nothing else. A model that is on no
+grid yet is quantized in a child; its base lies beside the run, where the next run on it finds it. Then the process of
+the command line, with its parser, replaces itself by `python -m edgetune.launch train JOB`: the same process id,
+terminal and signals, and the floor that the plan counted.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from edgetune import errors, planner
+from edgetune.base import open_base
+from edgetune.console import tell, tensor_progress
+from edgetune.errors import CheckpointError, ConfigError, EdgetuneError, MissingExtraError
+from edgetune.hub import model_folder
+from edgetune.memory import format_mib
+from edgetune.planner import Plan, TrainConfig
+from edgetune.quantizer import quantize
+
+
+def new_run(
+    model: str, device: str, *, data: Path, out: Path, eval_data: Path | None, config: TrainConfig, **wishes: Any
+) -> dict[str, Any]:
+    """Plan, and quantize where the model is not in 4 bits yet. `wishes` are the other ones of `planner.plan`.
+
+    Raises:
+        BudgetError, ConfigError, DeviceError, ModelError, DataError: as `plan` and `quantize` raise them.
+    """
+    if eval_data is not None:  # then no row of `data` is held out, and the plan should count all of them
+        config = replace(config, eval_fraction=0.0)
+    plan = planner.plan(model, device, data=data, config=config, **wishes)
+    folder = model_folder(model)
+    if open_base(folder).grid is None:
+        folder = _quantized(folder, plan.grid, out.with_name(f"{out.name}-base"))
+        plan = replace(plan, model=str(folder))
+    return {"plan": plan, "base": folder, "data": data, "out": out, "eval_data": eval_data}
+
+
+def old_run(run: Path, *, data: Path | None, eval_data: Path | None) -> dict[str, Any]:
+    """A run's plan, base and rows, from its own files; rows that were moved since can be named again.
+
+    Raises:
+        CheckpointError: the folder is no run, or does not say where its rows are.
+    """
+    try:
+        plan = Plan.from_dict(json.loads((run / "plan.json").read_text(encoding="utf-8")))
+        summary = run / "summary.json"
+        known = dict(json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {})
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # the last two: not an object
+        raise CheckpointError(f"{run} cannot be resumed: {error}. Give the folder that --out named.") from error
+    data = data or _path(known.get("data"))
+    if data is None:
+        raise CheckpointError(f"{run} was killed before it noted its rows. Give --data (and --eval-data) again.")
+    base = known.get("base", plan.model)
+    return {
+        "plan": plan, "base": Path(base), "data": data, "out": run,
+        "eval_data": eval_data or _path(known.get("eval_data")),
+    }  # fmt: skip
+
+
+def _path(value: str | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _quantized(model: Path, grid: str, base: Path) -> Path:
+    """Quantize `model` into the folder `base` in a child process."""
+    if base.exists():
+        raise ConfigError(f"{base} exists, and {model} would be quantized into it. Train on it as MODEL, or remove it.")
+    tell(f"{model} is not in 4 bits yet: quantizing it into {base} on the {grid} grid")
+    command = [sys.executable, "-m", "edgetune.launch", "quantize", str(model), grid, str(base)]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if child.returncode == 1 and child.stdout.startswith("{"):
+        last = json.loads(child.stdout)
+        kind = getattr(errors, last["error"])
+        raise kind.__new__(kind, last["message"])  # not every class takes its message as its only argument
+    if child.returncode:
+        raise EdgetuneError(
+            f"quantizing {model} ended with code {child.returncode}. `edgetune quantize` on its own may tell more."
+        )
+    return base
+
+
+def start(job: dict[str, Any], **options: bool | str) -> NoReturn:
+    """Become the process that trains. `job` is what `new_run` or `old_run` returned, `options` are others of `train`.
+
+    Raises:
+        MissingExtraError: torch is not installed.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise MissingExtraError("torch", "train")
+    paths = {name: None if job[name] is None else str(job[name]) for name in ("base", "data", "out", "eval_data")}
+    text = json.dumps({"plan": job["plan"].to_dict(), **paths, **options})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads that wait for each other spin for 300,000 rounds by default, and where another program takes a core they
+    # spin against it: 100 to 1,300 tokens/s on the packaged sample instead of 2,300. Alone it costs 3 %.
+    environment = {"GOMP_SPINCOUNT": "1000", **os.environ}
+    os.execve(sys.executable, [sys.executable, "-m", "edgetune.launch", "train", text], environment)
+
+
+def brief(plan: Plan) -> str:
+    """A plan in a few lines; `plan.explain()` has the rest."""
+    seconds = plan.predicted_run_seconds
+    how_long = "" if seconds is None else f", {seconds:,.0f} s for the whole run"
+    lines = [
+        f"{plan.model} fits {plan.device}: predicted peak {format_mib(plan.predicted_peak_bytes)} of "
+        f"{format_mib(plan.budget_bytes)} ({plan.budget_name} budget)",
+        f"  {plan.method} r {plan.adapter.r} on {plan.grid}, steps of {plan.batch_size} x "
+        f"{plan.gradient_accumulation_steps} windows of {plan.max_seq_length} tokens",
+        f"  predicted for {plan.device}: {plan.predicted_step_seconds:.3g} s per step{how_long}",
+    ]
+    lines += [f"  conceded {c.setting}: {c.wanted} -> {c.given} ({c.reason})" for c in plan.concessions]
+    return "\n".join([*lines, "--explain shows where each MiB goes."])
+
+
+def _quantize_here(model: str, grid: str, base: str) -> int:
+    """The child: an error of ours leaves as one JSON object on stdout."""
+    try:
+        with tensor_progress() as show:
+            quantize(model, grid, base, on_progress=show)
+    except EdgetuneError as error:
+        print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        return 1
+    return 0
+
+
+def _train_here(job: str) -> int:
+    from edgetune.training.command import run_job  # here, so that Ctrl-C while torch is imported is caught below
+
+    return run_job(json.loads(job))
+
+
+def main(verb: str, *words: str) -> int:
+    """`python -m edgetune.launch quantize MODEL GRID FOLDER` or `train JOB`, JOB being JSON; returns the exit code."""
+    try:
+        return _quantize_here(*words) if verb == "quantize" else _train_here(*words)
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

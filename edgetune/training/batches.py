@@ -1,0 +1,46 @@
+"""Which windows a step sees: a function of (seed, step) and nothing else, so resuming needs only the step's number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from edgetune.data import Window, epoch_order, stack
+from edgetune.training.forward import Batch
+
+
+class Batches:
+    """The windows of all epochs as one endless sequence, each epoch in its own order; steps take them in turn.
+
+    A step may reach over the end of an epoch. So every window is seen as often as any other, and all steps are equal.
+    """
+
+    def __init__(
+        self, windows: Sequence[Window], *, batch_size: int, gradient_accumulation_steps: int, seed: int
+    ) -> None:
+        self.windows, self.seed = windows, seed
+        self.batch_size, self.gradient_accumulation_steps = batch_size, gradient_accumulation_steps
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    @property
+    def windows_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation_steps
+
+    def of_step(self, step: int) -> tuple[list[Batch], int]:
+        """The micro-batches of a step counted from zero, and how many of their tokens are no padding."""
+        first = step * self.windows_per_step
+        chosen = [self._window(first + i) for i in range(self.windows_per_step)]
+        return list(in_batches(chosen, self.batch_size)), sum(window.num_tokens for window in chosen)
+
+    def _window(self, position: int) -> Window:
+        epoch, index = divmod(position, len(self.windows))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(len(self.windows), self.seed, epoch)
+        return self.windows[int(self._order[index])]
+
+
+def in_batches(windows: Sequence[Window], batch_size: int) -> Iterator[Batch]:
+    """The windows in order, `batch_size` at a time; the last batch may be smaller."""
+    for start in range(0, len(windows), batch_size):
+        yield stack(windows[start : start + batch_size])

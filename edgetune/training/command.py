@@ -1,0 +1,65 @@
+"""What `edgetune train` does once the plan is made: run it, show it, and end with the right code.
+
+It runs in a process of its own (`launch.start`): the parser and what it imports would add about 10 MiB to a peak that
+counts against a device's budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgetune.console import answer, fail
+from edgetune.errors import EdgetuneError
+from edgetune.memory import format_mib
+from edgetune.plans import Plan
+from edgetune.training.loop import Run, train
+from edgetune.training.progress import show_progress
+
+STOPPED_AT_BUDGET = 75  # EX_TEMPFAIL of sysexits.h: the same again later, or with more, may work
+
+
+def exit_code(summary: Mapping[str, Any]) -> int:
+    """How the process ends for a run that ended so."""
+    if summary["stopped"] == "signal":
+        return 128 + int(summary["signal"])
+    return {"done": 0, "budget": STOPPED_AT_BUDGET}.get(summary["stopped"], 1)
+
+
+def outcome(run: Run) -> str:
+    """A run's end for people: what came out, what it took, and what to do next."""
+    summary = run.summary
+    loss, held_out, speed = (summary[key] for key in ("train_loss", "eval_loss", "tokens_per_second"))
+    lines = [
+        f"{run.folder}: {summary['steps']} of {summary['max_steps']} steps, stopped: {summary['stopped']}",
+        f"  peak memory  {format_mib(summary['measured_peak_bytes'])} measured, "
+        f"{format_mib(summary['predicted_peak_bytes'])} predicted, budget {format_mib(summary['budget_bytes'])} "
+        f"({summary['budget_name']}), held by {summary['enforcement']}",
+        f"  loss         {_number(loss)} on the rows, {_number(held_out)} on held-out rows",
+        f"  speed        {_number(speed)} tokens/s on this machine",
+        f"  adapter      {summary['trainable_parameters']:,} parameters, {format_mib(summary['adapter_bytes'])}",
+    ]
+    if summary["stopped"] == "nonfinite":
+        lines.append("Loss or gradients were not finite too often. Lower --learning-rate and train anew.")
+    elif summary["stopped"] == "done":
+        lines.append(f"Next: edgetune export {run.folder} --out bundle/")
+    else:
+        lines.append(f"Go on with: edgetune train --resume {run.folder}")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:,.4g}"
+
+
+def run_job(job: dict[str, Any]) -> int:
+    """Run the arguments of `train`, show the run, and return the exit code."""
+    as_json = job.pop("as_json")
+    try:
+        with show_progress() as show:
+            run = train(Plan.from_dict(job.pop("plan")), job.pop("base"), **job, on_progress=show)
+    except EdgetuneError as error:
+        fail(error, as_json)
+        return 1
+    answer(run.summary, outcome(run), as_json)
+    return exit_code(run.summary)

@@ -1,0 +1,174 @@
+"""A run from its plan to its adapter: step, evaluate, checkpoint, stop in good order, go on to the bit.
+
+Everything random is a function of (seed, step): the first adapter, the order of the windows, dropout. So a checkpoint
+is the adapter, the optimizer's moments and a few numbers, and a resumed run ends with the same bytes as one that was
+never stopped. Between any two blocks the run may stop, for a signal or at the budget; it then stands at its last
+completed step. Steps whose loss or gradient is not finite change nothing and are counted.
+
+Left out: holding the process to a profile's compute, slices of time, other step rules (see `STEP_RULES`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgetune.checkpoint import Checkpoint, latest_checkpoint
+from edgetune.data import pack, read_rows, split_eval
+from edgetune.errors import CheckpointError, ConfigError, DataError, ModelError
+from edgetune.memory import Meter, trim_allocator
+from edgetune.plans import Plan
+from edgetune.quantizer import read_manifest
+from edgetune.tokenizer import load_tokenizer
+from edgetune.training.progress import Progress
+from edgetune.training.run import CHECKPOINTS, SUMMARY, Run, open_run
+from edgetune.training.stop import DataLimit, Guard
+from edgetune.training.trainer import Inputs, Trainer
+from edgetune.weights import sha256_file
+
+__all__ = ["Run", "train"]
+
+ENGINE = "torch"
+WEIGHTS = "model.safetensors"
+ENFORCEMENTS = ("none", "governor", "rlimit")
+# Fields of a plan that may differ when a run goes on. They say where it runs and what that costs; recomputation changes
+# no bit; the ratios are in the steps that follow from them.
+_CHANGES_NO_RESULT = frozenset(
+    {
+        "format_version", "edgetune_version", "device", "model", "simulated", "budget_name", "budget_bytes",
+        "floor_bytes", "parts", "peak_moment", "predicted_peak_bytes", "file_backed_bytes", "fits", "concessions",
+        "recompute_layers", "num_epochs", "warmup_ratio", "predicted_step_seconds", "predicted_run_seconds",
+        "predicted_energy_mwh", "fits_training_window", "num_slices",
+    }
+)  # fmt: skip
+
+
+def train(
+    plan: Plan,
+    base: str | Path,
+    *,
+    data: str | Path,
+    out: str | Path,
+    eval_data: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    enforce: str = "governor",
+    on_progress: Callable[[Progress], None] | None = None,
+    skip_bad: bool = False,
+) -> Run:
+    """Train the adapter that a plan describes and write a run folder.
+
+    Args:
+        plan: every number of the run.
+        base: the base/ folder on the plan's grid.
+        data: rows to learn from, JSON Lines.
+        out: the run folder.
+        eval_data: rows to evaluate on; None takes the plan's `eval_fraction` of the data.
+        resume: go on where the folder's last checkpoint stands; a run that is done is returned at once.
+        force: replace what an earlier run left in the folder.
+        enforce: "governor" stops at the budget, "rlimit" also lets allocations beyond it fail, "none" only measures.
+        on_progress: called after every step.
+        skip_bad: leave bad rows out, up to 1 %.
+
+    Returns:
+        The run; `summary["stopped"]` is done, budget, signal or nonfinite. In each case the folder holds an adapter.
+
+    Raises:
+        ConfigError: the folder exists, or plan and base do not go together.
+        DataError: rows cannot be used.
+        ModelError: the base is missing or damaged.
+        CheckpointError: the folder is in use, a checkpoint cannot be written, or what is resumed differs from the
+            arguments.
+    """
+    if enforce not in ENFORCEMENTS:
+        raise ConfigError(f"enforce = {enforce!r}; choose from {', '.join(ENFORCEMENTS)}.")
+    base, folder = Path(base), Path(out)
+    trim_allocator()
+    with (
+        _threads(plan.threads),
+        Meter(plan.budget_bytes) as meter,
+        Guard(meter, hold_budget=enforce != "none") as guard,
+        open_run(folder, resume=resume, force=force),
+    ):
+        checkpoint, notes = latest_checkpoint(folder / CHECKPOINTS)
+        inputs = _read_inputs(plan, base, Path(data), None if eval_data is None else Path(eval_data), skip_bad)
+        if checkpoint is not None:
+            _check_identity(checkpoint, inputs.identity)
+            if (folder / SUMMARY).exists() and Run(folder).stopped == "done":
+                return Run(folder)
+        limit = DataLimit(plan.budget_bytes) if enforce == "rlimit" else contextlib.nullcontext()
+        trainer = Trainer(inputs, folder, guard, limit, on_progress)
+        for note in notes:
+            trainer.tell(note)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        stopped = trainer.run()
+        held = isinstance(limit, DataLimit) and limit.holds
+        trainer.finish(stopped, "rlimit" if held else "governor" if enforce == "rlimit" else enforce)
+    return Run(folder)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _read_inputs(plan: Plan, base: Path, data: Path, eval_data: Path | None, skip_bad: bool) -> Inputs:
+    """Check everything before the model is loaded: base and plan, all rows of both files."""
+    if plan.engine != ENGINE:
+        raise ConfigError(f"the plan is for the {plan.engine} engine; this is the {ENGINE} engine. Plan again for it.")
+    manifest = read_manifest(base)
+    if manifest["grid"] != plan.grid:
+        raise ConfigError(
+            f"{base} is on the {manifest['grid']} grid; the plan is for {plan.grid}. Quantize or plan again."
+        )
+    if sha256_file(base / WEIGHTS) != manifest["base_sha256"]:
+        raise ModelError(f"{base / WEIGHTS} is not what its manifest names. Run `edgetune quantize` again.")
+    tokenizer = load_tokenizer(base)
+    rows = read_rows(data, tokenizer, plan.max_seq_length, skip_bad=skip_bad)
+    identity: dict[str, Any] = {
+        "base_sha256": manifest["base_sha256"],
+        "tokenizer_sha256": sha256_file(base / "tokenizer.json"),
+        "data_sha256": rows.sha256,
+        "eval_data_sha256": None,
+    }
+    if eval_data is None:
+        rows, held_out = split_eval(rows, plan.eval_fraction, plan.seed)
+    else:
+        held_out = read_rows(eval_data, tokenizer, plan.max_seq_length, skip_bad=skip_bad)
+        identity["eval_data_sha256"] = held_out.sha256
+    if not rows.num_supervised:
+        raise DataError(f"{data} has no token to learn from. Add completions that are not empty.")
+    windows, eval_windows = pack(rows, plan.max_seq_length), pack(held_out, plan.max_seq_length)
+    plan = plan.with_steps(len(windows))
+    values = json.loads(json.dumps(plan.to_dict()))  # as it comes back from a checkpoint: lists, no tuples
+    identity["plan"] = {name: value for name, value in values.items() if name not in _CHANGES_NO_RESULT}
+    return Inputs(plan, base, data, eval_data, windows, eval_windows, identity)
+
+
+def _check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Raises CheckpointError, naming everything that differs from what the checkpoint was made with."""
+    before = checkpoint.state["identity"]
+    hashes = [name for name in identity if name != "plan"]
+    differs = [name.removesuffix("_sha256") for name in hashes if identity[name] != before.get(name)]
+    plan, old = identity["plan"], before["plan"]
+    differs += [
+        f"{name} ({old.get(name)} before, {plan.get(name)} now)"
+        for name in sorted({*plan, *old})
+        if plan.get(name) != old.get(name)
+    ]
+    if differs:
+        raise CheckpointError(
+            f"{checkpoint.folder.parent.parent} was started with something else: {', '.join(differs)}. "
+            "Resume with what it was started with, or train anew with --force."
+        )

@@ -1,0 +1,127 @@
+"""A run folder: who may write it, what is in it, and what is read from it later.
+
+    run/  adapter_config.json  adapter_model.safetensors  plan.json  metrics.jsonl  summary.json  checkpoints/
+
+`summary.json` is written last, whenever a run ends in order: it is the certificate, and its `stopped` says how the run
+ended. A folder without one belongs to a run that goes on, or was killed and can be resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgetune.adapters.base import CONFIG, MODEL
+from edgetune.checkpoint import lock_run
+from edgetune.errors import CheckpointError, ConfigError
+from edgetune.weights import write_atomic
+
+FORMAT_VERSION = 1
+PLAN, METRICS, SUMMARY, CHECKPOINTS = "plan.json", "metrics.jsonl", "summary.json", "checkpoints"
+TRAIN_LOSS_STEPS = 10  # the summary's train_loss is the mean of so many last steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder that `train` wrote and whose run has ended, in whatever way."""
+
+    folder: Path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The certificate: the plan's figures, the measured ones, hashes, and how the run ended."""
+        values: dict[str, Any] = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
+        return values
+
+    @property
+    def stopped(self) -> str:
+        """One of done, budget, signal, nonfinite."""
+        return str(self.summary["stopped"])
+
+
+@contextlib.contextmanager
+def open_run(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
+    """Hold the lock of a run folder that may be written; a folder made for nothing is removed again.
+
+    Raises:
+        ConfigError: it exists and is not empty (without `resume` or `force`), is a link or a file, or cannot be made.
+        CheckpointError: `resume` of something that is no run, or another process holds it.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ConfigError(f"{folder} is a link or a file, which is never replaced. Choose another --out.")
+    present = {path.name for path in folder.iterdir()} - {".lock"} if folder.exists() else set()
+    if resume and not folder.exists():
+        raise CheckpointError(f"{folder} does not exist, so there is nothing to resume. Start without --resume.")
+    if resume and present and PLAN not in present:
+        raise CheckpointError(f"{folder} holds no {PLAN}, so it is no run folder. Check the path given to --resume.")
+    if present and not resume and not force:
+        raise ConfigError(
+            f"{folder} exists and is not empty. Go on with --resume, replace it with --force, or choose another --out."
+        )
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written: {error.strerror}. Choose another --out.") from error
+    try:
+        with lock_run(folder):
+            if force and not resume:
+                _clear(folder)
+            yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # it is not empty: something was written
+                folder.rmdir()
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier run wrote, and nothing else."""
+    for name in (SUMMARY, PLAN, METRICS, CONFIG, MODEL):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    write_atomic(path, json.dumps(values, indent=1) + "\n")
+
+
+class Metrics:
+    """`metrics.jsonl`: one line per step and per evaluation, after a first line with the format's version."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def start(self, step: int) -> None:
+        """Keep the lines up to this step: what a killed run wrote after its last checkpoint is computed again."""
+        kept = [line for line in self.lines() if line["step"] <= step]
+        head = {"format_version": FORMAT_VERSION}
+        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in (head, *kept)))
+
+    def append(self, **values: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All lines but the first; a last one that was cut is left out."""
+        found = []
+        with contextlib.suppress(FileNotFoundError), self.path.open(encoding="utf-8") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    found.append(json.loads(line))
+        return [line for line in found if "step" in line]
+
+    def figures(self) -> dict[str, float | None]:
+        """train_loss, and tokens_per_second over the median step; None where no step was made."""
+        steps = [line for line in self.lines() if "seconds" in line]
+        losses = [line["loss"] for line in steps if line["loss"] is not None][-TRAIN_LOSS_STEPS:]
+        if not losses:
+            return {"train_loss": None, "tokens_per_second": None}
+        seconds = statistics.median(line["seconds"] for line in steps)
+        tokens = statistics.mean(line["tokens"] for line in steps)
+        return {"train_loss": statistics.fmean(losses), "tokens_per_second": tokens / seconds}

@@ -1,0 +1,280 @@
+"""The state of a run and what is done with it: a step, an evaluation, a checkpoint, the end."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgetune import __version__
+from edgetune.adapters.attach import attach, load_tensors
+from edgetune.adapters.base import MODEL, save_adapter
+from edgetune.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
+from edgetune.data import Window
+from edgetune.memory import format_mib
+from edgetune.models.decoder import load_decoder
+from edgetune.plans import Plan
+from edgetune.training import STEP_RULES
+from edgetune.training.backprop import Path as Walk
+from edgetune.training.batches import Batches, in_batches
+from edgetune.training.forward import evaluate
+from edgetune.training.optimizer import OPTIMIZERS, clip_gradients, learning_rate
+from edgetune.training.progress import Progress
+from edgetune.training.run import CHECKPOINTS, METRICS, PLAN, SUMMARY, Metrics, write_json
+from edgetune.training.stop import Guard, Stopped, is_out_of_memory
+from edgetune.weights import sha256_file
+
+MAX_SKIPPED_IN_A_ROW = 20
+EVALUATIONS = 10  # of a run, each followed by a checkpoint
+CHECKPOINT_STEPS = 50  # the most steps that a crash can cost
+_RECENT_STEPS = 20  # the progress bar's speed is their median
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What goes into a run: its plan with the number of steps, the rows as windows, and all that decides its result."""
+
+    plan: Plan
+    base: Path
+    data: Path
+    eval_data: Path | None
+    windows: Sequence[Window]
+    eval_windows: Sequence[Window]
+    identity: dict[str, Any]
+
+    @property
+    def paths(self) -> dict[str, str | None]:
+        """Where everything was read, for whoever goes on with the run or exports it."""
+        named = {"base": self.base, "data": self.data, "eval_data": self.eval_data}
+        return {name: None if path is None else str(path.absolute()) for name, path in named.items()}
+
+
+@dataclass
+class _State:
+    """What a checkpoint knows beside tensors."""
+
+    step: int = 0  # completed ones, skipped ones included
+    updates: int = 0
+    evaluated_step: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    peak_bytes: int = 0
+    peak_rss_bytes: int = 0
+
+
+class Trainer:
+    """One run: its model, its state, and what is done with them."""
+
+    def __init__(
+        self, inputs: Inputs, folder: Path, guard: Guard, limit: AbstractContextManager[None],
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:  # fmt: skip
+        plan = inputs.plan
+        assert plan.max_steps is not None and plan.warmup_steps is not None
+        self.plan, self.inputs, self.folder = plan, inputs, folder
+        self.max_steps, self.warmup_steps = plan.max_steps, plan.warmup_steps
+        self.evaluate_every = max(1, plan.max_steps // EVALUATIONS)
+        self.guard, self.meter, self.limit, self.on_progress = guard, guard.meter, limit, on_progress
+        self.decoder = load_decoder(inputs.base)
+        self.parameters = attach(self.decoder, plan.adapter, plan.seed, plan.method)
+        self.optimizer = OPTIMIZERS[plan.optimizer](self.parameters, weight_decay=plan.weight_decay)
+        self.rule = STEP_RULES["backprop"]
+        first_block = min(plan.adapter.layers_to_transform or (0,))
+        self.walk = Walk(first_block, plan.recompute_layers, plan.loss_tile_rows)
+        self.batches = Batches(
+            inputs.windows, batch_size=plan.batch_size,
+            gradient_accumulation_steps=plan.gradient_accumulation_steps, seed=plan.seed,
+        )  # fmt: skip
+        self.state = _State()
+        self.updating = False  # inside an update the parameters are of no step
+        self.metrics = Metrics(folder / METRICS)
+        self.loss: float | None = None  # of the last step
+        self.recent: deque[tuple[int, float]] = deque(maxlen=_RECENT_STEPS)  # tokens and seconds of the last steps
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Stand where the checkpoint was made."""
+        known = {name: checkpoint.state[name] for name in asdict(self.state)}
+        self.state = _State(**known)
+        load_tensors(self.parameters, checkpoint.tensors("adapter"))
+        self.optimizer.load(checkpoint.tensors("optim"), self.state.updates)
+
+    def run(self) -> str:
+        """Train to the last step or to whatever stops the run before; returns how it ended."""
+        write_json(self.folder / PLAN, self.plan.to_dict())
+        self.metrics.start(self.state.step)
+        self.save()
+        try:
+            while True:
+                self.guard.check()
+                if self.evaluation_is_due():
+                    self.evaluate()
+                    self.save()
+                if self.state.step >= self.max_steps:
+                    return "done"
+                self.one_step()
+                if self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                    return "nonfinite"
+                if self.state.step % CHECKPOINT_STEPS == 0 and not self.evaluation_is_due():
+                    self.save()
+        except Stopped as stop:
+            return stop.reason
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return "budget"
+
+    def evaluation_is_due(self) -> bool:
+        """Whether this step ends with an evaluation, and has not had it; the last one does."""
+        step = self.state.step
+        return self.state.evaluated_step < step and (step % self.evaluate_every == 0 or step >= self.max_steps)
+
+    def one_step(self) -> None:
+        """One optimizer step over all its micro-batches, or none where loss or gradient is not finite."""
+        started = time.perf_counter()
+        plan, step = self.plan, self.state.step
+        batches, num_tokens = self.batches.of_step(step)
+        key = (plan.seed, step)
+        with self.limit:
+            loss = self.rule.loss_and_gradients(
+                self.decoder, batches, self.walk, dropout_key=key, check=self.guard.check
+            )  # fmt: skip
+            norm = clip_gradients(self.parameters.values(), plan.max_grad_norm)
+        rate = learning_rate(
+            step, peak=plan.learning_rate, warmup_steps=self.warmup_steps, max_steps=self.max_steps,
+            schedule=plan.lr_scheduler_type,
+        )  # fmt: skip
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self.updating = True
+            self.optimizer.step(rate)
+            self.updating = False
+        else:
+            self.optimizer.drop_gradients()
+        self.state.step += 1
+        self.state.updates += finite
+        self.state.skipped += not finite
+        self.state.skipped_in_a_row = 0 if finite else self.state.skipped_in_a_row + 1
+        seconds = time.perf_counter() - started
+        self.recent.append((num_tokens, seconds))
+        self.metrics.append(
+            step=self.state.step, loss=loss if finite else None, grad_norm=norm if finite else None, learning_rate=rate,
+            tokens=num_tokens, seconds=seconds, now_bytes=self.meter.now_bytes,
+        )  # fmt: skip
+        self.loss = loss if finite else self.loss
+        self.tell(None if finite else f"step {self.state.step}: loss or gradient is not finite, skipped")
+
+    def evaluate(self) -> None:
+        """Loss over the held-out rows; the best so far is remembered with its step, where a checkpoint follows."""
+        self.state.evaluated_step = self.state.step
+        if not self.inputs.eval_windows:
+            return
+        batches = in_batches(self.inputs.eval_windows, self.plan.batch_size)
+        with self.limit:
+            loss = evaluate(self.decoder, batches, tile_rows=self.plan.loss_tile_rows, check=self.guard.check)
+        self.metrics.append(step=self.state.step, eval_loss=loss if math.isfinite(loss) else None)
+        if math.isfinite(loss) and (self.state.best_loss is None or loss < self.state.best_loss):
+            self.state.best_step, self.state.best_loss = self.state.step, loss
+        self.tell()
+
+    def save(self) -> None:
+        """A checkpoint of the last completed step; a non-finite adapter is none."""
+        if not self.is_finite():
+            return
+        self.state.peak_bytes = max(self.state.peak_bytes, self.meter.peak_bytes)
+        self.state.peak_rss_bytes = max(self.state.peak_rss_bytes, self.meter.peak_rss_bytes)
+        about = {"identity": self.inputs.identity, "paths": self.inputs.paths, "versions": _versions()}
+        state = {**asdict(self.state), **about}
+        tensors = {"adapter": self.tensors(), "optim": self.optimizer.tensors()}
+        save_checkpoint(self.folder / CHECKPOINTS, state, tensors)
+
+    def is_finite(self) -> bool:
+        return all(np.isfinite(value).all() for value in self.tensors().values())
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The adapter as it is now; views, not copies."""
+        return {name: value.detach().numpy() for name, value in self.parameters.items()}
+
+    def finish(self, stopped: str, enforcement: str) -> None:
+        """Write what is kept: the best adapter where one was evaluated, else the last finite one; then the summary."""
+        checkpoints = self.folder / CHECKPOINTS
+        finite = self.is_finite()
+        if self.updating or not finite:
+            stopped = stopped if finite else "nonfinite"
+            last, _ = latest_checkpoint(checkpoints)
+            assert last is not None, "a run begins with a checkpoint"
+            self.restore(last)
+        self.save()
+        best = self.state.best_step
+        tensors = self.tensors() if best is None else read_checkpoint(checkpoints, best).tensors("adapter")
+        save_adapter(self.folder, self.plan.adapter, tensors, str(self.inputs.paths["base"]))
+        write_json(self.folder / SUMMARY, self.summary(stopped, enforcement))
+        if stopped == "budget" and self.state.step == 0:
+            self.tell(
+                f"the budget of {format_mib(self.plan.budget_bytes)} was used up before the first step "
+                f"(peak {format_mib(self.meter.peak_bytes)}); the adapter is the untrained one"
+            )
+
+    def summary(self, stopped: str, enforcement: str) -> dict[str, Any]:
+        """The certificate: the plan, and what was measured."""
+        state = self.state
+        return {
+            **self.plan.to_dict(),
+            "measured_peak_bytes": state.peak_bytes,
+            "measured_peak_rss_bytes": state.peak_rss_bytes,
+            "enforcement": enforcement,
+            "stopped": stopped,
+            "signal": self.guard.signal,
+            "steps": state.step,
+            "skipped_steps": state.skipped,
+            **self.metrics.figures(),
+            "eval_loss": state.best_loss,
+            "best_step": state.best_step,
+            "trainable_parameters": sum(value.numel() for value in self.parameters.values()),
+            "adapter_bytes": (self.folder / MODEL).stat().st_size,
+            "adapter_sha256": sha256_file(self.folder / MODEL),
+            **self.inputs.paths,
+            **{name: value for name, value in self.inputs.identity.items() if name != "plan"},
+            "versions": _versions(),
+        }
+
+    def tell(self, note: str | None = None) -> None:
+        """Report where the run stands, or something that happened."""
+        if self.on_progress is None:
+            return
+        seconds = statistics.median(seconds for _, seconds in self.recent) if self.recent else None
+        tokens = statistics.fmean(tokens for tokens, _ in self.recent) if self.recent else None
+        self.on_progress(
+            Progress(
+                step=self.state.step,
+                steps=self.max_steps,
+                loss=self.loss,
+                eval_loss=self.state.best_loss,
+                tokens_per_second=None if seconds is None or tokens is None else tokens / seconds,
+                now_bytes=self.meter.now_bytes,
+                peak_bytes=self.meter.peak_bytes,
+                budget_bytes=self.plan.budget_bytes,
+                seconds_left=None if seconds is None else seconds * (self.max_steps - self.state.step),
+                note=note,
+            )
+        )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "edgetune": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
