@@ -123,7 +123,7 @@ def dequantize(
 def emit_linear(
     builder: Any, path: str, x: Any, name: str, shape: tuple[int, int], read: Read, *, bias: Any = None, bits: int = 4
 ) -> Any:
-    """X W^T + bias for the weight `name` [N, K]; `read()` gives its codes when the file is written.
+    """Gives x W^T + bias for the weight `name` [N, K]; `read()` gives its codes when the file is written.
 
     Accuracy level 4: activations are rounded to int8 per block, which is what the fast kernels compute.
     """
@@ -157,8 +157,10 @@ def emit_embedding(
 
 
 def _initializers(builder: Any, name: str, shape: tuple[int, int], read: Read, bits: int) -> tuple[Any, Any]:
-    """Codes and scales of a weight. The scales are widened to float32, the type of the activations: exact, and unlike a
-    Cast node they stay mapped and stay constant where graph optimization is off.
+    """Codes and scales of a weight.
+
+    The scales are widened to float32, the type of the activations, which is exact. Kept in float16 behind a Cast node
+    the SmolLM2-135M shape is 7 % smaller on disk, but the widened copies are heap: 147 against 133 MiB anonymous.
     """
     blocks = _num_blocks(shape)
     codes = builder.weight(f"{name}.codes", "uint8", (shape[0], blocks, BLOCK * bits // 8), lambda: read()["codes"])

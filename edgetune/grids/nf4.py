@@ -146,7 +146,7 @@ def _gather(codes: Mapping[str, np.ndarray], columns: int, rows: np.ndarray) -> 
 def emit_linear(
     builder: Any, path: str, x: Any, name: str, shape: tuple[int, int], read: Read, *, bias: Any = None
 ) -> Any:
-    """X W^T + bias for the weight `name` [N, K]; `read()` gives its codes when the file is written.
+    """Gives x W^T + bias for the weight `name` [N, K]; `read()` gives its codes when the file is written.
 
     The kernel dequantizes its whole operand on every call, so a large weight is multiplied in ranges of rows.
     """
@@ -160,23 +160,15 @@ def emit_linear(
         at, operands = path, (codes, absmax)
         if step < rows:
             at, operands = f"{path}/rows.{start}", _row_range(builder, name, columns, start, count)
+        attributes = {"K": columns, "N": count, "block_size": BLOCK, "quant_type": 1}
         pieces.append(
-            builder.op(
-                f"{at}/MatMulBnb4",
-                "MatMulBnb4",
-                [x, *operands],
-                domain="com.microsoft",
-                K=columns,
-                N=count,
-                block_size=BLOCK,
-                quant_type=1,
-            )  # fmt: skip
+            builder.op(f"{at}/MatMulBnb4", "MatMulBnb4", [x, *operands], domain="com.microsoft", **attributes)
         )
     y = pieces[0] if len(pieces) == 1 else builder.op(f"{path}/Concat", "Concat", pieces, axis=-1)
     return y if bias is None else builder.op(f"{path}/bias/Add", "Add", [y, bias])
 
 
-# ids [b, s] ─┬─ Gather(bytes) ── Cast ── Gather(level pairs) ── Reshape [b, s, groups, g] ── Mul ── Reshape ── rows [b, s, K]
+# ids [b, s] ─┬─ Gather(bytes) ── Cast ── Gather(level pairs) ── Reshape [b, s, groups, g] ── Mul ── Reshape [b, s, K]
 #             └─ Mul ── Add ── Div ── Gather(absmax) ── Unsqueeze [b, s, groups, 1] ───────────┘
 def emit_embedding(builder: Any, path: str, ids: Any, name: str, shape: tuple[int, int], read: Read) -> Any:
     """Rows of the weight `name` [V, K] for ids [b, s], by table look-up in standard operators: exact.

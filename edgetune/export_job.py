@@ -1,0 +1,170 @@
+"""What an export starts from: a run, a base or a model opened, with adapter, tokenizer and held-out rows.
+
+Everything that does not go together is refused here, before a byte is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgetune.adapters import lora
+from edgetune.adapters.base import load_adapter
+from edgetune.adapters.lora import LoraConfig
+from edgetune.base import Base, open_base
+from edgetune.data import Row, read_rows, split_eval
+from edgetune.errors import ExportError
+from edgetune.graphs import FORMATS
+from edgetune.grids import GRIDS
+from edgetune.hub import model_folder
+from edgetune.quantizer import quantize
+from edgetune.tokenizer import Tokenizer, load_tokenizer
+from edgetune.weights import sha256_file
+
+# Rotary tables and KV cache grow with it: 128k positions would add 32 MiB of tables that no device could fill.
+CONTEXT_LIMIT = 8192
+_ROW_LENGTH = 512  # tokens of a held-out row, where the run does not say
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter under training's names."""
+
+    config: LoraConfig
+    tensors: dict[str, np.ndarray]
+
+    @property
+    def feeds(self) -> dict[str, np.ndarray]:
+        """The same as inputs of the graph."""
+        return lora.onnx_tensors(self.config, self.tensors)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export: what goes in, and how."""
+
+    base: Base
+    base_sha256: str
+    adapter: Adapter | None
+    weights: str
+    merge: bool
+    rows: Sequence[Row]
+    tokenizer: Tokenizer | None
+
+    @property
+    def context_length(self) -> int:
+        return min(self.base.config.max_position_embeddings, CONTEXT_LIMIT)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        found = self.tokenizer.bos_token_id if self.tokenizer else None
+        return self.base.config.bos_token_id if found is None else found
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        found = self.tokenizer.eos_token_ids if self.tokenizer else ()
+        return found or self.base.config.eos_token_ids
+
+
+def read_job(folder: Path, work: Path, weights: str | None, merge: bool, eval_data: str | Path | None) -> Job:
+    """Open everything that the export needs; refuse what does not go together."""
+    if weights is not None and weights not in FORMATS:
+        raise ExportError(f"weights = {weights!r}; choose from {', '.join(FORMATS)}.")
+    run = _read_run(folder)
+    base = open_base(run["base"] if run else folder)
+    adapter = _read_adapter(folder, base) if run else None
+    if merge and adapter is None:
+        raise ExportError(f"{folder} has no adapter to merge. Export a run folder, or leave --merge off.")
+    stored = base.grid or "fp32"
+    chosen = weights or stored
+    if chosen != stored and not merge:
+        base = _on_grid(base, adapter, chosen, work)
+    sha256 = _base_sha256(base)
+    if run and run.get("base_sha256") not in (None, sha256):
+        raise ExportError(
+            f"{base.folder} has SHA-256 {sha256[:12]}, but {folder} was trained on {run['base_sha256'][:12]}. Put that "
+            f"base back, or train again."
+        )
+    tokenizer = load_tokenizer(base.folder) if (base.folder / "tokenizer.json").is_file() else None
+    return Job(base, sha256, adapter, chosen, merge, _held_out(run, tokenizer, base, eval_data), tokenizer)
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    """What a run says of itself; of another PEFT adapter folder, only its base. Empty for a folder that is neither."""
+    if not (folder / "adapter_config.json").is_file():
+        if (folder / "plan.json").is_file():
+            raise ExportError(
+                f"{folder} is a run that has not ended. Finish it with `edgetune train --resume {folder}`."
+            )
+        return {}
+    path = folder / "summary.json"
+    try:
+        if path.is_file():
+            run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            path = folder / "adapter_config.json"
+            run = {"base": json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]}
+        run["base"] = model_folder(run["base"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ExportError(f"{path} does not say which base was trained on ({error!r}). Train again.") from error
+    return run
+
+
+def _read_adapter(folder: Path, base: Base) -> Adapter:
+    config, tensors = load_adapter(folder, base.config)
+    if not any(value.any() for name, value in tensors.items() if name.endswith("lora_B")):
+        raise ExportError(
+            f"The adapter of {folder} changes nothing: every lora_B is zero. Train it, or export the base."
+        )
+    return Adapter(config, tensors)
+
+
+def _on_grid(base: Base, adapter: Adapter | None, weights: str, work: Path) -> Base:
+    """A dense base quantized for this export. Whatever would round weights that were chosen already is refused."""
+    stored = base.grid or "fp32"
+    if adapter is not None:
+        raise ExportError(
+            f"The adapter was trained around {stored} weights; {weights} would round them under it. Leave --weights "
+            f"out, or fold the adapter in with --merge --weights {weights} and see what rounding costs."
+        )
+    if base.grid is not None or weights not in GRIDS:
+        raise ExportError(
+            f"{base.folder} is stored as {stored}; without an adapter to merge it exports as {stored}"
+            + (f" or {' or '.join(GRIDS)}." if base.grid is None else ". Quantize the original model for another grid.")
+        )
+    return open_base(quantize(base.folder, weights, work / "base"))
+
+
+def _base_sha256(base: Base) -> str:
+    """SHA-256 of the weight file; of the shards' hashes in order where there are several."""
+    files = sorted(base.folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return sha256_file(files[0])
+    return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
+
+
+def _held_out(
+    run: Mapping[str, Any], tokenizer: Tokenizer | None, base: Base, eval_data: str | Path | None
+) -> Sequence[Row]:
+    """The rows that training did not see: those given, else the run's own, where its file is still what it was."""
+    length = min(run.get("max_seq_length", _ROW_LENGTH), base.config.max_position_embeddings, CONTEXT_LIMIT)
+    if tokenizer is None:
+        if eval_data is not None:
+            raise ExportError(f"{base.folder} has no tokenizer.json to read {eval_data} with. Put one there.")
+        return ()
+    if eval_data is not None:
+        return read_rows(eval_data, tokenizer, length).rows
+    split = run.get("eval_data") is None
+    path = run.get("data" if split else "eval_data")
+    if path is None or not Path(path).is_file():
+        return ()
+    rows = read_rows(path, tokenizer, length, skip_bad=True)
+    if rows.sha256 != run.get("data_sha256" if split else "eval_data_sha256"):
+        return ()
+    return (split_eval(rows, run["eval_fraction"], run["seed"])[1] if split else rows).rows

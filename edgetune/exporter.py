@@ -1,0 +1,222 @@
+"""A run, a base or a model in; a bundle folder for stock onnxruntime out, whole or not at all.
+
+The graph is built over the base's mapped bytes and streamed to disk tensor by tensor. Unmerged, the codes in the file
+are the codes that the adapter was trained around, and any adapter of that base fits the graph. The parity gate of
+`parity` then decides whether the folder may appear.
+
+Left out: rounding an unmerged adapter's base onto another grid, several adapters in one bundle, training graphs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import onnxruntime
+import torch
+
+from edgetune import __version__, agreement, parity
+from edgetune.adapters.attach import attach
+from edgetune.adapters.lora import LoraConfig
+from edgetune.bundle import (
+    ADAPTER,
+    ADAPTER_ONNX,
+    DATA,
+    FORMAT_VERSION,
+    GENAI_CONFIG,
+    MANIFEST,
+    MODEL,
+    Bundle,
+    load_bundle,
+)
+from edgetune.errors import ConfigError
+from edgetune.export_job import Adapter, Job, read_job
+from edgetune.graphs.decoder import decoder_graph
+from edgetune.graphs.ops import has_fused_attention
+from edgetune.hub import model_folder
+from edgetune.memory import Meter
+from edgetune.merging import BaseWeights, MergedWeights
+from edgetune.models.decoder import Decoder, load_decoder
+from edgetune.output import folder_in_progress
+from edgetune.weights import TensorInfo, sha256_file, write_safetensors
+
+# onnxruntime-genai allocates its cache for this many positions where a client does not say.
+_GENAI_LENGTH = 2048
+
+
+def export(
+    source: Any,
+    *,
+    out: str | Path,
+    weights: str | None = None,
+    merge: bool = False,
+    eval_data: str | Path | None = None,
+    force: bool = False,
+) -> Bundle:
+    """Write a bundle folder and return it; `bundle.summary()` has the figures.
+
+    Args:
+        source: a run (`Run` or its folder), a base/ folder, a model folder or a Hub id.
+        out: the folder to write.
+        weights: "int4", "nf4", "fp32" or, merged, "int8". None keeps what the base is stored in.
+        merge: fold the run's adapter into the weights and round them again; the cost is measured.
+        eval_data: held-out rows (JSON Lines) for the parity gate; None takes those of the run.
+        force: replace an existing bundle.
+
+    Raises:
+        ExportError: the source is none of these, or base, adapter and weights do not go together.
+        ParityError: the graph does not compute what was trained; nothing is written.
+        ConfigError, ModelError, AdapterError, DataError: from what is read and where it is written.
+    """
+    out = Path(out)
+    if force and out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise ConfigError(f"{out} is not empty and no bundle, so --force does not replace it. Choose another --out.")
+    folder = getattr(source, "folder", None) or model_folder(source)
+    with (
+        folder_in_progress(out, force=force) as temporary,
+        Meter() as meter,
+        # Beside the output: logits are compared through files, which need the disk that the bundle needs anyway.
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.work-", dir=temporary.parent) as work,
+    ):
+        job = read_job(Path(folder), Path(work), weights, merge, eval_data)
+        figures, rounding = _write_model(job, temporary, Path(work))
+        _write_companions(job, temporary)
+        _write_manifest(job, temporary, figures, rounding, meter.peak_rss_bytes)
+    return load_bundle(out)
+
+
+def _write_model(job: Job, folder: Path, work: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Write the graph and its weights, then pass the parity gate: (parity figures, cost of rounding)."""
+    config = job.base.config
+    source = BaseWeights(job.base)
+    if job.merge and job.adapter is not None:
+        source = MergedWeights(job.base, job.adapter.config, job.adapter.tensors, job.weights)
+    builder = decoder_graph(source, data_file=DATA, context_length=job.context_length, slots=not job.merge)
+    builder.save(folder, MODEL, {"edgetune.base_sha256": job.base_sha256})
+    model = folder / MODEL
+    parity.check_bytes(model, source, builder.sha256)
+
+    items, held_out = agreement.probes(job.rows, config.vocab_size, job.context_length)
+    decoder, adapter = _trained(job)
+    expected = parity.spool_logits(decoder, items, work / "expected")
+    rounding = None
+    if isinstance(source, MergedWeights):
+        trained, decoder = expected, load_decoder(job.base.folder)
+        parity.use_written_weights(decoder, model, job.weights)
+        expected = parity.spool_logits(decoder, items, work / "merged")
+        rounding = source.figures() | agreement.rounding_cost(items, trained, expected)
+    del decoder
+    feeds = {} if job.merge else adapter.feeds
+    fast = parity.has_fast_path(job.weights)
+    tuned = job.adapter is not None
+    gated = held_out if tuned else []
+    figures = parity.check_logits(model, config, feeds, items, expected, fast=fast, held_out=gated)
+    figures |= {"adapter": "run" if tuned else "random", "held_out_rows": len(job.rows)}
+    return figures, rounding
+
+
+def _trained(job: Job) -> tuple[Decoder, Adapter]:
+    """Torch's model with the run's adapter, or with a seeded random one that fills every slot."""
+    decoder = load_decoder(job.base.folder)
+    config = job.adapter.config if job.adapter is not None else LoraConfig().resolved(job.base.config)
+    parameters = attach(decoder, config)
+    if job.adapter is not None:
+        values = job.adapter.tensors
+    else:
+        rng = np.random.default_rng(0)
+        values = {
+            name: rng.normal(0, 0.1, tuple(value.shape)).astype(np.float32)
+            for name, value in parameters.items()
+            if name.endswith("lora_B")
+        }
+    for name, value in values.items():
+        parameters[name].data.copy_(torch.from_numpy(value))
+    return decoder, Adapter(config, {name: value.detach().numpy() for name, value in parameters.items()})
+
+
+def _write_companions(job: Job, folder: Path) -> None:
+    """The adapter's two files, the tokenizer's, and what onnxruntime-genai reads."""
+    if job.adapter is not None and not job.merge:
+        feeds = job.adapter.feeds
+        infos = {name: TensorInfo("F32", value.shape) for name, value in feeds.items()}
+        write_safetensors(folder / ADAPTER, infos, feeds.__getitem__, {"base_sha256": job.base_sha256})
+        file = onnxruntime.AdapterFormat()
+        file.set_adapter_version(1)
+        file.set_model_version(1)
+        file.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in feeds.items()})
+        file.export_adapter(str(folder / ADAPTER_ONNX))
+    for path in job.tokenizer.files if job.tokenizer else []:
+        shutil.copyfile(path, folder / path.name)
+    (folder / GENAI_CONFIG).write_text(json.dumps(_genai_config(job), indent=1), encoding="utf-8")
+
+
+def _genai_config(job: Job) -> dict[str, Any]:
+    """`genai_config.json`. onnxruntime-genai refuses keys that it does not know, so nothing else may stand here."""
+    config, ends = job.base.config, list(job.eos_token_ids)
+    special = {"bos_token_id": job.bos_token_id, "pad_token_id": ends[0] if ends else None}
+    return {
+        "model": {
+            "type": config.model_type, "vocab_size": config.vocab_size, "context_length": job.context_length,
+            "eos_token_id": ends, **{key: value for key, value in special.items() if value is not None},
+            "decoder": {
+                "filename": MODEL, "hidden_size": config.hidden_size, "head_size": config.head_dim,
+                "num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads,
+                "num_hidden_layers": config.num_hidden_layers,
+                "session_options": {"log_id": "edgetune", "provider_options": []},
+                "inputs": {
+                    "input_ids": "input_ids", "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits", "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "max_length": min(job.context_length, _GENAI_LENGTH), "do_sample": False,
+            # The cache is written in place; only the contrib attention can.
+            "past_present_share_buffer": has_fused_attention(config),
+        },
+    }  # fmt: skip
+
+
+def _write_manifest(
+    job: Job, folder: Path, figures: Mapping[str, Any], rounding: Mapping[str, Any] | None, peak_rss_bytes: int
+) -> None:
+    config = job.base.config
+    model = {key: getattr(config, key) for key in (
+        "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "head_dim",
+    )}  # fmt: skip
+    model |= {
+        "max_position_embeddings": job.context_length, "bos_token_id": job.bos_token_id,
+        "eos_token_ids": list(job.eos_token_ids),
+    }  # fmt: skip
+    linears = {} if job.merge else config.linears()
+    tokenizer = folder / "tokenizer.json"
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())
+    }
+    manifest = {
+        "format_version": FORMAT_VERSION, "edgetune_version": __version__,
+        "model": model, "grid": job.base.grid, "weights": job.weights, "merged": job.merge,
+        "base_sha256": job.base_sha256,
+        "tokenizer_sha256": sha256_file(tokenizer) if tokenizer.is_file() else None,
+        "slots": [{"name": name, "in_features": k, "out_features": n} for name, (n, k) in linears.items()],
+        "adapter": asdict(job.adapter.config) if job.adapter is not None else None,
+        "parity": dict(figures), "rounding": None if rounding is None else dict(rounding),
+        "peak_rss_bytes": peak_rss_bytes, "files": files,
+        "versions": {
+            "onnxruntime": onnxruntime.__version__, "onnx_ir": onnx_ir.__version__, "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }  # fmt: skip
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -1,0 +1,130 @@
+"""The inference graph of a decoder, with a KV cache and the names that onnxruntime-genai expects.
+
+    input_ids [batch_size, sequence_length], attention_mask [batch_size, total_sequence_length]        int64
+    past_key_values.%d.key/.value [batch_size, kv_heads, past_sequence_length, head_dim]               float32
+    <linear>.lora_A [in, r], <linear>.lora_B [r, out]                                                  float32, optional
+ -> logits [batch_size, sequence_length, vocab_size], present.%d.key/.value                            float32
+
+Initializers keep the base's names plus a suffix (`model.layers.0.mlp.up_proj.weight.codes`), so what was written can be
+compared with what was trained. Rows of a batch may end in padding; padding on the left is not supported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from edgetune.graphs import FORMATS, ops
+from edgetune.graphs.builder import Builder
+from edgetune.grids.int4 import Read
+from edgetune.models.config import DecoderConfig
+from edgetune.models.rope import rope_tables
+
+
+class Matrices(Protocol):
+    """Where the graph's weights come from: a base, or a base with an adapter merged into it."""
+
+    config: DecoderConfig
+
+    def format_of(self, module: str) -> str:
+        """The key in `FORMATS` of a matrix."""
+
+    def codes(self, module: str) -> Mapping[str, np.ndarray]:
+        """The arrays of a matrix in that format; called when they are written."""
+
+    def vector(self, name: str) -> np.ndarray:
+        """A norm or bias, float32."""
+
+
+def decoder_graph(source: Matrices, *, data_file: str, context_length: int, slots: bool) -> Builder:
+    """The graph, ready to be saved. With `slots` every linear of every block takes an adapter."""
+    return _Decoder(source, Builder("decoder", data_file), slots).build(context_length)
+
+
+class _Decoder:
+    """What the parts of one graph share while it is built."""
+
+    def __init__(self, source: Matrices, builder: Builder, slots: bool) -> None:
+        self.source, self.config, self.b, self.slots = source, source.config, builder, slots
+
+    def build(self, context_length: int) -> Builder:
+        b, c = self.b, self.config
+        ids = b.input("input_ids", "int64", ["batch_size", "sequence_length"])
+        mask = b.input("attention_mask", "int64", ["batch_size", "total_sequence_length"])
+        cache = self._cache_shape("past_sequence_length")
+        past = [
+            [b.input(f"past_key_values.{i}.{kind}", "float32", cache) for kind in ("key", "value")]
+            for i in range(c.num_hidden_layers)
+        ]
+        embedding = "model.embed_tokens"
+        emit = FORMATS[self.source.format_of(embedding)].emit_embedding
+        x = emit(b, _path(embedding), ids, f"{embedding}.weight", c.matrices()[embedding], self._read(embedding))
+        shared = ops.attention_inputs(b, ids, mask, rope_tables(c, context_length), c)
+        present = []
+        for i in range(c.num_hidden_layers):
+            x, *kv = self._layer(x, f"model.layers.{i}", past[i], shared)
+            present.append(kv)
+        x = self._norm(x, "model.norm")
+        logits = self._linear(x, "lm_head", embedding if c.tie_word_embeddings else "lm_head")
+        b.output(logits, "logits", "float32", ["batch_size", "sequence_length", c.vocab_size])
+        for i, kv in enumerate(present):
+            for value, kind in zip(kv, ("key", "value"), strict=True):
+                b.output(value, f"present.{i}.{kind}", "float32", self._cache_shape("total_sequence_length"))
+        return b
+
+    def _cache_shape(self, length: str) -> list[int | str]:
+        return ["batch_size", self.config.num_key_value_heads, length, self.config.head_dim]
+
+    def _layer(
+        self, x: ir.Value, name: str, past: list[ir.Value], shared: ops.AttentionInputs
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """One block: x + attention(norm(x)), then x + mlp(norm(x)); also the layer's present key and value."""
+        attention, mlp = f"{name}.self_attn", f"{name}.mlp"
+        h = self._norm(x, f"{name}.input_layernorm")
+        q, k, v = (self._linear(h, f"{attention}.{part}") for part in ("q_proj", "k_proj", "v_proj"))
+        if self.config.qk_norm:
+            q = self._head_norm(q, f"{attention}.q_norm", self.config.num_attention_heads)
+            k = self._head_norm(k, f"{attention}.k_norm", self.config.num_key_value_heads)
+        h, key, value = ops.attention(self.b, _path(attention), (q, k, v), past, shared, self.config)
+        x = self.b.op(f"{_path(attention)}/Add", "Add", [x, self._linear(h, f"{attention}.o_proj")])
+        h = self._norm(x, f"{name}.post_attention_layernorm")
+        gate, up = self._linear(h, f"{mlp}.gate_proj"), self._linear(h, f"{mlp}.up_proj")
+        h = self._linear(ops.silu_gate(self.b, _path(mlp), gate, up), f"{mlp}.down_proj")
+        return self.b.op(f"{_path(mlp)}/Add", "Add", [x, h]), key, value
+
+    def _linear(self, x: ir.Value, name: str, module: str | None = None) -> ir.Value:
+        """The linear `name` over the matrix of `module` (its own, but for a tied head), and its adapter slot."""
+        module = module or name
+        shape = self.config.matrices()[module]
+        slot = self.slots and name in self.config.linears()
+        bias = None
+        if name in self.config.linears() and self.config.has_bias(name.split(".", 3)[3]):
+            bias = self.b.weight(f"{name}.bias", "float32", shape[:1], lambda: self.source.vector(f"{name}.bias"))
+        emit = FORMATS[self.source.format_of(module)].emit_linear
+        y: ir.Value = emit(self.b, _path(name), x, f"{module}.weight", shape, self._read(module), bias=bias)
+        return ops.lora(self.b, _path(name), x, y, name, shape) if slot else y
+
+    def _read(self, module: str) -> Read:
+        return lambda: self.source.codes(module)
+
+    def _norm(self, x: ir.Value, name: str) -> ir.Value:
+        weight = f"{name}.weight"
+        epsilon = self.config.rms_norm_eps
+        return ops.rms_norm(
+            self.b, _path(name), x, weight, self.config.hidden_size, lambda: self.source.vector(weight), epsilon
+        )
+
+    def _head_norm(self, x: ir.Value, name: str, heads: int) -> ir.Value:
+        weight = f"{name}.weight"
+        return ops.head_norm(
+            self.b, _path(name), x, weight, heads, self.config.head_dim, lambda: self.source.vector(weight),
+            self.config.rms_norm_eps,
+        )  # fmt: skip
+
+
+def _path(module: str) -> str:
+    """`model.layers.0.mlp.up_proj` -> `/model/layers.0/mlp/up_proj`."""
+    return "/" + module.replace(".", "/").replace("layers/", "layers.")

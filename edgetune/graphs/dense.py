@@ -1,0 +1,41 @@
+"""Weights in float32: what a dense model or `--weights fp32` exports to. Same functions as a grid's, nothing rounded.
+
+The matrix stays [out, in], as it is stored, so a tied head and the embedding read one table; `FusedMatMul` transposes
+while it packs. Half-precision weights are widened: the CPU kernels would do so at load, on the heap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from edgetune.grids.int4 import Read
+
+NAME = "fp32"
+
+
+def quantize(weight: np.ndarray) -> dict[str, np.ndarray]:
+    """{"weight": the float32 weight [N, K] itself}."""
+    return {"weight": weight}
+
+
+def dequantize(codes: Mapping[str, np.ndarray], shape: tuple[int, int], rows: np.ndarray | None = None) -> np.ndarray:
+    """The float32 weight [rows, K]; `rows` are indices, None is all of them."""
+    return codes["weight"] if rows is None else codes["weight"][rows]
+
+
+def emit_linear(
+    builder: Any, path: str, x: Any, name: str, shape: tuple[int, int], read: Read, *, bias: Any = None
+) -> Any:
+    """Gives x W^T + bias for the weight `name` [N, K]; `read()` gives it when the file is written."""
+    weight = builder.weight(name, "float32", shape, lambda: read()["weight"])
+    y = builder.op(f"{path}/FusedMatMul", "FusedMatMul", [x, weight], domain="com.microsoft", transB=1)
+    return y if bias is None else builder.op(f"{path}/bias/Add", "Add", [y, bias])
+
+
+def emit_embedding(builder: Any, path: str, ids: Any, name: str, shape: tuple[int, int], read: Read) -> Any:
+    """Rows of the weight `name` [V, K] for ids [b, s]."""
+    weight = builder.weight(name, "float32", shape, lambda: read()["weight"])
+    return builder.op(f"{path}/Gather", "Gather", [weight, ids], axis=0)

@@ -1,0 +1,147 @@
+"""One rule per operation of a decoder: what it emits into a graph. The weights' own rules stand with their format.
+
+A rule takes a builder, the path that its nodes are named by, and values; it returns values. Only operators with a CPU
+kernel in stock onnxruntime are used: ai.onnx opset 23 and, where those are faster, com.microsoft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from edgetune.graphs.builder import CONTRIB, Builder
+from edgetune.models.config import DecoderConfig
+
+Produce = Callable[[], np.ndarray]
+_INT32 = int(ir.DataType.INT32)
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What the attention of every layer shares: rotary tables [context, head_dim/2], and the lengths or positions."""
+
+    tables: tuple[ir.Value, ir.Value]
+    seqlens_k: ir.Value | None  # int32 [b] and int32 [], for the contrib operator
+    total_sequence_length: ir.Value | None
+    position_ids: ir.Value | None  # int64 [b, s], for the standard operators
+
+
+def rms_norm(b: Builder, path: str, x: ir.Value, name: str, size: int, produce: Produce, epsilon: float) -> ir.Value:
+    """The value x / sqrt(mean(x^2) + epsilon) * weight over the last dimension, of length `size`."""
+    weight = b.weight(name, "float32", (size,), produce)
+    return b.op(f"{path}/RMSNormalization", "RMSNormalization", [x, weight], axis=-1, epsilon=epsilon)
+
+
+# x [b, s, heads*d] ── Reshape [b, s, heads, d] ── RMSNormalization ── Reshape [b, s, heads*d]
+def head_norm(
+    b: Builder, path: str, x: ir.Value, name: str, heads: int, head_dim: int, produce: Produce, epsilon: float
+) -> ir.Value:
+    """RMSNorm of each head on its own (Qwen3)."""
+    split = b.constant(f"/shape/{heads}x{head_dim}", np.array([0, 0, heads, head_dim], np.int64))
+    joined = b.constant(f"/shape/{heads * head_dim}", np.array([0, 0, heads * head_dim], np.int64))
+    x = b.op(f"{path}/split/Reshape", "Reshape", [x, split])
+    x = rms_norm(b, path, x, name, head_dim, produce, epsilon)
+    return b.op(f"{path}/join/Reshape", "Reshape", [x, joined])
+
+
+# x [..., K] ── MatMul(lora_A [K, r]) ── MatMul(lora_B [r, N]) ── Add(y) ── [..., N]
+def lora(b: Builder, path: str, x: ir.Value, y: ir.Value, module: str, shape: tuple[int, int]) -> ir.Value:
+    """The sum y + (x A) B with A and B as optional inputs of any rank; left out they have rank 0 and change nothing.
+
+    The scaling is folded into B. One symbol per slot names the rank, so slots may differ in theirs.
+    """
+    rows, columns = shape
+    rank = f"{module}.r"
+    a = b.optional_input(f"{module}.lora_A", [columns, rank], np.zeros((columns, 0), np.float32))
+    c = b.optional_input(f"{module}.lora_B", [rank, rows], np.zeros((0, rows), np.float32))
+    inner = b.op(f"{path}/lora_A/MatMul", "MatMul", [x, a])
+    return b.op(f"{path}/Add", "Add", [y, b.op(f"{path}/lora_B/MatMul", "MatMul", [inner, c])])
+
+
+# gate ─┬─ Sigmoid ─ Mul ─ Mul(up)
+#       └────────────┘
+def silu_gate(b: Builder, path: str, gate: ir.Value, up: ir.Value) -> ir.Value:
+    """The product silu(gate) * up, with silu(x) = x * sigmoid(x)."""
+    silu = b.op(f"{path}/silu/Mul", "Mul", [gate, b.op(f"{path}/silu/Sigmoid", "Sigmoid", [gate])])
+    return b.op(f"{path}/Mul", "Mul", [silu, up])
+
+
+def has_fused_attention(config: DecoderConfig) -> bool:
+    """Whether the contrib operator takes this head size; its rotary embedding wants a multiple of 16."""
+    return config.head_dim % 16 == 0
+
+
+def attention_inputs(
+    b: Builder, ids: ir.Value, mask: ir.Value, tables: Sequence[np.ndarray], config: DecoderConfig
+) -> AttentionInputs:
+    """The shared inputs of `attention`, from ids [b, s], mask [b, total] (1 = token) and (cos, sin)."""
+    cos, sin = (_table(b, name, table) for name, table in zip(("cos_cache", "sin_cache"), tables, strict=True))
+    if has_fused_attention(config):
+        return AttentionInputs((cos, sin), *_lengths(b, mask), None)
+    return AttentionInputs((cos, sin), None, None, _positions(b, ids, mask))
+
+
+def _table(b: Builder, name: str, table: np.ndarray) -> ir.Value:
+    return b.weight(name, "float32", table.shape, lambda: table)
+
+
+# mask ─┬─ ReduceSum ── Sub(1) ── Cast ── seqlens_k [b]
+#       └─ Shape ── Gather(1) ── Cast ── total_sequence_length
+def _lengths(b: Builder, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
+    one = b.constant("/mask/one", np.array([1], np.int64))
+    length = b.op("/mask/ReduceSum", "ReduceSum", [mask, one], keepdims=0)
+    seqlens = b.op("/mask/seqlens/Cast", "Cast", [b.op("/mask/Sub", "Sub", [length, one])], to=_INT32)
+    return seqlens, b.op("/mask/total/Cast", "Cast", [_length(b, "/mask", mask)], to=_INT32)
+
+
+# ids, mask ── Range(total - s, total) ── Expand [b, s]
+def _positions(b: Builder, ids: ir.Value, mask: ir.Value) -> ir.Value:
+    total = _length(b, "/mask", mask)
+    start = b.op("/positions/Sub", "Sub", [total, _length(b, "/positions/ids", ids)])
+    step = b.constant("/positions/step", np.array(1, np.int64))
+    positions = b.op("/positions/Range", "Range", [start, total, step])
+    return b.op("/positions/Expand", "Expand", [positions, b.op("/positions/Shape", "Shape", [ids])])
+
+
+def _length(b: Builder, path: str, x: ir.Value) -> ir.Value:
+    """The second dimension of x, int64 []."""
+    axis = b.constant("/shape/second", np.array(1, np.int64))
+    return b.op(f"{path}/Gather", "Gather", [b.op(f"{path}/Shape", "Shape", [x]), axis], axis=0)
+
+
+def attention(
+    b: Builder,
+    path: str,
+    qkv: Sequence[ir.Value],
+    past: Sequence[ir.Value],
+    shared: AttentionInputs,
+    config: DecoderConfig,
+) -> Sequence[ir.Value]:
+    """Causal grouped-query attention with rotary embedding over past and new tokens.
+
+    `qkv` are [b, s, heads*head_dim]; `past` and the returned present are key and value [b, kv_heads, length, head_dim].
+    Returns (output [b, s, heads*head_dim], present key, present value).
+
+    The contrib operator is preferred because past and present may be one buffer there. The standard operators take
+    every even head size and compute the same; they ignore padding in the mask.
+    """
+    heads, kv_heads, scale = config.num_attention_heads, config.num_key_value_heads, config.head_dim**-0.5
+    outputs = ("output", "key", "value")
+    if has_fused_attention(config):
+        return b.op_many(
+            f"{path}/GroupQueryAttention", "GroupQueryAttention",
+            [*qkv, *past, shared.seqlens_k, shared.total_sequence_length, *shared.tables],
+            outputs, domain=CONTRIB, num_heads=heads, kv_num_heads=kv_heads, do_rotary=1, scale=scale,
+        )  # fmt: skip
+    rotary = [*shared.tables, shared.position_ids]
+    q, k = (
+        b.op(f"{path}/{name}/RotaryEmbedding", "RotaryEmbedding", [x, *rotary], num_heads=count)
+        for name, x, count in (("q_rotary", qkv[0], heads), ("k_rotary", qkv[1], kv_heads))
+    )
+    return b.op_many(
+        f"{path}/Attention", "Attention", [q, k, qkv[2], None, *past], outputs,
+        is_causal=1, q_num_heads=heads, kv_num_heads=kv_heads, scale=scale,
+    )  # fmt: skip

@@ -1,0 +1,257 @@
+"""Does the exported graph compute what was trained? Bytes first, then logits, torch against onnxruntime.
+
+    bytes      every weight in the written file, read back, equals the base's own
+    exact      logits in fp32 compute: max difference <= 1e-3, top-1 agreement >= 99.9 %, also through the KV cache
+    fast       the int8-activation kernels that a device will run: another computation, so its KL and top-1 are
+               reported, and gated on what it is for: token accuracy on held-out rows may drop by one point at most
+
+At least 1,000 positions: held-out rows first, seeded token ids where they do not suffice. Torch's logits are spooled to
+disk, so that torch's and onnxruntime's copies of a model are never in memory together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+
+from edgetune import host
+from edgetune.agreement import Agreement, Probe, batches, loss_of, num_positions
+from edgetune.errors import ParityError
+from edgetune.graphs import FORMATS
+from edgetune.merging import BaseWeights, MergedWeights
+from edgetune.models.config import DecoderConfig
+from edgetune.models.decoder import Decoder
+
+MAX_ABS_LOGIT = 1e-3
+MIN_TOP1 = 0.999
+MAX_ACCURACY_DROP = 0.01
+# Formats whose kernels round activations to int8; the others compute the same with and without `force_fp32`.
+_FAST = ("int4", "int8")
+
+
+class Graph:
+    """An exported decoder on onnxruntime. `feeds` are adapter inputs."""
+
+    def __init__(
+        self, model: Path, config: DecoderConfig, feeds: Mapping[str, np.ndarray], *, fp32_compute: bool
+    ) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = host.threads()
+        options.log_severity_level = 3
+        options.enable_mem_pattern = options.enable_cpu_mem_arena = False
+        graph: Path | bytes = model
+        if fp32_compute:
+            options.add_session_config_entry("mlas.qnbit.force_fp32", "1")
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
+            graph = _at_accuracy_level_0(model)
+        self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self._feeds, self._config = dict(feeds), config
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits float32 [B, T, vocab] of ids [B, T]."""
+        return self._run(ids, self._empty(len(ids)))["logits"]
+
+    def logits_in_steps(self, ids: np.ndarray) -> np.ndarray:
+        """The same for ids [1, T] through the cache: half at once, then single tokens, then the rest at once."""
+        half = ids.shape[1] // 2
+        cuts = [0, *range(half, min(half + 5, ids.shape[1])), ids.shape[1]]
+        cache, parts = self._empty(1), []
+        for start, stop in pairwise(cuts):
+            result = self._run(ids[:, start:stop], cache)
+            parts.append(result.pop("logits"))
+            cache = {name.replace("present", "past_key_values"): value for name, value in result.items()}
+        return np.concatenate(parts, 1)
+
+    def _run(self, ids: np.ndarray, cache: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        past = next(iter(cache.values())).shape[2]
+        mask = np.ones((len(ids), past + ids.shape[1]), np.int64)
+        feeds = {"input_ids": ids, "attention_mask": mask, **cache, **self._feeds}
+        return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+
+    def _empty(self, batch: int) -> dict[str, np.ndarray]:
+        empty = np.zeros((batch, self._config.num_key_value_heads, 0, self._config.head_dim), np.float32)
+        layers = range(self._config.num_hidden_layers)
+        return {f"past_key_values.{i}.{kind}": empty for i in layers for kind in ("key", "value")}
+
+
+def _at_accuracy_level_0(model: Path) -> bytes:
+    """The model with 8-bit products in fp32 compute: their kernel does not know `force_fp32` (measured on 1.31.1)."""
+    loaded = ir.load(model)
+    for node in loaded.graph:
+        if node.op_type == "MatMulNBits" and node.attributes["bits"].as_int() == 8:
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+    serialized: bytes = ir.to_proto(loaded).SerializeToString()
+    return serialized
+
+
+def spool_logits(decoder: Decoder, items: Sequence[Probe], path: Path) -> np.ndarray:
+    """Torch's logits of all positions in order, float32 [positions, vocab], mapped from `path`."""
+    spool = np.memmap(path, np.float32, "w+", shape=(num_positions(items), decoder.config.vocab_size))
+    at = 0
+    for ids, group in batches(items):
+        with torch.no_grad():
+            logits = decoder(torch.from_numpy(ids)).numpy()
+        for row, probe in zip(logits, group, strict=True):
+            spool[at : at + len(probe.ids)] = row[: len(probe.ids)]
+            at += len(probe.ids)
+    return spool
+
+
+def compare(graph: Graph, items: Sequence[Probe], expected: np.ndarray) -> dict[str, Any]:
+    """Agreement of the graph with spooled logits."""
+    agreement, at = Agreement(), 0
+    for ids, group in batches(items):
+        for row, probe in zip(graph.logits(ids), group, strict=True):
+            agreement.add(expected[at : at + len(probe.ids)], row[: len(probe.ids)])
+            at += len(probe.ids)
+    return agreement.figures()
+
+
+def task_metric(graph: Graph, items: Sequence[Probe]) -> dict[str, Any]:
+    """Mean NLL (nats per token) and token accuracy on the supervised positions of held-out probes."""
+    totals = np.zeros(3)
+    for ids, group in batches(items):
+        for row, probe in zip(graph.logits(ids), group, strict=True):
+            totals += loss_of(row[: len(probe.ids)], probe.labels)
+    return {"loss": totals[0] / totals[2], "token_accuracy": totals[1] / totals[2], "positions": int(totals[2])}
+
+
+def check_bytes(model: Path, source: BaseWeights, produced: Mapping[str, str]) -> None:
+    """Every weight in the written file equals the base's own bytes; of a merged one, the bytes that were produced.
+
+    Raises ParityError naming the first tensor that differs.
+    """
+    written = read_back(model)
+    if isinstance(source, MergedWeights):
+        differing = [
+            name for name, digest in produced.items() if hashlib.sha256(written[name].data).hexdigest() != digest
+        ]
+    else:
+        differing = [name for name, array in _expected(source) if not np.array_equal(written[name], array)]
+    if differing:
+        raise ParityError(
+            f"{len(differing)} tensors in {model} differ from the base, first {differing[0]}: the bundle would not "
+            f"hold the bytes that were trained on. Check the disk and export again; if it stays, report it as a defect"
+        )
+
+
+def _expected(source: BaseWeights) -> Iterator[tuple[str, np.ndarray]]:
+    """Initializer name -> what it must hold, from the base."""
+    for module in source.config.matrices():
+        for kind, array in source.codes(module).items():
+            name = f"{module}.weight" if kind == "weight" else f"{module}.weight.{kind}"
+            # Float16 scales are widened, which is exact.
+            yield name, array if array.dtype == np.uint8 else array.astype(np.float32)
+    for name in source.config.vectors():
+        yield name, source.vector(name)
+
+
+def read_back(model: Path) -> dict[str, np.ndarray]:
+    """The initializers of a model file, those in its data file mapped."""
+    values = ir.load(model).graph.initializers.values()
+    return {str(value.name): value.const_value.numpy() for value in values if value.const_value is not None}
+
+
+class _WrittenLinear(torch.nn.Module):
+    """y = x W^T + bias over a weight as it was written, dequantized on every call."""
+
+    def __init__(self, weights: str, codes: Mapping[str, np.ndarray], shape: tuple[int, int], bias: Any) -> None:
+        super().__init__()
+        self._weights, self._codes, self._shape, self._bias = weights, codes, shape, bias
+
+    def _rows(self, rows: np.ndarray | None = None) -> torch.Tensor:
+        weight = FORMATS[self._weights].dequantize(self._codes, self._shape, rows)
+        return torch.from_numpy(np.require(weight, requirements="W"))  # torch wants memory that it could write to
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self._rows(), self._bias)
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        unique, inverse = np.unique(ids.numpy(), return_inverse=True)
+        return self._rows(unique)[torch.from_numpy(inverse.reshape(ids.shape))]
+
+
+def use_written_weights(decoder: Decoder, model: Path, weights: str) -> None:
+    """Replace every matrix of a decoder by the one in a written model file: torch's view of a merged export."""
+    written = read_back(model)
+    matrices = decoder.config.matrices()
+    for module, shape in matrices.items():
+        name = f"{module}.weight"
+        found = {key.removeprefix(name).lstrip("."): value for key, value in written.items() if key.startswith(name)}
+        # The weight itself, or its parts; longer names are views of the same bytes.
+        codes = {key or "weight": value for key, value in found.items() if "." not in key}
+        path, _, leaf = module.removeprefix("model.").rpartition(".")
+        parent = decoder.get_submodule(path)
+        setattr(parent, leaf, _WrittenLinear(weights, codes, shape, getattr(parent, leaf).bias))
+    if decoder.config.tie_word_embeddings:
+        decoder.lm_head = decoder.embed_tokens
+
+
+def check_logits(
+    model: Path,
+    config: DecoderConfig,
+    feeds: Mapping[str, np.ndarray],
+    items: Sequence[Probe],
+    expected: np.ndarray,
+    *,
+    fast: bool,
+    held_out: Sequence[Probe] = (),
+) -> dict[str, Any]:
+    """The gate on logits; its figures. `expected` are torch's logits for `items`.
+
+    The task metric is measured on `held_out` probes. With `fast` the kernels that round activations are measured too,
+    and gated on that metric.
+    Raises ParityError where fp32 compute is off by more than 1e-3, whole or through the cache, or its top-1 agrees
+    below 99.9 %, or where int8 activations cost more than one point of token accuracy.
+    """
+    graph = Graph(model, config, feeds, fp32_compute=True)
+    figures = compare(graph, items, expected)
+    first = Agreement()
+    first.add(expected[: len(items[0].ids)], graph.logits_in_steps(items[0].ids[None])[0])
+    figures["max_abs_logit_cached"] = first.figures()["max_abs_logit"]
+    _check_exact(figures)
+    if held_out:
+        figures["task"] = {"exact": task_metric(graph, held_out)}
+    if fast:
+        graph = Graph(model, config, feeds, fp32_compute=False)
+        figures["fast"] = compare(graph, items, expected)
+        if held_out:
+            figures["task"]["fast"] = task_metric(graph, held_out)
+            _check_task(**figures["task"])
+    return figures
+
+
+def _check_exact(figures: Mapping[str, Any]) -> None:
+    worst = max(figures["max_abs_logit"], figures["max_abs_logit_cached"])
+    if worst > MAX_ABS_LOGIT or figures["top1_agreement"] < MIN_TOP1:
+        raise ParityError(
+            f"The exported graph does not compute what was trained: over {figures['rows']} positions the largest logit "
+            f"difference is {figures['max_abs_logit']:.2e}, {figures['max_abs_logit_cached']:.2e} through the cache "
+            f"(allowed {MAX_ABS_LOGIT:.0e}), and top-1 agreement {figures['top1_agreement']:.2%} "
+            f"(wanted {MIN_TOP1:.1%}). Nothing was written. Report the model's config.json and the version of "
+            f"onnxruntime as a defect"
+        )
+
+
+def _check_task(exact: Mapping[str, Any], fast: Mapping[str, Any]) -> None:
+    drop = exact["token_accuracy"] - fast["token_accuracy"]
+    if drop > MAX_ACCURACY_DROP:
+        raise ParityError(
+            f"Int8 activations cost {drop:.1%} of token accuracy on {fast['positions']} held-out positions "
+            f"({exact['token_accuracy']:.1%} to {fast['token_accuracy']:.1%}; one point is allowed). Nothing was "
+            f"written. Export with --merge --weights fp32, or train longer"
+        )
+
+
+def has_fast_path(weights: str) -> bool:
+    """Whether this format's kernels round activations."""
+    return weights in _FAST

@@ -1,0 +1,241 @@
+"""Rows = FAMILIES x (dense, every grid): the exported graph against torch, and against an independent client."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import tiny_config, write_model
+from tiny_run import adapter_tensors, write_run
+
+from edgetune.adapters.attach import attach, load_tensors
+from edgetune.adapters.lora import LoraConfig, onnx_tensors
+from edgetune.base import open_base
+from edgetune.exporter import export
+from edgetune.graphs.decoder import decoder_graph
+from edgetune.grids import GRIDS, nf4
+from edgetune.merging import BaseWeights
+from edgetune.models import FAMILIES
+from edgetune.models.decoder import load_decoder
+from edgetune.quantizer import quantize
+
+ROWS = [(family, grid) for family in FAMILIES for grid in (None, *GRIDS)]
+ADAPTER = LoraConfig(r=3, lora_alpha=5)
+
+
+def make_base(folder: Path, family: str, grid: str | None, **overrides: Any) -> Path:
+    model = write_model(folder / "model", tiny_config(family, **overrides))
+    return model if grid is None else quantize(model, grid, folder / "base")
+
+
+def write_graph(folder: Path, base: Path, *, slots: bool = True) -> Path:
+    folder.mkdir()
+    builder = decoder_graph(BaseWeights(open_base(base)), data_file="model.onnx.data", context_length=256, slots=slots)
+    builder.save(folder, "model.onnx")
+    return folder / "model.onnx"
+
+
+class Client:
+    """A second, minimal client of the graph: what its inputs and outputs are for, and nothing of edgetune."""
+
+    def __init__(self, model: Path, *, fp32: bool = True) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if fp32:
+            options.add_session_config_entry("mlas.qnbit.force_fp32", "1")
+        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self.empty = {
+            i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+            for i in self.session.get_inputs()
+            if i.name.startswith("past")
+        }
+
+    def run(
+        self,
+        ids: np.ndarray,
+        cache: Mapping[str, np.ndarray] | None = None,
+        feeds: Mapping[str, np.ndarray] | None = None,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        cache = cache or {name: np.repeat(value, len(ids), 0) for name, value in self.empty.items()}
+        past = next(iter(cache.values())).shape[2]
+        inputs = {"input_ids": ids, "attention_mask": np.ones((len(ids), past + ids.shape[1]), np.int64), **cache}
+        names = [output.name for output in self.session.get_outputs()]
+        result = dict(zip(names, self.session.run(names, inputs | dict(feeds or {})), strict=True))
+        return result.pop("logits"), {name.replace("present", "past_key_values"): v for name, v in result.items()}
+
+    def greedy(self, prompt: list[int], count: int, feeds: Mapping[str, np.ndarray] | None = None) -> list[int]:
+        logits, cache = self.run(np.array([prompt]), feeds=feeds)
+        tokens = [int(logits[0, -1].argmax())]
+        while len(tokens) < count:
+            logits, cache = self.run(np.array([tokens[-1:]]), cache, feeds)
+            tokens.append(int(logits[0, -1].argmax()))
+        return tokens
+
+
+@pytest.mark.parametrize(("family", "grid"), ROWS)
+def test_logits_match_torch_with_and_without_an_adapter(tmp_path: Path, family: str, grid: str | None) -> None:
+    base = make_base(tmp_path, family, grid)
+    client = Client(write_graph(tmp_path / "graph", base))
+    ids = np.random.default_rng(3).integers(0, 301, (2, 37))
+    decoder = load_decoder(base)
+    with torch.no_grad():
+        plain = decoder(torch.from_numpy(ids)).numpy()
+        config, tensors = adapter_tensors(base, ADAPTER)
+        load_tensors(attach(decoder, config), tensors)
+        tuned = decoder(torch.from_numpy(ids)).numpy()
+    assert np.abs(tuned - plain).max() > 1, "the adapter has to change something"
+    np.testing.assert_allclose(client.run(ids)[0], plain, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(client.run(ids, feeds=onnx_tensors(config, tensors))[0], tuned, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("head_dim", [8, 12, 16])  # standard operators for 8 and 12, the contrib one for 16
+def test_a_sequence_in_pieces_gives_the_logits_of_the_whole(tmp_path: Path, family: str, head_dim: int) -> None:
+    base = make_base(tmp_path, family, None, head_dim=head_dim)
+    client = Client(write_graph(tmp_path / "graph", base))
+    ids = np.random.default_rng(4).integers(0, 301, (1, 90))
+    whole, _ = client.run(ids)
+    parts, cache = [], None
+    for start, stop in ((0, 1), (1, 50), (50, 51), (51, 52), (52, 90)):
+        logits, cache = client.run(ids[:, start:stop], cache)
+        parts.append(logits)
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-4, rtol=0)
+    with torch.no_grad():
+        np.testing.assert_allclose(whole, load_decoder(base)(torch.from_numpy(ids)).numpy(), atol=1e-4, rtol=0)
+
+
+def test_an_nf4_weight_in_row_ranges_gives_the_same_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base(tmp_path, "qwen2", "nf4")
+    ids = np.random.default_rng(5).integers(0, 301, (1, 20))
+    whole = Client(write_graph(tmp_path / "whole", base)).run(ids)[0]
+    monkeypatch.setattr(nf4, "PIECE_BYTES", 4 * 72 * 50)
+    model = write_graph(tmp_path / "pieces", base)
+    ops = Counter(node.op_type for node in onnx.load(model, load_external_data=False).graph.node)
+    # A block of 64 starts at every eighth row of 72 or 88, so 50 rows become 48 or 40: two ranges for each of the five
+    # linears with more rows than that, one for k and v, seven for the 301 rows of the head.
+    assert ops["MatMulBnb4"] == 2 * (5 * 2 + 2) + 7
+    assert ops["Concat"] == 2 * 5 + 1
+    assert (tmp_path / "whole" / "model.onnx.data").read_bytes() == (
+        tmp_path / "pieces" / "model.onnx.data"
+    ).read_bytes()
+    np.testing.assert_allclose(Client(model).run(ids)[0], whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("family", "grid"), ROWS)
+def test_every_node_has_a_cpu_kernel_and_the_checker_passes(tmp_path: Path, family: str, grid: str | None) -> None:
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    path = write_graph(tmp_path / "graph", make_base(tmp_path, family, grid))
+    onnx.checker.check_model(str(path))
+    model = onnx.load(path, load_external_data=False)
+    kernels = {
+        (kernel.op_name, kernel.domain)
+        for kernel in state.get_all_opkernel_def()
+        if kernel.provider == "CPUExecutionProvider"
+    }
+    missing = {(node.op_type, node.domain) for node in model.graph.node} - kernels
+    assert not missing
+    assert not {"Constant", "ConstantOfShape"} & {node.op_type for node in model.graph.node}
+    assert model.ir_version == 10
+    assert {item.domain: item.version for item in model.opset_import} == {"": 23, "com.microsoft": 1}
+    names = [node.name for node in model.graph.node]
+    assert len(set(names)) == len(names)
+    assert all(name.startswith("/") for name in names)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_tied_table_is_stored_once(tmp_path: Path, grid: str) -> None:
+    base = open_base(make_base(tmp_path, "llama", grid))
+    path = write_graph(tmp_path / "graph", base.folder)
+    spans = {}
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        if tensor.name.startswith("model.embed_tokens.weight.codes"):
+            spans[tensor.name] = (int(entries["offset"]), int(entries["length"]))
+    assert "lm_head.weight.codes" not in spans
+    offset, length = spans["model.embed_tokens.weight.codes"]
+    assert length == base.codes("model.embed_tokens")["codes"].nbytes
+    assert all(offset <= start and start + size <= offset + length for start, size in spans.values())
+
+
+def test_slots_are_optional_inputs_of_any_rank(tmp_path: Path) -> None:
+    base = make_base(tmp_path, "llama", "int4")
+    model = write_graph(tmp_path / "graph", base)
+    session = Client(model).session
+    optional = {item.name: item.shape for item in session.get_overridable_initializers()}
+    linears = open_base(base).config.linears()
+    assert set(optional) == {f"{name}.lora_{part}" for name in linears for part in "AB"}
+    name, (rows, columns) = "model.layers.1.mlp.down_proj", (72, 88)
+    assert optional[f"{name}.lora_A"][0] == columns
+    assert optional[f"{name}.lora_B"][1] == rows
+    without = Client(write_graph(tmp_path / "without", base, slots=False))
+    assert not without.session.get_overridable_initializers()
+    ids = np.random.default_rng(6).integers(0, 301, (1, 9))
+    assert np.array_equal(Client(model).run(ids)[0], without.run(ids)[0]), "empty slots change nothing"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_of_torch_and_graph_agree(tmp_path: Path, family: str) -> None:
+    base = make_base(tmp_path, family, None)
+    decoder = load_decoder(base)
+    tokens = [7, 80, 3]
+    with torch.no_grad():
+        for _ in range(60):
+            tokens.append(int(decoder(torch.tensor([tokens]))[0, -1].argmax()))
+    assert Client(write_graph(tmp_path / "graph", base)).greedy([7, 80, 3], 60) == tokens[3:]
+
+
+def test_stories260k_tells_the_expected_story(tmp_path: Path, real: Callable[[str], Path]) -> None:
+    oracle = json.loads((real("stories260k") / "oracle.json").read_text(encoding="utf-8"))
+    bundle = export(real("stories260k"), out=tmp_path / "bundle")
+    client = Client(bundle.model_path)
+    assert client.greedy(oracle["prompt_ids"], 200) == oracle["expected_new_token_ids"]
+    first = client.run(np.array([oracle["prompt_ids"]]))[0][0, -1, :8]
+    np.testing.assert_allclose(first, oracle["first_step_logits_first_8"], atol=oracle["logit_tolerance"], rtol=0)
+
+
+def genai_greedy(folder: Path, prompt: list[int], count: int, adapter: bool) -> list[int]:
+    og = pytest.importorskip("onnxruntime_genai")
+    model = og.Model(str(folder))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + count, do_sample=False)
+    generator = og.Generator(model, parameters)
+    if adapter:
+        adapters = og.Adapters(model)
+        adapters.load(str(folder / "adapter.onnx_adapter"), "tuned")
+        generator.set_active_adapter(adapters, "tuned")
+    generator.append_tokens(prompt)
+    tokens = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        tokens.append(int(generator.get_next_tokens()[0]))
+    return tokens
+
+
+@pytest.mark.parametrize("head_dim", [8, 16])  # a cache that grows, and one shared buffer
+@pytest.mark.parametrize("grid", [None, *GRIDS])
+def test_onnxruntime_genai_gives_the_same_tokens(tmp_path: Path, grid: str | None, head_dim: int) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    base = make_base(tmp_path, "llama", grid, head_dim=head_dim)
+    bundle = export(write_run(tmp_path / "run", base), out=tmp_path / "bundle")
+    shared = json.loads((bundle.folder / "genai_config.json").read_text(encoding="utf-8"))["search"]
+    assert shared["past_present_share_buffer"] is (head_dim == 16)
+    client, end, prompt = Client(bundle.model_path, fp32=False), bundle.model.eos_token_ids[0], [7, 80, 3]
+
+    def until_end(tokens: list[int]) -> list[int]:
+        return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+    plain = until_end(client.greedy(prompt, 40))
+    tuned = until_end(client.greedy(prompt, 40, bundle.adapter_tensors()))
+    assert plain != tuned
+    assert min(len(plain), len(tuned)) >= 8
+    assert genai_greedy(bundle.folder, prompt, 40, adapter=False) == plain
+    assert genai_greedy(bundle.folder, prompt, 40, adapter=True) == tuned

@@ -1,0 +1,212 @@
+"""Bundles are read strictly: whatever does not fit is named before anything native opens a file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import tiny_config, write_model
+from safetensors.numpy import load_file, save_file
+from tiny_run import write_run
+
+from edgetune.bundle import AdapterSlot, Bundle, check_adapter, load_adapter_tensors, load_bundle
+from edgetune.errors import AdapterError, BundleError
+from edgetune.exporter import export
+from edgetune.quantizer import quantize
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("exported")
+    base = quantize(write_model(folder / "model", tiny_config("llama")), "int4", folder / "base")
+    return export(write_run(folder / "run", base), out=folder / "bundle")
+
+
+@pytest.fixture
+def copy(exported: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported.folder, tmp_path / "bundle"))
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    path = folder / "edgetune.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    change(manifest)
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    return folder
+
+
+def test_a_bundle_knows_its_model_slots_and_size(exported: Bundle) -> None:
+    bundle = load_bundle(exported.folder)
+    assert bundle == exported
+    model = bundle.model
+    assert (model.model_type, model.vocab_size, model.hidden_size, model.num_hidden_layers) == ("llama", 301, 72, 2)
+    assert (model.num_attention_heads, model.num_key_value_heads, model.head_dim) == (9, 3, 8)
+    assert (model.max_position_embeddings, model.bos_token_id, model.eos_token_ids) == (256, 1, (2,))
+    assert len(bundle.slots) == 14
+    assert AdapterSlot("model.layers.1.mlp.down_proj", 88, 72) in bundle.slots
+    assert bundle.nbytes == sum(path.stat().st_size for path in bundle.folder.iterdir())
+    assert bundle.has_adapter
+    tensors = bundle.adapter_tensors()
+    assert {name: value.shape for name, value in tensors.items() if "layers.0" in name} == {
+        "model.layers.0.self_attn.q_proj.lora_A": (72, 3), "model.layers.0.self_attn.q_proj.lora_B": (3, 72),
+        "model.layers.0.mlp.down_proj.lora_A": (88, 3), "model.layers.0.mlp.down_proj.lora_B": (3, 72),
+    }  # fmt: skip
+    summary = bundle.summary()
+    assert summary["bundle_bytes"] == bundle.nbytes
+    assert summary["weights"] == "int4"
+    assert summary["parity"]["rows"] >= 1000
+
+
+def test_reading_a_bundle_imports_nothing_heavy(exported: Bundle) -> None:
+    code = (
+        "import sys; from edgetune.bundle import load_bundle; load_bundle(sys.argv[1]).adapter_tensors();"
+        "print([name for name in ('torch', 'onnx', 'onnx_ir', 'bitsandbytes', 'onnxruntime') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(exported.folder)], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"has no edgetune.json, so it is no bundle"):
+        load_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "\udc80"])
+def test_a_manifest_that_is_no_object(copy: Path, text: str) -> None:
+    (copy / "edgetune.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(BundleError, match=r"edgetune\.json (is not valid JSON|holds a list)"):
+        load_bundle(copy)
+
+
+def test_a_newer_format_is_refused_by_name(copy: Path) -> None:
+    # A newer format may well have other keys: the version is what has to be named.
+    with pytest.raises(BundleError, match="format_version 2 is newer than 1; upgrade edgetune"):
+        load_bundle(edit(copy, lambda manifest: manifest.update(format_version=2, extra=1)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format_version="1"), "format_version is '1', expected 1"),
+        (lambda m: m.update(format_version=None), "format_version is None, expected 1"),
+        (lambda m: m.pop("slots"), r"missing keys \['slots'\], unknown keys \[\]"),
+        (lambda m: m.update(colour=1), r"missing keys \[\], unknown keys \['colour'\]"),
+        (lambda m: m.update(merged=1), "merged is 1, expected bool"),
+        (lambda m: m.update(peak_rss_bytes=True), "peak_rss_bytes is True, expected int"),
+        (lambda m: m.update(grid=4), "grid is 4, expected str or null"),
+        (lambda m: m.update(model=[]), r"model is \[\], expected dict"),
+        (lambda m: m["model"].pop("head_dim"), r"model: missing keys \['head_dim'\]"),
+        (lambda m: m["model"].update(head_dim="8"), "model: head_dim is '8', expected int"),
+        (lambda m: m["model"].update(vocab_size=-1), "model: vocab_size is -1, expected no negative number"),
+        (lambda m: m["model"].update(eos_token_ids=[2, "3"]), "model: eos_token_ids is .* expected no negative number"),
+        (lambda m: m["slots"].append(3), r"slots\[14\] is 3, expected an object"),
+        (lambda m: m["slots"][0].update(extra=1), r"slots\[0\]: missing keys \[\], unknown keys \['extra'\]"),
+        (lambda m: m["files"].pop("model.onnx"), "files does not list model.onnx"),
+        (lambda m: m["files"].pop("model.onnx.data"), "files does not list model.onnx.data"),
+        (lambda m: m["files"].update({"model.onnx": 5}), r"files\['model.onnx'\] is 5, expected an object"),
+        (lambda m: m["files"]["model.onnx"].pop("sha256"), r"files\['model.onnx'\]: missing keys \['sha256'\]"),
+        (lambda m: m["files"]["model.onnx"].update(bytes=1), "model.onnx has .* bytes, edgetune.json says 1"),
+        (lambda m: m["files"].update(gone={"bytes": 1, "sha256": "0"}), "gone is listed in edgetune.json but missing"),
+    ],
+)
+def test_a_wrong_manifest_is_refused(copy: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        load_bundle(edit(copy, change))
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside", "..\\outside", ""])
+def test_a_path_that_leaves_the_folder_is_refused(copy: Path, name: str) -> None:
+    (copy.parent / "outside").write_text("x", encoding="utf-8")
+    with pytest.raises(BundleError, match="points outside of the bundle"):
+        load_bundle(edit(copy, lambda manifest: manifest["files"].update({name: {"bytes": 1, "sha256": "0"}})))
+
+
+def test_a_link_that_leaves_the_folder_is_refused(copy: Path) -> None:
+    moved = (copy / "tokenizer.json").rename(copy.parent / "elsewhere.json")
+    (copy / "tokenizer.json").symlink_to(moved)
+    with pytest.raises(BundleError, match=r"tokenizer\.json is a link that leaves the bundle"):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "adapter.safetensors", "tokenizer.json"])
+def test_one_flipped_bit_is_found(copy: Path, name: str) -> None:
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(data)
+    with pytest.raises(BundleError, match=rf"{name} has SHA-256 .* Copy the bundle again"):
+        load_bundle(copy)
+
+
+def q_proj(rank: int = 3) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    name = "model.layers.0.self_attn.q_proj"
+    return {
+        f"{name}.lora_A": rng.normal(size=(72, rank)).astype(np.float32),
+        f"{name}.lora_B": rng.normal(size=(rank, 72)).astype(np.float32),
+    }
+
+
+def test_adapters_of_any_rank_fit(exported: Bundle) -> None:
+    for rank in (1, 3, 64):
+        check_adapter(exported, q_proj(rank), base_sha256=exported.manifest["base_sha256"])
+
+
+A, B = "model.layers.0.self_attn.q_proj.lora_A", "model.layers.0.self_attn.q_proj.lora_B"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.clear(), "holds no tensor"),
+        (lambda t: t.update(extra=np.ones(3, np.float32)), "extra: the graph has no such input"),
+        (lambda t: t.update({A.replace("q_proj", "lm_head"): t[A]}), "lm_head.lora_A: the graph has no such input"),
+        (lambda t: t.pop(B), "lora_A: comes without its twin lora_B"),
+        (lambda t: t.update({A: t[A].astype(np.float16)}), "lora_A: is float16, expected float32"),
+        (lambda t: t.update({A: t[A][:71]}), r"lora_A: has shape \[71, 3\], expected \[72, 3\]"),
+        (lambda t: t.update({A: t[A].T.copy()}), r"lora_A: has shape \[3, 72\], expected \[72, 3\]"),
+        (lambda t: t.update({B: t[B][:2]}), r"lora_B: has shape \[2, 72\], expected \[3, 72\]"),
+        (lambda t: t.update({A: t[A][:, 0]}), "expected two matrices"),
+        (lambda t: t.update({A: t[A][:, :0], B: t[B][:0]}), "a rank of at least 1"),
+        (lambda t: t[B].__setitem__((1, 5), np.nan), "lora_B: holds NaN or infinity"),
+        (lambda t: t[A].__setitem__((0, 0), -np.inf), "lora_A: holds NaN or infinity"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(
+    exported: Bundle, change: Callable[[dict[str, np.ndarray]], Any], message: str
+) -> None:
+    tensors = q_proj()
+    change(tensors)
+    with pytest.raises(AdapterError, match=message):
+        check_adapter(exported, tensors)
+
+
+def test_every_problem_is_listed(exported: Bundle) -> None:
+    tensors = q_proj() | {"one": np.ones(1, np.float32), "two": np.ones(1, np.float32)}
+    with pytest.raises(AdapterError, match=r"2 of 4 tensors are wrong:\n  one: .*\n  two: "):
+        check_adapter(exported, tensors)
+
+
+def test_an_adapter_of_another_base_is_refused(exported: Bundle) -> None:
+    with pytest.raises(AdapterError, match="notes was trained on base ffffffffffff"):
+        check_adapter(exported, q_proj(), base_sha256="f" * 64, origin="notes")
+
+
+def test_a_damaged_adapter_file_is_refused(exported: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    save_file(q_proj(), path)
+    loaded = load_adapter_tensors(exported, path)
+    assert all(np.array_equal(loaded[name], value) for name, value in load_file(path).items())
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(AdapterError, match=r"adapter\.safetensors"):
+        load_adapter_tensors(exported, path)
+    with pytest.raises(AdapterError, match="cannot be read"):
+        load_adapter_tensors(exported, tmp_path / "none.safetensors")

@@ -1,0 +1,464 @@
+"""What `export` writes, what it refuses, and that its gate catches what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import tiny_config, write_model
+from safetensors.numpy import load_file
+from tiny_run import write_run
+
+from edgetune import agreement, export_job, exporter, parity
+from edgetune.adapters import lora
+from edgetune.adapters.attach import attach, load_tensors
+from edgetune.adapters.base import load_adapter
+from edgetune.adapters.lora import LoraConfig
+from edgetune.base import open_base
+from edgetune.bundle import Bundle, load_bundle
+from edgetune.errors import ConfigError, DataError, ExportError, ModelError, ParityError
+from edgetune.exporter import export
+from edgetune.graphs.builder import Builder
+from edgetune.models.decoder import load_decoder
+from edgetune.quantizer import quantize
+from edgetune.weights import sha256_file
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("exporter") / "model", tiny_config("qwen2"))
+
+
+@pytest.fixture(scope="module")
+def bases(model: Path) -> dict[str, Path]:
+    return {grid: quantize(model, grid, model.parent / grid) for grid in ("int4", "nf4")}
+
+
+def write_rows(path: Path, count: int = 40) -> Path:
+    rows = [{"prompt": f"{i} plus {i} is", "completion": f" {2 * i}, of course"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def logits(bundle: Bundle, ids: np.ndarray, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(bundle.model_path, options, providers=["CPUExecutionProvider"])
+    m = bundle.model
+    cache = {
+        f"past_key_values.{i}.{kind}": np.zeros((1, m.num_key_value_heads, 0, m.head_dim), np.float32)
+        for i in range(m.num_hidden_layers)
+        for kind in ("key", "value")
+    }
+    result: np.ndarray = session.run(
+        ["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids), **cache, **feeds}
+    )[0]
+    return result
+
+
+def test_a_run_becomes_a_bundle_with_its_adapter_in_three_forms(bases: dict[str, Path], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", bases["nf4"])
+    bundle = export(SimpleNamespace(folder=run), out=tmp_path / "bundle")
+    assert {path.name for path in bundle.folder.iterdir()} == {
+        "model.onnx", "model.onnx.data", "adapter.onnx_adapter", "adapter.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "genai_config.json", "edgetune.json",
+    }  # fmt: skip
+    manifest = bundle.manifest
+    assert manifest["base_sha256"] == sha256_file(bases["nf4"] / "model.safetensors")
+    assert manifest["tokenizer_sha256"] == sha256_file(bases["nf4"] / "tokenizer.json")
+    assert (manifest["grid"], manifest["weights"], manifest["merged"]) == ("nf4", "nf4", False)
+    assert {key: manifest["adapter"][key] for key in ("r", "lora_alpha")} == {"r": 3, "lora_alpha": 5}
+    assert manifest["rounding"] is None
+    figures = manifest["parity"]
+    assert figures["adapter"] == "run"
+    assert figures["rows"] >= 1000
+    assert 0 < figures["max_abs_logit"] <= 1e-4
+    assert figures["top1_agreement"] == 1.0
+    assert bundle.summary()["peak_rss_bytes"] > 0
+
+    config, tensors = load_adapter(run, open_base(bases["nf4"]).config)
+    feeds = load_file(bundle.folder / "adapter.safetensors")
+    scaled = {name: value.T * (5 / 3 if name.endswith("B") else 1) for name, value in tensors.items()}
+    assert feeds.keys() == scaled.keys()
+    for name, value in scaled.items():
+        np.testing.assert_allclose(feeds[name], value, rtol=1e-6)
+    read = onnxruntime.AdapterFormat.read_adapter(str(bundle.folder / "adapter.onnx_adapter")).get_parameters()
+    assert {name: value.numpy().tobytes() for name, value in read.items()} == {n: v.tobytes() for n, v in feeds.items()}
+
+    decoder = load_decoder(bases["nf4"])
+    load_tensors(attach(decoder, config), tensors)
+    ids = np.random.default_rng(1).integers(0, 301, (1, 30))
+    with torch.no_grad():
+        expected = decoder(torch.from_numpy(ids)).numpy()
+    np.testing.assert_allclose(logits(bundle, ids, feeds), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("grid", ["int4", "nf4"])
+def test_a_base_and_a_model_export_without_an_adapter(
+    model: Path, bases: dict[str, Path], tmp_path: Path, grid: str
+) -> None:
+    from_base = export(bases[grid], out=tmp_path / "a")
+    from_model = export(model, out=tmp_path / "b", weights=grid)
+    assert not from_base.has_adapter
+    assert from_base.adapter_tensors() == {}
+    assert from_base.manifest["parity"]["adapter"] == "random", "the slots are compared with something in them"
+    names = ("model.onnx", "model.onnx.data", "tokenizer.json")
+    assert [sha256_file(from_model.folder / name) for name in names] == [
+        sha256_file(from_base.folder / n) for n in names
+    ]
+    assert ("fast" in from_base.manifest["parity"]) is (grid == "int4")
+    dense = export(model, out=tmp_path / "c")
+    assert (dense.manifest["grid"], dense.manifest["weights"]) == (None, "fp32")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"], "nothing else is left behind"
+
+
+def test_dense_embeddings_stay_as_they_are(model: Path, tmp_path: Path) -> None:
+    base = quantize(model, "nf4", tmp_path / "base", dense_embeddings=True)
+    bundle = export(write_run(tmp_path / "run", base), out=tmp_path / "bundle")
+    assert bundle.manifest["weights"] == "nf4"
+    written = parity.read_back(bundle.model_path)
+    assert np.array_equal(written["lm_head.weight"], open_base(model).dequantize("lm_head"))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_models_export_in_float32(tmp_path: Path, dtype: str, shards: int) -> None:
+    model = write_model(tmp_path / "model", tiny_config("llama"), dtype=dtype)
+    if shards == 2:
+        split(model)
+    bundle = export(model, out=tmp_path / "bundle")
+    assert bundle.manifest["parity"]["max_abs_logit"] < 1e-4
+    assert len(bundle.manifest["base_sha256"]) == 64
+
+
+def split(model: Path) -> None:
+    """One weight file as two shards and an index."""
+    from edgetune.weights import open_weights, write_safetensors
+
+    weights = open_weights(model)
+    names = list(weights)
+    halves = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, part in halves.items():
+        write_safetensors(model / file, {name: weights[name] for name in part}, weights.array)
+    where = {name: file for file, part in halves.items() for name in part}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}), encoding="utf-8")
+    (model / "model.safetensors").unlink()
+
+
+def test_a_bundle_without_a_tokenizer(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", tiny_config("llama"), tokenizer=False)
+    bundle = export(model, out=tmp_path / "bundle")
+    assert bundle.manifest["tokenizer_sha256"] is None
+    assert bundle.model.eos_token_ids == (2,)
+    with pytest.raises(ExportError, match=r"has no tokenizer.json to read .*rows.jsonl with"):
+        export(model, out=tmp_path / "other", eval_data=write_rows(tmp_path / "rows.jsonl"))
+
+
+def test_long_contexts_are_cut_to_what_a_device_can_fill(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", tiny_config("qwen3", max_position_embeddings=40960))
+    bundle = export(model, out=tmp_path / "bundle")
+    assert bundle.model.max_position_embeddings == export_job.CONTEXT_LIMIT
+    genai = json.loads((bundle.folder / "genai_config.json").read_text(encoding="utf-8"))
+    assert genai["model"]["context_length"] == export_job.CONTEXT_LIMIT
+    assert genai["search"]["max_length"] == 2048
+
+
+# --- merging
+
+
+def merged_logits(run: Path, base: Path, ids: np.ndarray) -> np.ndarray:
+    """Torch with the adapter folded in, before any rounding."""
+    decoder = load_decoder(base)
+    config, tensors = load_adapter(run, decoder.config)
+    load_tensors(attach(decoder, config), tensors)
+    with torch.no_grad():
+        result: np.ndarray = decoder(torch.from_numpy(ids)).numpy()
+    return result
+
+
+@pytest.mark.parametrize("grid", ["int4", "nf4"])
+@pytest.mark.parametrize("weights", ["fp32", "int8", "int4", "nf4"])
+def test_merged_bundles(bases: dict[str, Path], tmp_path: Path, grid: str, weights: str) -> None:
+    run = write_run(tmp_path / "run", bases[grid])
+    bundle = export(
+        run, out=tmp_path / "bundle", merge=True, weights=weights, eval_data=write_rows(tmp_path / "rows.jsonl")
+    )
+    assert (bundle.manifest["merged"], bundle.manifest["weights"], bundle.slots) == (True, weights, ())
+    assert not bundle.has_adapter
+    assert not (bundle.folder / "adapter.onnx_adapter").exists()
+    assert bundle.manifest["parity"]["max_abs_logit"] < 1e-4
+
+    rounding = bundle.manifest["rounding"]
+    low, high = {"fp32": (0, 0), "int8": (0.003, 0.008), "int4": (0.05, 0.1), "nf4": (0.05, 0.1)}[weights]
+    assert low <= rounding["mean_relative_error"] <= high
+    adapted = {f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.q_proj", "mlp.down_proj")}
+    assert rounding["error_over_delta"].keys() == adapted
+    assert rounding["max_error_over_delta"] == pytest.approx(
+        rounding["error_over_delta"][rounding["worst_layer"]], abs=1e-6
+    )
+    assert rounding["loss_before"] > 1
+    assert "error_over_delta" not in bundle.summary()["rounding"]
+    assert bundle.summary()["rounding"]["kl"] == rounding["kl"]
+    # An independent look at the whole: how far is the bundle from the model that was trained?
+    ids = np.random.default_rng(2).integers(0, 301, (1, 60))
+    difference = np.abs(logits(bundle, ids, {}) - merged_logits(run, bases[grid], ids)).max()
+    if weights == "fp32":
+        assert difference < 1e-4
+        assert rounding["loss_after"] == pytest.approx(rounding["loss_before"], abs=1e-5)
+        assert rounding["max_abs_logit"] < 1e-4
+    else:
+        assert 1e-3 < difference < 15
+        assert rounding["loss_after"] != rounding["loss_before"]
+        assert rounding["kl"] > 0
+
+
+@pytest.mark.parametrize("grid", ["int4", "nf4"])
+def test_merging_keeps_the_codes_of_what_has_no_adapter(bases: dict[str, Path], tmp_path: Path, grid: str) -> None:
+    bundle = export(write_run(tmp_path / "run", bases[grid]), out=tmp_path / "bundle", merge=True)
+    assert bundle.manifest["weights"] == grid
+    written, base = parity.read_back(bundle.model_path), open_base(bases[grid])
+    for module in base.config.matrices():
+        same = np.array_equal(written[f"{module}.weight.codes"], base.codes(module)["codes"])
+        assert same is (not module.endswith(("q_proj", "down_proj"))), module
+    assert set(bundle.manifest["rounding"]["error_over_delta"]) < set(base.config.matrices())
+
+
+def test_a_merged_matrix_is_the_sum_in_its_format(bases: dict[str, Path], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", bases["nf4"])
+    bundle = export(run, out=tmp_path / "bundle", merge=True, weights="fp32")
+    base, written = open_base(bases["nf4"]), parity.read_back(bundle.model_path)
+    _, tensors = load_adapter(run, base.config)
+    for module, adapted in (("model.layers.1.mlp.down_proj", True), ("model.layers.1.mlp.up_proj", False)):
+        expected = base.dequantize(module).astype(np.float64)
+        if adapted:
+            expected += tensors[f"{module}.lora_B"].astype(np.float64) @ tensors[f"{module}.lora_A"] * 5 / 3
+        np.testing.assert_allclose(written[f"{module}.weight"], expected, atol=1e-6)
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "message"),
+    [
+        ("model", {"weights": "int2"}, ExportError, "weights = 'int2'; choose from fp32, int8, nf4, int4"),
+        ("model", {"merge": True}, ExportError, "has no adapter to merge"),
+        ("model", {"weights": "int8"}, ExportError, "without an adapter to merge it exports as fp32 or nf4 or int4"),
+        ("base", {"weights": "nf4"}, ExportError, "is stored as int4; .* Quantize the original model for another grid"),
+        ("run", {"weights": "nf4"}, ExportError, "trained around int4 weights; .* --merge --weights nf4"),
+        ("run", {"weights": "int8"}, ExportError, "trained around int4 weights; .* --merge --weights int8"),
+        ("run", {"eval_data": "none.jsonl"}, DataError, "none.jsonl"),
+        ("none", {}, ModelError, "none"),
+        ("empty", {}, ModelError, "config.json cannot be read"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    model: Path,
+    bases: dict[str, Path],
+    tmp_path: Path,
+    kind: str,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    sources = {
+        "model": model, "base": bases["int4"], "run": write_run(tmp_path / "run", bases["int4"]),
+        "none": tmp_path / "none", "empty": tmp_path / "empty",
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        export(sources[kind], out=tmp_path / "bundle", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "run"], "nothing is left behind"
+
+
+def test_runs_that_cannot_be_exported(bases: dict[str, Path], tmp_path: Path) -> None:
+    run, base = tmp_path / "run", bases["int4"]
+    write_run(run, base, base_sha256="f" * 64)
+    with pytest.raises(ExportError, match=r"has SHA-256 .*, but .*run was trained on ffffffffffff"):
+        export(run, out=tmp_path / "bundle")
+    (run / "summary.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(
+        ExportError, match=r"summary.json does not say which base was trained on \(KeyError\('base'\)\)"
+    ):
+        export(run, out=tmp_path / "bundle")
+    (run / "adapter_config.json").unlink()
+    with pytest.raises(ExportError, match=r"is a run that has not ended. Finish it with `edgetune train --resume"):
+        export(run, out=tmp_path / "bundle")
+    other = write_run(tmp_path / "other", base)
+    tensors = load_file(other / "adapter_model.safetensors")
+    from safetensors.numpy import save_file
+
+    save_file({n: v * ("lora_A" in n) for n, v in tensors.items()}, other / "adapter_model.safetensors")
+    with pytest.raises(ExportError, match="changes nothing: every lora_B is zero"):
+        export(other, out=tmp_path / "bundle")
+
+
+def test_a_folder_that_peft_wrote_names_its_base_itself(bases: dict[str, Path], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", bases["int4"])
+    (run / "summary.json").unlink()
+    (run / "plan.json").unlink()
+    assert export(run, out=tmp_path / "bundle").has_adapter
+
+
+def test_an_existing_folder_is_replaced_only_by_force_and_only_if_it_is_a_bundle(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    export(model, out=out)
+    (out / "extra").write_text("x", encoding="utf-8")
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        export(model, out=out)
+    assert load_bundle(out)
+    export(model, out=out, force=True)
+    assert not (out / "extra").exists()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letters").write_text("x", encoding="utf-8")
+    with pytest.raises(ConfigError, match="is not empty and no bundle, so --force does not replace it"):
+        export(model, out=tmp_path / "home", force=True)
+    assert (tmp_path / "home" / "letters").exists()
+
+
+# --- the gate
+
+
+def after_save(monkeypatch: pytest.MonkeyPatch, change: Callable[[Builder, Path], None]) -> None:
+    """Damage what `Builder.save` wrote before the gate looks at it."""
+    save = Builder.save
+
+    def damaged(self: Builder, folder: Path, *args: Any) -> None:
+        save(self, folder, *args)
+        change(self, folder)
+
+    monkeypatch.setattr(Builder, "save", damaged)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("grid", ["int4", "nf4"])
+@pytest.mark.parametrize("suffix", ["mlp.up_proj.weight.codes", "input_layernorm.weight"])
+def test_one_wrong_bit_in_the_file_fails_the_gate(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid: str, suffix: str, merge: bool
+) -> None:
+    name = f"model.layers.1.{suffix}"
+
+    def flip(builder: Builder, folder: Path) -> None:
+        data = bytearray((folder / "model.onnx.data").read_bytes())
+        data[builder.placed[name].offset + 77] ^= 1
+        (folder / "model.onnx.data").write_bytes(data)
+
+    after_save(monkeypatch, flip)
+    run = write_run(tmp_path / "run", bases[grid])
+    with pytest.raises(ParityError, match=rf"1 tensors in .* differ from the base, first {name}"):
+        export(run, out=tmp_path / "bundle", merge=merge)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"], "nothing is written"
+
+
+def test_a_graph_that_computes_something_else_fails_the_gate(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = lora.onnx_tensors
+    monkeypatch.setattr(
+        lora, "onnx_tensors", lambda config, tensors: {n: v * 1.001 for n, v in real(config, tensors).items()}
+    )
+    run = write_run(tmp_path / "run", bases["int4"])
+    with pytest.raises(ParityError, match=r"does not compute what was trained: over \d+ positions the largest logit"):
+        export(run, out=tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_cache_that_is_wrong_fails_the_gate(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = parity.Graph._run
+
+    def forgetful(self: parity.Graph, ids: np.ndarray, cache: Any) -> dict[str, np.ndarray]:
+        return run(self, ids, {name: value[:, :, 1:] for name, value in cache.items()})
+
+    monkeypatch.setattr(parity.Graph, "_run", forgetful)
+    with pytest.raises(ParityError, match="does not compute what was trained"):
+        export(bases["nf4"], out=tmp_path / "bundle")
+
+
+def test_logits_that_are_no_numbers_fail_the_gate() -> None:
+    figures = agreement.Agreement()
+    expected = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32)
+    wrong = expected.copy()
+    wrong[2, 3] = np.nan
+    with np.errstate(invalid="ignore"):
+        figures.add(expected, wrong)
+    assert figures.figures()["max_abs_logit"] == np.inf
+
+
+def test_held_out_rows_of_the_run_gate_the_task(bases: dict[str, Path], tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 60)
+    shared = {"max_seq_length": 64, "seed": 3, "eval_fraction": 0.5, "data_sha256": sha256_file(rows)}
+    run = write_run(tmp_path / "run", bases["int4"], data=str(rows), eval_data=None, **shared)
+    figures = export(run, out=tmp_path / "split").manifest["parity"]
+    assert figures["held_out_rows"] == 30
+    assert figures["task"]["exact"]["positions"] == figures["task"]["fast"]["positions"] > 300
+    assert figures["task"]["exact"]["loss"] == pytest.approx(figures["task"]["fast"]["loss"], rel=0.1)
+    # The data changed since: which rows were held out is no longer known.
+    write_rows(rows, 61)
+    figures = export(run, out=tmp_path / "changed").manifest["parity"]
+    assert figures["held_out_rows"] == 0
+    assert "task" not in figures
+    figures = export(run, out=tmp_path / "given", eval_data=rows).manifest["parity"]
+    assert figures["held_out_rows"] == 61
+    dense = write_run(tmp_path / "nf4", bases["nf4"])
+    task = export(dense, out=tmp_path / "exact", eval_data=rows).manifest["parity"]["task"]
+    assert task.keys() == {"exact"}, "there is no faster kernel for nf4"
+    own = write_run(tmp_path / "own", bases["int4"], data="x", eval_data=str(rows), eval_data_sha256=sha256_file(rows))
+    assert export(own, out=tmp_path / "bundle").manifest["parity"]["held_out_rows"] == 61
+
+
+def test_a_fast_path_that_costs_the_task_fails_the_gate(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, rows = write_run(tmp_path / "run", bases["int4"]), write_rows(tmp_path / "rows.jsonl")
+    measured = iter([0.5, 0.489])
+    monkeypatch.setattr(
+        parity, "task_metric", lambda *_: {"loss": 1.0, "token_accuracy": next(measured), "positions": 400}
+    )
+    with pytest.raises(ParityError, match=r"Int8 activations cost 1.1% of token accuracy on 400 .*50.0% to 48.9%"):
+        export(run, out=tmp_path / "bundle", eval_data=rows)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_agreement_counts_what_it_says() -> None:
+    expected = np.log(np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1]], np.float32))
+    got = np.log(np.array([[0.2, 0.7, 0.1], [0.1, 0.8, 0.1]], np.float32))
+    figures = agreement.Agreement()
+    figures.add(expected, got)
+    kl = 0.7 * np.log(0.7 / 0.2) + 0.2 * np.log(0.2 / 0.7)
+    assert figures.figures() == {
+        "max_abs_logit": pytest.approx(np.log(3.5)), "top1_agreement": 0.5, "kl": pytest.approx(kl / 2), "rows": 2,
+    }  # fmt: skip
+    nll, correct, count = agreement.loss_of(got, np.array([1, -100]))
+    assert (nll, correct, count) == (pytest.approx(-np.log(0.7)), 1, 1)
+
+
+def test_a_run_of_all_linears_with_rslora(bases: dict[str, Path], tmp_path: Path) -> None:
+    config = LoraConfig(r=4, lora_alpha=3, use_rslora=True, layers_to_transform=(1,))
+    bundle = export(write_run(tmp_path / "run", bases["nf4"], config), out=tmp_path / "bundle")
+    assert bundle.manifest["parity"]["max_abs_logit"] < 1e-4
+    assert len(bundle.adapter_tensors()) == 14
+    assert all("layers.1." in name for name in bundle.adapter_tensors())
+
+
+def test_exporter_is_what_the_package_exports() -> None:
+    import edgetune
+
+    assert edgetune.export is exporter.export
+
+
+def test_a_copied_run_keeps_its_base(bases: dict[str, Path], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", bases["nf4"], base_sha256=sha256_file(bases["nf4"] / "model.safetensors"))
+    moved = Path(shutil.copytree(run, tmp_path / "elsewhere" / "run"))
+    assert export(moved, out=tmp_path / "bundle").manifest["base_sha256"] == sha256_file(
+        bases["nf4"] / "model.safetensors"
+    )
