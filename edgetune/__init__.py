@@ -1,0 +1,112 @@
+"""edgetune: fine-tuning inside the memory and compute of a phone, a watch or a small board.
+
+    device = load_device("pixel-9")                      what the device can give
+    plan(model, device) -> Plan                          what will run, and every byte of its peak
+    quantize(model, grid=plan.grid, out=) -> base/       frozen weights in 4 bits
+    train(plan, base, data=, out=) -> Run                an adapter, inside the budget
+    export(run, out=) -> Bundle                          ONNX that stock onnxruntime runs
+    generate(bundle, prompt) · bench(bundle, device)     text, and numbers against the profile
+
+Names are loaded when they are first used: `import edgetune` imports neither numpy nor torch nor onnxruntime, and a
+device without the extra `[train]` has everything that it can run.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from edgetune.errors import (
+    AdapterError,
+    BudgetError,
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    EdgetuneError,
+    ExportError,
+    MissingExtraError,
+    ModelError,
+    ParityError,
+)
+from edgetune.extras import missing_extra
+
+if TYPE_CHECKING:
+    from edgetune.adapters.lora import LoraConfig
+    from edgetune.benchmark import bench
+    from edgetune.bundle import Bundle
+    from edgetune.device import DeviceProfile, list_devices, load_device
+    from edgetune.exporter import export
+    from edgetune.planner import Plan, TrainConfig, plan
+    from edgetune.quantizer import quantize
+    from edgetune.runtime.generate import generate
+    from edgetune.training.loop import Run, train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "BudgetError",
+    "Bundle",
+    "BundleError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DeviceError",
+    "DeviceProfile",
+    "EdgetuneError",
+    "ExportError",
+    "LoraConfig",
+    "MissingExtraError",
+    "ModelError",
+    "ParityError",
+    "Plan",
+    "Run",
+    "TrainConfig",
+    "bench",
+    "export",
+    "generate",
+    "list_devices",
+    "load_device",
+    "plan",
+    "quantize",
+    "train",
+]
+
+# Public name -> module. No module shares its name with a function here, or the second `et.plan` would be the module.
+_HOME = {
+    "Bundle": "edgetune.bundle",
+    "DeviceProfile": "edgetune.device",
+    "LoraConfig": "edgetune.adapters.lora",
+    "Plan": "edgetune.planner",
+    "Run": "edgetune.training.loop",
+    "TrainConfig": "edgetune.planner",
+    "bench": "edgetune.benchmark",
+    "export": "edgetune.exporter",
+    "generate": "edgetune.runtime.generate",
+    "list_devices": "edgetune.device",
+    "load_device": "edgetune.device",
+    "plan": "edgetune.planner",
+    "quantize": "edgetune.quantizer",
+    "train": "edgetune.training.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562). Raises MissingExtraError where its module needs an extra."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'edgetune' has no attribute {name!r}")
+    try:
+        value = getattr(import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error)
+        if missing is None:
+            raise
+        raise missing from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

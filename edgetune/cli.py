@@ -1,0 +1,364 @@
+"""The command `edgetune`: one function for each verb, each a thin layer over the public function of that name.
+
+Exit codes: 0 done; 1 an EdgetuneError (its class and message on stderr, no traceback); 2 a flag that does not parse;
+75 stopped at the budget with a good checkpoint; 130 and 143 stopped by SIGINT and SIGTERM with a good checkpoint.
+
+What a verb found goes to stdout. With --json everything for people goes to stderr, and the last line of stdout is one
+JSON object, an error's too. Modules are imported by the verb that needs them, so `edgetune --help` is quick and a
+device without torch has every verb that can run there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgetune import __version__
+from edgetune.console import answer, fail, flat, stream_text, tell, tell_text, tensor_progress
+from edgetune.errors import EdgetuneError
+from edgetune.extras import missing_extra
+from edgetune.flags import (
+    Budget,
+    Bundle,
+    Device,
+    EvalRows,
+    Force,
+    Grid,
+    Json,
+    Method,
+    Model,
+    Out,
+    Rows,
+    SkipBad,
+    Threads,
+    read_budget,
+    read_settings,
+    takes_settings,
+)
+
+app = typer.Typer(
+    help="Fine-tune a language model inside the memory of a phone, a watch or a small board, and ship it as ONNX.\n\n"
+    "The way through: devices, plan, quantize, train, export, run, bench. In minutes: [bold]edgetune demo[/bold].",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"edgetune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+@app.command()
+def devices(
+    device: Annotated[
+        str | None, typer.Argument(metavar="ID", help="Show this profile in full.", show_default=False)
+    ] = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """List the device profiles, or show one with its sources.
+
+    Example: edgetune devices pixel-watch-3
+    """
+    from edgetune.device import list_devices, load_device
+
+    if device is not None:
+        profile = load_device(device).to_dict()
+        answer(profile, "\n".join(flat(profile)), as_json)
+        return
+    profiles = list_devices()
+    lines = [f"{'ID':<20} {'KIND':<7} {'FOREGROUND':>10} {'BACKGROUND':>10}  {'GRID':<5} {'FIGURES':<9} NAME"]
+    lines += [
+        f"{p.id:<20} {p.kind:<7} {p.memory.budget_mib:>6,} MiB {p.memory.budget_background_mib:>6,} MiB  "
+        f"{p.runtime.grid:<5} {p.provenance.confidence:<9} {p.name}"
+        for p in profiles
+    ]
+    answer({"devices": [profile.to_dict() for profile in profiles]}, "\n".join(lines), as_json)
+
+
+@app.command()
+def doctor(*, as_json: Json = False) -> None:
+    """Report this machine's libraries, kernels, instruction set and memory limits, and test that training works."""
+    from edgetune.doctor import examine, explain
+
+    report = examine()
+    answer(report, explain(report), as_json)
+
+
+@app.command()
+@takes_settings
+def plan(
+    model: Model,
+    *,
+    device: Device,
+    data: Rows = None,
+    grid: Grid = None,
+    adapter: Method = "lora",
+    budget: Budget = "foreground",
+    skip_bad: SkipBad = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Show each part of the peak and each concession.")] = False,
+    as_json: Json = False,
+    **settings: Any,
+) -> None:
+    """Say what would run on a device: where each MiB goes, what was conceded to the budget, and how long it takes.
+
+    Example: edgetune plan SmolLM2-135M/ --device pixel-9 --data notes.jsonl --explain
+    """
+    from edgetune import launch, planner
+
+    lora, config = read_settings(adapter, settings)
+    made = planner.plan(
+        model, device, data=data, adapter=lora, config=config, grid=grid, budget=read_budget(budget), skip_bad=skip_bad
+    )
+    answer(made.to_dict(), made.explain() if explain else launch.brief(made), as_json)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    *,
+    out: Out,
+    grid: Annotated[
+        str, typer.Option("--grid", help="int4 is what fast device kernels read, nf4 is QLoRA's.")
+    ] = "int4",
+    double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4 only: scales in 8 bits too.")] = False,
+    dense_embeddings: Annotated[
+        bool, typer.Option("--dense-embeddings", help="Keep embedding and head as they are.")
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model's frozen weights to a base/ folder in 4 bits, one tensor at a time.
+
+    Example: edgetune quantize SmolLM2-135M/ --grid int4 --out base/
+    """
+    from edgetune import quantizer
+    from edgetune.memory import format_mib
+
+    with tensor_progress() as show:
+        base = quantizer.quantize(
+            model,
+            grid,
+            out,
+            double_quant=double_quant,
+            dense_embeddings=dense_embeddings,
+            force=force,
+            on_progress=show,
+        )
+    manifest = quantizer.read_manifest(base)
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    text = f"{base}: {manifest['num_parameters']:,} weights on the {grid} grid, {format_mib(size)}"
+    answer({"base": str(base), "base_bytes": size} | manifest, text, as_json)
+
+
+@app.command()
+@takes_settings
+def train(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="As for plan; left out with --resume.", show_default=False)
+    ] = None,
+    *,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="ID", help="A profile's id or TOML file.", show_default=False)
+    ] = None,
+    data: Rows = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="The run/ folder to write.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="RUN", help="Continue this run from its checkpoint.", show_default=False),
+    ] = None,
+    eval_data: EvalRows = None,
+    grid: Grid = None,
+    adapter: Method = "lora",
+    budget: Budget = "foreground",
+    enforce: Annotated[
+        str, typer.Option("--enforce", help="What holds the run to its budget: none, governor or rlimit.")
+    ] = "governor",
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier run in the folder.")] = False,
+    skip_bad: SkipBad = False,
+    as_json: Json = False,
+    **settings: Any,
+) -> None:
+    """Train an adapter inside a device's memory budget. Ctrl-C and SIGTERM leave a checkpoint to resume from.
+
+    A MODEL that is not in 4 bits yet is quantized first, into FOLDER-base beside the run.
+
+    Example: edgetune train base/ --device pixel-9 --data notes.jsonl --out run/
+    """
+    from edgetune import launch
+
+    if resume is not None:
+        job = launch.old_run(resume, data=data, eval_data=eval_data)
+    else:
+        missing = [
+            name
+            for name, value in (("MODEL", model), ("--device", device), ("--data", data), ("--out", out))
+            if value is None
+        ]
+        if model is None or device is None or data is None or out is None:
+            raise typer.BadParameter(f"a new run needs {', '.join(missing)}; --resume RUN goes on with one")
+        lora, config = read_settings(adapter, settings)
+        job = launch.new_run(
+            model, device, data=data, out=out, eval_data=eval_data,
+            adapter=lora, config=config, grid=grid, budget=read_budget(budget), skip_bad=skip_bad,
+        )  # fmt: skip
+    launch.start(job, resume=resume is not None, force=force, enforce=enforce, skip_bad=skip_bad, as_json=as_json)
+
+
+@app.command()
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A run/; a base/ folder or model exports without an adapter.", show_default=False
+        ),
+    ],
+    *,
+    out: Out,
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", help="fp32, int8, int4 or nf4. (default: as the base has them)", show_default=False),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Fold the adapter in and round again; the cost is measured.")
+    ] = False,
+    eval_data: EvalRows = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write an ONNX bundle for stock onnxruntime, and prove on held-out rows that it computes what was trained.
+
+    Example: edgetune export run/ --out bundle/
+    """
+    from edgetune import exporter
+
+    result = exporter.export(source, out=out, weights=weights, merge=merge, eval_data=eval_data, force=force).summary()
+    answer(result, "\n".join(flat(result)), as_json)
+
+
+@app.command()
+def run(
+    bundle: Bundle,
+    *,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt", help="The text to continue; - reads stdin. (default: a conversation)", show_default=False
+        ),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token, 1 samples.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Sample among so many tokens; 0 is all.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Sample among the tokens that hold this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Fixes what is sampled.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="End at this text; may be repeated.", show_default=False)
+    ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter/--no-adapter", help="With the bundle's adapter, or the base alone.")
+    ] = True,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Generate text from a bundle with onnxruntime alone. Without --prompt it is a conversation.
+
+    Example: edgetune run bundle/ --prompt "Dear diary," --temperature 0.8
+    """
+    from edgetune.runtime.generate import Sampling, generate
+
+    if prompt is None:
+        if as_json or not sys.stdin.isatty():
+            raise typer.BadParameter("give --prompt TEXT, or --prompt - to read stdin; a conversation needs a terminal")
+        from edgetune.runtime.chat import converse
+
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
+        converse(bundle, sampling, threads=threads, adapter=adapter)
+        return
+    made = generate(
+        bundle, sys.stdin.read() if prompt == "-" else prompt, max_new_tokens=max_new_tokens, temperature=temperature,
+        top_k=top_k, top_p=top_p, seed=seed, stop=stop or (), chat=chat, adapter=adapter, threads=threads,
+        on_text=tell_text if as_json else stream_text,
+    )  # fmt: skip
+    answer(asdict(made), "", as_json)
+
+
+@app.command()
+def bench(
+    bundle: Bundle,
+    *,
+    device: Device,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Length of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens to generate.")] = 64,
+    runs: Annotated[int, typer.Option("--runs", help="Measured runs, after one to warm up.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Measure a bundle on this machine and judge it against a device's targets.
+
+    What was measured here passes or fails only for `host`; for another device it is predicted, and says so.
+
+    Example: edgetune bench bundle/ --device pixel-watch-3
+    """
+    from edgetune import benchmark
+
+    result = benchmark.bench(bundle, device, prompt_tokens=prompt_tokens, new_tokens=new_tokens, runs=runs)
+    answer(result, benchmark.explain(result), as_json)
+
+
+@app.command()
+def demo(
+    *,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device", metavar="ID", help="Whose budget and targets count. (default: a watch's)", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Keep the folders here.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Walk the whole way on the packaged sample, in minutes: a small assistant learns one person's shortcuts.
+
+    It is quantized, tuned inside a watch's memory budget, exported, run on onnxruntime and judged on new phrasings.
+    """
+    from edgetune import demo as walk
+
+    result = walk.demo(device or walk.DEVICE, out=out, say=tell if as_json else print)
+    answer(result, "", as_json)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command with these arguments, or those of the process; always ends in SystemExit."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(args=arguments, prog_name="edgetune")
+    except EdgetuneError as error:
+        fail(error, "--json" in arguments)
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error)
+        if missing is None:
+            raise
+        fail(missing, "--json" in arguments)
+    sys.exit(1)

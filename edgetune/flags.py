@@ -1,0 +1,162 @@
+"""The flags of the command line: those that several verbs share, and one for each field of LoraConfig and TrainConfig.
+
+A verb marked with `takes_settings` declares `**settings` and gets the latter; `read_settings` turns what was typed into
+the two configs. A flag that was not typed stays unset, so each default has one home, the dataclass, and the plan knows
+what it may concede.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+import typer
+
+from edgetune.adapters import METHODS
+from edgetune.adapters.lora import LoraConfig
+from edgetune.errors import ConfigError
+from edgetune.plans import TrainConfig
+
+_Made = TypeVar("_Made")
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model folder, a base/ folder, or a Hub id such as HuggingFaceTB/SmolLM2-135M.",
+        show_default=False,
+    ),
+]
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle/ folder.", show_default=False)]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="ID", help="A profile's id, such as pixel-9, or your own TOML file.", show_default=False
+    ),
+]
+Rows = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", metavar="FILE", show_default=False,
+        help='Rows as JSON Lines: {"text"}, {"prompt","completion"}, {"messages"} or {"instruction","input","output"}.',
+    ),
+]  # fmt: skip
+EvalRows = Annotated[
+    Path | None,
+    typer.Option("--eval-data", metavar="FILE", help="Held-out rows. (default: a share of --data)", show_default=False),
+]
+Grid = Annotated[
+    str | None,
+    typer.Option("--grid", help="int4 or nf4. (default: what the device's profile names)", show_default=False),
+]
+Method = Annotated[str, typer.Option("--adapter", help="The adapter's method.")]
+Budget = Annotated[
+    str,
+    typer.Option(
+        "--budget",
+        help="Memory to stay inside: foreground, background, a number of MiB, or min, the least that can be.",
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The folder to write.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="Cores to use. (default: all that this process may use)", show_default=False),
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out, up to 1 % of them.")]
+Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON object; all else goes to stderr.")]
+
+# What LoraConfig's docstrings say, in the words of a user who has not read them.
+_ADAPTER_HELP = {
+    "r": "Rank: a higher one can learn more and costs more memory. (default: 8)",
+    "lora_alpha": "Strength: the adapter's output is scaled by alpha / r. (default: 2 r)",
+    "lora_dropout": "Share of the adapter's inputs set to zero in training. (default: 0)",
+    "target_modules": "Linears to adapt, such as q_proj,v_proj. (default: all seven of a block)",
+    "use_rslora": "Scale by alpha / sqrt(r), for high ranks. (default: off)",
+    "layers_to_transform": "Blocks to adapt, counted from 0, such as 0,2,5-8. (default: all)",
+}
+# PEFT's name is the field's; nobody wants to type it.
+_SHORTER = {"layers_to_transform": "layers"}
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """`q_proj,v_proj`."""
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names):
+        raise typer.BadParameter(f"{text!r} is not a list of names; write q_proj,v_proj")
+    return names
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """`0,2,5-8` is 0, 2, 5, 6, 7, 8."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 12:
+            raise typer.BadParameter(f"{text!r} is not a list of blocks; write 0,2,5-8")
+        numbers.update(range(int(first), int(last if dash else first) + 1))
+    return tuple(sorted(numbers))
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {"target_modules": _names, "layers_to_transform": _numbers}
+
+
+def _parameter(field: str, kind: Any, help: str, panel: str) -> inspect.Parameter:
+    parser = _PARSERS.get(field)
+    flag = "--" + _SHORTER.get(field, field).replace("_", "-")
+    option = typer.Option(None, flag, help=help, rich_help_panel=panel, parser=parser, show_default=False)
+    kind = str | None if parser else kind
+    return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+
+
+def _parameters() -> list[inspect.Parameter]:
+    found = [
+        _parameter(name, hint, _ADAPTER_HELP[name], "Adapter") for name, hint in get_type_hints(LoraConfig).items()
+    ]
+    hints = get_type_hints(TrainConfig, include_extras=True)
+    for field in dataclasses.fields(TrainConfig):
+        kind, key = get_args(hints[field.name])[:2]
+        default = "the plan's choice" if field.default is None else field.default
+        help = f"{key.doc[0].upper()}{key.doc[1:]}. (default: {default})"
+        found.append(_parameter(field.name, kind | None, help, "Training"))
+    return found
+
+
+def takes_settings(verb: Callable[..., None]) -> Callable[..., None]:
+    """Replace the verb's `**settings` by the flags of this module, as typer reads them from a signature."""
+    own = inspect.signature(verb, eval_str=True)
+    parameters = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD] + _parameters()
+
+    @functools.wraps(verb)
+    def with_flags(**typed: Any) -> None:
+        verb(**typed)
+
+    with_flags.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    with_flags.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_flags
+
+
+def read_settings(method: str, settings: dict[str, Any]) -> tuple[LoraConfig, TrainConfig]:
+    """The adapter's and the training's config with what was typed; the rest is left to their defaults.
+
+    Raises:
+        ConfigError: there is no such adapter method.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"adapter = {method!r}; choose from {', '.join(METHODS)}.")
+    typed = {name: value for name, value in settings.items() if value is not None}
+    return _config(METHODS[method].Config, typed), _config(TrainConfig, typed)
+
+
+def _config(made: type[_Made], typed: dict[str, Any]) -> _Made:
+    names = {field.name for field in dataclasses.fields(made)}  # type: ignore[arg-type]
+    return made(**{name: value for name, value in typed.items() if name in names})
+
+
+def read_budget(text: str) -> str | int:
+    """A budget's name, or its number of MiB."""
+    return int(text) if text.isdecimal() else text

@@ -1,0 +1,467 @@
+"""The command: what it prints where, how it ends, and that each flag arrives."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_config, write_model
+
+from edgetune import cli, launch
+from edgetune.adapters.lora import LoraConfig
+from edgetune.errors import EdgetuneError, MissingExtraError
+from edgetune.flags import read_budget, read_settings
+from edgetune.plans import Plan, TrainConfig
+from edgetune.training.command import STOPPED_AT_BUDGET, exit_code
+
+REPOSITORY = Path(__file__).parents[1]
+VERBS = sorted(command.callback.__name__ for command in cli.app.registered_commands if command.callback)
+PLAN_KEYS = {
+    "fits", "engine", "grid", "budget_bytes", "predicted_peak_bytes", "floor_bytes", "parts", "concessions",
+    "predicted_step_seconds", "adapter",
+}  # fmt: skip
+SUMMARY_KEYS = {
+    "measured_peak_bytes", "measured_peak_rss_bytes", "enforcement", "steps", "tokens_per_second", "train_loss",
+    "eval_loss", "trainable_parameters", "adapter_bytes", "stopped",
+}  # fmt: skip
+BENCH_KEYS = {
+    "load_ms", "load_peak_bytes", "time_to_first_token_ms", "prompt_tokens_per_second", "generation_tokens_per_second",
+    "p50_ms", "p95_ms", "peak_memory_bytes", "bundle_bytes", "adapter_overhead_percent", "verdict",
+}  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def edgetune(*words: str | Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "edgetune", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), input=stdin, timeout=300)
+
+
+def answer(*words: str | Path, code: int = 0) -> dict[str, Any]:
+    """What a verb prints with --json: one object, alone on stdout."""
+    result = edgetune(*words, "--json")
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    (line,) = result.stdout.splitlines()
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+def call(*words: str | Path) -> int:
+    """The command in this process; its exit code."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(word) for word in words])
+    return int(ended.value.code or 0)
+
+
+@dataclasses.dataclass
+class Way:
+    """Folders that the way through left, and what each verb printed."""
+
+    folder: Path
+    said: dict[str, dict[str, Any]]
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+
+@pytest.fixture(scope="module")
+def way(tmp_path_factory: pytest.TempPathFactory) -> Way:
+    """quantize, plan, train, export and bench, once."""
+    folder = tmp_path_factory.mktemp("way")
+    write_model(folder / "model", tiny_config("llama"))
+    rows = [{"prompt": f"turn on lamp {i}: ", "completion": f"lamp {i} on"} for i in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    job = ("--device", "galaxy-watch-7", "--data", folder / "rows.jsonl", "--learning-rate", "0.01", "--max-steps", "4")
+    said = {
+        "quantize": answer("quantize", folder / "model", "--out", folder / "base"),
+        "plan": answer("plan", folder / "base", *job),
+        "train": answer("train", folder / "base", *job, "--out", folder / "run"),
+        "export": answer("export", folder / "run", "--out", folder / "bundle"),
+        "bench": answer("bench", folder / "bundle", "--device", "host", "--runs", "1", "--new-tokens", "4"),
+    }
+    return Way(folder, said)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "m", tiny_config("llama"))
+
+
+def test_quantize_says_what_it_wrote(way: Way) -> None:
+    said = way.said["quantize"]
+    files = [path for path in (way / "base").iterdir() if path.name != "manifest.json"]
+    assert said["base"] == str(way / "base")
+    assert said["base_bytes"] == sum(path.stat().st_size for path in files)
+    assert said["grid"] == "int4"
+
+
+def test_plan_and_train_print_the_keys_that_scripts_rely_on(way: Way) -> None:
+    assert way.said["plan"].keys() >= PLAN_KEYS
+    assert way.said["train"].keys() >= PLAN_KEYS | SUMMARY_KEYS
+    assert way.said["train"] == json.loads((way / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert {k: way.said["train"][k] for k in ("grid", "budget_bytes", "adapter")} == {
+        k: way.said["plan"][k] for k in ("grid", "budget_bytes", "adapter")
+    }
+    assert (way.said["train"]["steps"], way.said["train"]["stopped"]) == (4, "done")
+
+
+def test_export_and_bench_print_the_keys_that_scripts_rely_on(way: Way) -> None:
+    assert way.said["export"].keys() >= {"bundle_bytes", "weights", "parity", "peak_rss_bytes"}
+    assert way.said["export"]["parity"].keys() >= {"max_abs_logit", "top1_agreement", "kl", "rows"}
+    assert way.said["bench"].keys() >= BENCH_KEYS
+    for entry in way.said["bench"]["verdict"].values():
+        assert entry.keys() == {"value", "wanted", "pass", "basis"}
+
+
+def test_run_prints_the_text_and_nothing_else(way: Way) -> None:
+    words = ("run", way / "bundle", "--max-new-tokens", "6", "--threads", "1")
+    said = answer(*words, "--prompt", "turn on lamp 3: ")
+    assert said["prompt_tokens"] == len("turn on lamp 3: ")
+    assert len(said["token_ids"]) <= 6
+    plain = edgetune(*words, "--prompt", "turn on lamp 3: ")
+    assert plain.stdout == said["text"] + "\n"
+    assert plain.stderr == ""
+    assert edgetune(*words, "--prompt", "-", stdin="turn on lamp 3: ").stdout == plain.stdout
+    assert edgetune(*words, "--prompt", "turn on lamp 3: ", "--no-adapter").stdout != plain.stdout
+    stop = said["text"][2]
+    assert answer(*words, "--prompt", "turn on lamp 3: ", "--stop", stop)["text"] == said["text"].partition(stop)[0]
+
+
+def test_run_without_a_prompt_needs_a_terminal(way: Way) -> None:
+    result = edgetune("run", way / "bundle", stdin="hello\n")
+    assert result.returncode == 2
+    assert "--prompt" in result.stderr
+
+
+def test_run_holds_a_conversation_on_a_terminal(
+    way: Way, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from edgetune.runtime import chat
+
+    seen: list[list[int]] = []
+    complete = chat.complete
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    monkeypatch.setattr(chat, "complete", lambda s, t, ids, *rest: (seen.append(ids), complete(s, t, ids, *rest))[1])
+    lines = iter(["hi", "", "again"])
+
+    def type_line(prompt: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", type_line)
+    assert call("run", way / "bundle", "--max-new-tokens", "2") == 0
+    assert len(seen) == 2, "the empty line is no turn"
+    assert len(seen[1]) > len(seen[0]) + len("again"), "the second turn is asked with the first before it"
+    assert capsys.readouterr().out.count("\n") == 3
+
+
+def test_a_model_that_is_not_quantized_is_quantized_beside_the_run(way: Way, tmp_path: Path) -> None:
+    words = ("train", way / "model", "--device", "host", "--grid", "int4", "--data", way / "rows.jsonl")
+    result = edgetune(*words, "--max-steps", "1", "--out", tmp_path / "run", "--json")
+    assert result.returncode == 0, result.stderr
+    assert "not in 4 bits yet" in result.stderr
+    said = json.loads(result.stdout)
+    assert said["base"] == str(tmp_path / "run-base")
+    assert said["base_sha256"] == way.said["quantize"]["base_sha256"]
+    again = answer(*words, "--out", tmp_path / "run", code=1)
+    assert again["error"] == "ConfigError"
+    assert str(tmp_path / "run-base") in again["message"]
+
+
+def test_an_error_of_the_quantizing_process_arrives(way: Way, tmp_path: Path) -> None:
+    broken = write_model(tmp_path / "model", tiny_config("llama"))
+    weights = bytearray((broken / "model.safetensors").read_bytes())
+    start = 8 + int.from_bytes(weights[:8], "little")  # the embedding comes first
+    weights[start : start + 4] = b"\x00\x00\xc0\x7f"  # NaN
+    (broken / "model.safetensors").write_bytes(weights)
+    words = ("--grid", "int4", "--data", way / "rows.jsonl", "--out", tmp_path / "run")
+    said = answer("train", broken, "--device", "host", *words, code=1)
+    assert said["error"] == "ModelError"
+    assert "holds NaN or infinity" in said["message"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_to_resume_from(way: Way, tmp_path: Path, number: signal.Signals) -> None:
+    words = ["train", way / "base", "--device", "host", "--data", way / "rows.jsonl", "--out", tmp_path / "run"]
+    command = [sys.executable, "-m", "edgetune", *map(str, words), "--max-steps", "1000000", "--json"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("step 1/")
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, stderr
+    said = json.loads(stdout.splitlines()[-1])
+    assert (said["stopped"], said["signal"]) == ("signal", number)
+    assert 1 <= said["steps"] < 1_000_000
+    assert f"edgetune train --resume {tmp_path / 'run'}" in stderr
+
+
+def resumable(way: Way, folder: Path, *, summary: bool) -> Path:
+    """A run of 8 steps that has made some, stopped by its budget; or killed, which leaves no summary."""
+    job = launch.new_run(
+        str(way / "base"), "host", data=way / "rows.jsonl", out=folder, eval_data=None,
+        adapter=LoraConfig(), config=TrainConfig(max_steps=8, learning_rate=0.01), budget="foreground",
+    )  # fmt: skip
+    plan = {**job["plan"].to_dict(), "budget_bytes": 1 << 20}
+    arguments = {"base": str(way / "base"), "data": str(way / "rows.jsonl"), "out": str(folder), "eval_data": None}
+    text = json.dumps({"plan": plan, **arguments, "as_json": True})
+    command = [sys.executable, "-m", "edgetune.launch", "train", text]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    assert result.returncode == STOPPED_AT_BUDGET == 75, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["stopped"] == "budget"
+    stored = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    (folder / "plan.json").write_text(
+        json.dumps({**stored, "budget_bytes": job["plan"].budget_bytes}), encoding="utf-8"
+    )
+    if not summary:
+        (folder / "summary.json").unlink()
+    return folder
+
+
+def test_resume_needs_nothing_but_the_run(way: Way, tmp_path: Path) -> None:
+    run = resumable(way, tmp_path / "run", summary=True)
+    job = launch.old_run(run, data=None, eval_data=None)
+    assert (job["base"], job["data"], job["out"]) == (way / "base", way / "rows.jsonl", run)
+    assert job["plan"].max_steps == 8
+
+
+def test_resume_of_a_killed_run_asks_for_its_rows(way: Way, tmp_path: Path) -> None:
+    run = resumable(way, tmp_path / "run", summary=False)
+    said = answer("train", "--resume", run, code=1)
+    assert said["error"] == "CheckpointError"
+    assert "--data" in said["message"]
+    assert launch.old_run(run, data=way / "rows.jsonl", eval_data=None)["base"] == way / "base"
+
+
+def test_a_run_that_is_done_is_resumed_at_once(way: Way) -> None:
+    assert answer("train", "--resume", way / "run") == way.said["train"]
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"format_version": 1}'])
+def test_resume_of_what_is_no_run(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "plan.json").write_text(content, encoding="utf-8")
+    with pytest.raises(EdgetuneError, match=r"resume|not a plan"):
+        launch.old_run(tmp_path, data=None, eval_data=None)
+
+
+def test_ctrl_c_before_the_run_has_begun_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(job: str) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "_train_here", interrupted)
+    assert launch.main("train", "{}") == 130
+
+
+@pytest.mark.parametrize(
+    ("summary", "code"),
+    [
+        ({"stopped": "done", "signal": None}, 0),
+        ({"stopped": "budget", "signal": None}, 75),
+        ({"stopped": "nonfinite", "signal": None}, 1),
+        ({"stopped": "signal", "signal": 2}, 130),
+        ({"stopped": "signal", "signal": 15}, 143),
+    ],
+)
+def test_exit_codes_of_a_run(summary: dict[str, Any], code: int) -> None:
+    assert exit_code(summary) == code
+
+
+def test_an_error_is_one_message_and_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("devices", "pixel-99") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("DeviceError: ")
+    assert call("devices", "pixel-99", "--json") == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"error": "DeviceError", "message": err.removeprefix("DeviceError: ").strip()}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan"],
+        ["plan", "m"],
+        ["plan", "m", "--device", "host", "--r", "eight"],
+        ["plan", "m", "--device", "host", "--layers", "0-x"],
+        ["plan", "m", "--device", "host", "--target-modules", "q_proj,,v_proj"],
+        ["run", "b", "--prompt", "x", "--threads", "0"],
+        ["train"],
+        ["train", "m", "--device", "host", "--out", "run"],
+        ["finetune"],
+        ["devices", "--jsno"],
+    ],
+)
+def test_a_flag_that_does_not_parse_is_code_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Usage: edgetune" in err
+
+
+def test_ctrl_c_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> Iterator[Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgetune.device.list_devices", interrupted)
+    assert call("devices") == 130
+    assert capsys.readouterr().err.strip() == ""
+
+
+def test_a_reader_that_leaves_is_no_crash() -> None:
+    command = [sys.executable, "-m", "edgetune", "devices"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize("kind", [KeyError("a bug"), ModuleNotFoundError("No module named 'numpi'", name="numpi")])
+def test_a_bug_keeps_its_traceback(kind: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise kind
+
+    monkeypatch.setattr("edgetune.device.list_devices", broken)
+    with pytest.raises(type(kind)):
+        cli.main(["devices"])
+
+
+def test_devices_lists_and_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("devices") == 0
+    lines = capsys.readouterr().out.splitlines()
+    shipped = {path.stem for path in (REPOSITORY / "devices").glob("*.toml")}
+    assert {line.split()[0] for line in lines[1:]} == shipped
+    assert call("devices", "pixel-9", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["budget_mib"] == 3686
+    assert call("devices", "pixel-9") == 0
+    assert re.search(r"^memory\.budget_mib +3686$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    from edgetune import __version__
+
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"edgetune {__version__}\n"
+
+
+def options(verb: str) -> dict[str, str]:
+    """Flag -> help of a verb, read from what a user sees."""
+    import typer.main
+
+    command = typer.main.get_command(cli.app).commands[verb]  # type: ignore[attr-defined]
+    return {name: parameter.help or "" for parameter in command.params for name in getattr(parameter, "opts", [])}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_a_help_worth_reading_and_json(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(verb, "--help") == 0
+    assert capsys.readouterr().out.strip()
+    flags = options(verb)
+    assert "--json" in flags
+    assert all(text.endswith((".", ")")) and len(text) > 10 for text in flags.values()), flags
+
+
+def test_the_verbs_are_those_of_the_readme() -> None:
+    tree = ["devices", "doctor", "plan", "quantize", "train", "export", "run", "bench", "demo"]
+    assert sorted(tree) == VERBS
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert all(f"edgetune {verb}" in readme or f"make {verb}" in readme for verb in tree)
+
+
+ADAPTER_VALUES = {
+    "r": ("3", 3), "lora_alpha": ("7.5", 7.5), "lora_dropout": ("0.25", 0.25),
+    "target_modules": ("q_proj, v_proj", ("q_proj", "v_proj")), "use_rslora": (None, True),
+    "layers_to_transform": ("0,1-1", (0, 1)),
+}  # fmt: skip
+TRAIN_VALUES = {
+    "batch_size": ("3", 3), "gradient_accumulation_steps": ("5", 5), "max_seq_length": ("48", 48),
+    "recompute_layers": ("1", 1), "num_epochs": ("2.5", 2.5), "max_steps": ("17", 17), "learning_rate": ("3e-3", 0.003),
+    "lr_scheduler_type": ("linear", "linear"), "warmup_ratio": ("0.5", 0.5), "weight_decay": ("0.125", 0.125),
+    "max_grad_norm": ("2", 2.0), "eval_fraction": ("0.25", 0.25), "seed": ("9", 9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["plan", "train"])
+def test_every_field_of_the_configs_has_a_flag(verb: str) -> None:
+    fields = {f.name for config in (LoraConfig, TrainConfig) for f in dataclasses.fields(config)}
+    assert fields == ADAPTER_VALUES.keys() | TRAIN_VALUES.keys(), "give the new field a value to test its flag with"
+    wanted = {"--" + {"layers_to_transform": "layers"}.get(name, name).replace("_", "-") for name in fields}
+    assert wanted <= options(verb).keys()
+
+
+@pytest.mark.parametrize("field", [*ADAPTER_VALUES, *TRAIN_VALUES])
+def test_every_flag_reaches_the_plan(field: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    typed, value = (ADAPTER_VALUES | TRAIN_VALUES)[field]
+    flag = "--" + {"layers_to_transform": "layers"}.get(field, field).replace("_", "-")
+    assert call("plan", model, "--device", "host", "--json", flag, *([typed] if typed else [])) == 0
+    made = json.loads(capsys.readouterr().out)
+    found = (made["adapter"] if field in ADAPTER_VALUES else made)[field] if field != "warmup_ratio" else made[field]
+    assert (tuple(found) if isinstance(value, tuple) else found) == value
+
+
+def test_what_was_not_typed_stays_unset() -> None:
+    lora, config = read_settings("lora", dict.fromkeys([*ADAPTER_VALUES, *TRAIN_VALUES]))
+    assert lora == LoraConfig()
+    assert config == TrainConfig()
+
+
+def test_budgets_are_names_or_mib(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (read_budget("700"), read_budget("min")) == (700, "min")
+    assert call("plan", model, "--device", "pixel-9", "--budget", "700", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["budget_bytes"] == 700 << 20
+    assert call("plan", model, "--device", "pixel-9", "--budget", "background", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["budget_bytes"] == 1843 << 20
+    assert call("plan", model, "--device", "pixel-9", "--budget", "some") == 1
+
+
+def test_the_short_plan_and_the_long_one(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("plan", model, "--device", "pixel-9", "--max-steps", "3") == 0
+    short = capsys.readouterr().out
+    assert "fits pixel-9" in short
+    assert call("plan", model, "--device", "pixel-9", "--max-steps", "3", "--explain") == 0
+    assert "floor" in capsys.readouterr().out.replace(short, "")
+
+
+def test_held_out_rows_of_their_own_leave_all_rows_to_training(way: Way) -> None:
+    def steps(**paths: Path | None) -> int | None:
+        job = launch.new_run(
+            str(way / "base"), "host", data=way / "rows.jsonl", out=way / "other",
+            adapter=LoraConfig(), config=TrainConfig(eval_fraction=0.5, batch_size=1, num_epochs=1.0), **paths,
+        )  # fmt: skip
+        plan: Plan = job["plan"]
+        return plan.max_steps
+
+    half, whole = steps(eval_data=None), steps(eval_data=way / "rows.jsonl")
+    assert half is not None
+    assert whole is not None
+    assert half < whole
+
+
+def test_a_child_s_error_may_take_other_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sent = json.dumps({"error": "MissingExtraError", "message": "bitsandbytes is not installed."})
+    ended = subprocess.CompletedProcess([], 1, stdout=sent)
+    monkeypatch.setattr(subprocess, "run", lambda *words, **settings: ended)
+    with pytest.raises(MissingExtraError, match="bitsandbytes is not installed"):
+        launch._quantized(tmp_path, "nf4", tmp_path / "base")
+    monkeypatch.setattr(subprocess, "run", lambda *words, **settings: subprocess.CompletedProcess([], -9, stdout=""))
+    with pytest.raises(EdgetuneError, match="ended with code -9"):
+        launch._quantized(tmp_path, "nf4", tmp_path / "base")
