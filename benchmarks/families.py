@@ -46,7 +46,9 @@ def main() -> None:
             for name, overrides in VARIANTS.items():
                 rows[f"{family}, {name}"] = largest_difference(family, dict(overrides), Path(folder) / family)
     worst = max(rows.values())
-    print(json.dumps({"max_abs_logit": worst, "wanted": 1e-4, "pass": worst <= 1e-4, "rows": rows, **about()}, indent=1))
+    print(
+        json.dumps({"max_abs_logit": worst, "wanted": 1e-4, "pass": worst <= 1e-4, "rows": rows, **about()}, indent=1)
+    )
 
 
 if __name__ == "__main__":

@@ -46,9 +46,7 @@ def main() -> None:
             "torch": from_torch(model, prompt, len(wanted)),
             "onnxruntime": from_bundle(Path(folder) / "bundle", prompt, len(wanted)),
         }
-    equal = {
-        name: sum(a == b for a, b in zip(tokens, wanted, strict=True)) for name, tokens in found.items()
-    }
+    equal = {name: sum(a == b for a, b in zip(tokens, wanted, strict=True)) for name, tokens in found.items()}
     result = {"tokens": len(wanted), "equal": equal, "pass": all(n == len(wanted) for n in equal.values())}
     print(json.dumps(result | about(), indent=1))
 

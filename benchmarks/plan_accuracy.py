@@ -23,7 +23,26 @@ from shapes import SHAPES, write_shape
 from edgetune import sample
 from edgetune.quantizer import quantize
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix five dozen jugs of liquid".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "mix",
+    "five",
+    "dozen",
+    "jugs",
+    "of",
+    "liquid",
+]
 CASES: dict[str, list[dict[str, Any]]] = {
     "sample": [
         {"grid": "int4", "device": "galaxy-watch-7", "budget": "foreground"},

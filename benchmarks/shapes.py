@@ -1,4 +1,4 @@
-"""Models of well-known shapes with random weights, written tensor by tensor: what a benchmark measures without a download."""
+"""Models of well-known shapes with random weights, written tensor by tensor, so that no benchmark downloads one."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ import numpy as np
 from edgetune.errors import CheckpointError
 from edgetune.weights import TensorInfo, sha256_file, write_atomic, write_safetensors
 
-__all__ = ["Checkpoint", "latest_checkpoint", "lock_run", "read_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "latest_checkpoint", "lock_run", "newest_state", "read_checkpoint", "save_checkpoint"]
 
 FORMAT_VERSION = 1
 KEEP_LAST = 2
@@ -124,6 +124,14 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         else:
             return checkpoint, set_aside
     return None, set_aside
+
+
+def newest_state(folder: Path) -> dict[str, Any] | None:
+    """The state of the newest checkpoint that verifies; reads only, so the run may be held by another process."""
+    for step in sorted(_steps(folder), reverse=True):
+        with contextlib.suppress(_DamagedError):
+            return read_checkpoint(folder, step).state
+    return None
 
 
 def read_checkpoint(folder: Path, step: int) -> Checkpoint:

@@ -311,7 +311,7 @@ def give_back() -> bool:
 
 # Anonymous bytes after the imports of an engine and a first small step, before any model: what `measure_floor` gave on
 # x86-64 Linux, Python 3.11, torch 2.13 for CPUs. Stands in where the engine is not installed and cannot be measured.
-FLOOR_BYTES = {"torch": 182 * MIB}
+FLOOR_BYTES = {"torch": 148 * MIB}
 
 
 @functools.cache
@@ -321,7 +321,7 @@ def measure_floor(engine: str, threads: int = 1) -> int:
     Where the engine is not installed or does not start, what another machine measured (`FLOOR_BYTES`).
     """
     if engine == "torch" and importlib.util.find_spec("torch") is not None:
-        code = f"import edgetune.cli, edgetune.floor; edgetune.floor.main({threads})"
+        code = f"import edgetune.cli.launch, edgetune.cli.training, edgetune.training.floor as f; f.main({threads})"
         package = str(Path(__file__).parents[1])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         child = subprocess.run(

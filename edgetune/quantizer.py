@@ -21,6 +21,7 @@ from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
 from edgetune.models.config import read_hf_config
 from edgetune.output import folder_in_progress
+from edgetune.tokenizer import load_tokenizer
 from edgetune.weights import TensorInfo, sha256_file, write_safetensors
 
 MANIFEST = "manifest.json"
@@ -57,7 +58,8 @@ def quantize(
         on_progress: called with (tensor name, number done, number in all).
 
     Raises:
-        ModelError: the folder cannot be read, is quantized already, or a weight holds NaN or infinity.
+        ModelError: the folder cannot be read, is quantized already, a weight holds NaN or infinity, or the tokenizer has
+            ids beyond the embedding.
         ConfigError: the grid is unknown, a setting contradicts it, or `out` exists.
         MissingExtraError: nf4 without bitsandbytes.
     """
@@ -68,6 +70,8 @@ def quantize(
     source = open_base(model_folder(model))
     if source.grid is not None:
         raise ModelError(f"{source.folder} is on the {source.grid} grid already. Quantize the original model instead.")
+    if (source.folder / "tokenizer.json").is_file():
+        load_tokenizer(source.folder).check_vocab(source.config.vocab_size)
     options = {"double_quant": True} if double_quant else {}
     on_grid = set(source.config.linears() if dense_embeddings else source.config.matrices())
     with folder_in_progress(Path(out), force=force) as folder:
@@ -103,6 +107,7 @@ def _write_weights(
 
     def produce(name: str) -> np.ndarray:
         if name not in origin:
+            _finite(source, name)
             return source.weights.array(name)
         module, suffix = origin[name]
         if module not in current:
@@ -110,18 +115,18 @@ def _write_weights(
                 on_progress(module, len(done), len(on_grid))
             done.add(module)
             current.clear()
-            current[module] = GRIDS[grid].quantize(_finite(source, module), **options)
+            current[module] = GRIDS[grid].quantize(_finite(source, f"{module}.weight"), **options)
         return current[module][suffix]
 
     done: set[str] = set()
     write_safetensors(folder / "model.safetensors", stored, produce)
 
 
-def _finite(source: Base, module: str) -> np.ndarray:
-    weight = source.weights.float32(f"{module}.weight")
-    if not np.isfinite(weight).all():
-        raise ModelError(f"{source.folder}: {module}.weight holds NaN or infinity. Fetch the model again.")
-    return weight
+def _finite(source: Base, name: str) -> np.ndarray:
+    values = source.weights.float32(name)
+    if not np.isfinite(values).all():
+        raise ModelError(f"{source.folder}: {name} holds NaN or infinity. Fetch the model again.")
+    return values
 
 
 def _quantization_config(grid: str, double_quant: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +17,13 @@ from typing import Any
 import pytest
 from conftest import tiny_config, write_model
 
-from edgetune import cli, launch
 from edgetune.adapters.lora import LoraConfig
+from edgetune.cli import launch
+from edgetune.cli import verbs as cli
+from edgetune.cli.flags import read_budget, read_settings
+from edgetune.cli.training import STOPPED_AT_BUDGET, exit_code
 from edgetune.errors import EdgetuneError, MissingExtraError
-from edgetune.flags import read_budget, read_settings
-from edgetune.plans import Plan, TrainConfig
-from edgetune.training.command import STOPPED_AT_BUDGET, exit_code
+from edgetune.planner.plans import Plan, TrainConfig
 
 REPOSITORY = Path(__file__).parents[1]
 VERBS = sorted(command.callback.__name__ for command in cli.app.registered_commands if command.callback)
@@ -149,7 +151,7 @@ def test_run_without_a_prompt_needs_a_terminal(way: Way) -> None:
 def test_run_holds_a_conversation_on_a_terminal(
     way: Way, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from edgetune.runtime import chat
+    from edgetune.cli import chat
 
     seen: list[list[int]] = []
     complete = chat.complete
@@ -222,7 +224,7 @@ def resumable(way: Way, folder: Path, *, summary: bool) -> Path:
     plan = {**job["plan"].to_dict(), "budget_bytes": 1 << 20}
     arguments = {"base": str(way / "base"), "data": str(way / "rows.jsonl"), "out": str(folder), "eval_data": None}
     text = json.dumps({"plan": plan, **arguments, "as_json": True})
-    command = [sys.executable, "-m", "edgetune.launch", "train", text]
+    command = [sys.executable, "-m", "edgetune.cli.launch", "train", text]
     result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert result.returncode == STOPPED_AT_BUDGET == 75, result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["stopped"] == "budget"
@@ -235,19 +237,22 @@ def resumable(way: Way, folder: Path, *, summary: bool) -> Path:
     return folder
 
 
-def test_resume_needs_nothing_but_the_run(way: Way, tmp_path: Path) -> None:
-    run = resumable(way, tmp_path / "run", summary=True)
+@pytest.mark.parametrize("summary", [True, False], ids=["stopped", "killed"])
+def test_resume_needs_nothing_but_the_run(way: Way, tmp_path: Path, summary: bool) -> None:
+    run = resumable(way, tmp_path / "run", summary=summary)
     job = launch.old_run(run, data=None, eval_data=None)
     assert (job["base"], job["data"], job["out"]) == (way / "base", way / "rows.jsonl", run)
     assert job["plan"].max_steps == 8
+    moved = launch.old_run(run, data=tmp_path / "moved.jsonl", eval_data=tmp_path / "eval.jsonl")
+    assert (moved["data"], moved["eval_data"]) == (tmp_path / "moved.jsonl", tmp_path / "eval.jsonl")
 
 
-def test_resume_of_a_killed_run_asks_for_its_rows(way: Way, tmp_path: Path) -> None:
+def test_resume_of_a_run_whose_checkpoints_are_gone(way: Way, tmp_path: Path) -> None:
     run = resumable(way, tmp_path / "run", summary=False)
+    shutil.rmtree(run / "checkpoints")
     said = answer("train", "--resume", run, code=1)
     assert said["error"] == "CheckpointError"
-    assert "--data" in said["message"]
-    assert launch.old_run(run, data=way / "rows.jsonl", eval_data=None)["base"] == way / "base"
+    assert "has no checkpoint that is whole" in said["message"]
 
 
 def test_a_run_that_is_done_is_resumed_at_once(way: Way) -> None:

@@ -21,8 +21,8 @@ from edgetune.adapters.base import load_adapter
 from edgetune.bundle import load_bundle
 from edgetune.checkpoint import lock_run
 from edgetune.data import read_rows
+from edgetune.exporter.merging import BaseWeights
 from edgetune.hub import model_folder
-from edgetune.merging import BaseWeights
 from edgetune.models import load_config
 from edgetune.quantizer import read_manifest
 from edgetune.runtime.session import open_session

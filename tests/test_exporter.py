@@ -17,7 +17,7 @@ from conftest import tiny_config, write_model
 from safetensors.numpy import load_file
 from tiny_run import write_run
 
-from edgetune import agreement, export_job, exporter, parity
+from edgetune import exporter
 from edgetune.adapters import lora
 from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.base import load_adapter
@@ -25,7 +25,8 @@ from edgetune.adapters.lora import LoraConfig
 from edgetune.base import open_base
 from edgetune.bundle import Bundle, load_bundle
 from edgetune.errors import ConfigError, DataError, ExportError, ModelError, ParityError
-from edgetune.exporter import export
+from edgetune.exporter import agreement, export, parity
+from edgetune.exporter import job as export_job
 from edgetune.graphs.builder import Builder
 from edgetune.models.decoder import load_decoder
 from edgetune.quantizer import quantize
@@ -299,6 +300,24 @@ def test_runs_that_cannot_be_exported(bases: dict[str, Path], tmp_path: Path) ->
     save_file({n: v * ("lora_A" in n) for n, v in tensors.items()}, other / "adapter_model.safetensors")
     with pytest.raises(ExportError, match="changes nothing: every lora_B is zero"):
         export(other, out=tmp_path / "bundle")
+
+
+def test_a_base_whose_weights_are_not_those_of_its_manifest(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = Path(shutil.copytree(bases["int4"], tmp_path / "base"))
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x5a")
+    with pytest.raises(ExportError, match=r"but its manifest names .*`edgetune quantize` again"):
+        export(base, out=tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_model_with_the_tokenizer_of_another(model: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "model"))
+    content = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["vocab"]["!"] = 5000
+    (copy / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"token '!' with id 5000, but the model's embedding has"):
+        export(copy, out=tmp_path / "bundle")
 
 
 def test_a_folder_that_peft_wrote_names_its_base_itself(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -16,18 +16,18 @@ import numpy as np
 import pytest
 from conftest import tiny_config, write_model
 
-from edgetune import costs, planner
+from edgetune import planner
 from edgetune.adapters import METHODS
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import open_base
-from edgetune.costs import Job, peak_parts
 from edgetune.data import pack, read_rows, split_eval
 from edgetune.device import load_device
 from edgetune.errors import BudgetError, ConfigError, DataError
-from edgetune.ladder import RUNGS
 from edgetune.memory import MIB
 from edgetune.models import FAMILIES, load_config
-from edgetune.planner import Plan, TrainConfig, plan
+from edgetune.planner import Plan, TrainConfig, costs, plan
+from edgetune.planner.costs import Job, peak_parts
+from edgetune.planner.ladder import RUNGS
 from edgetune.quantizer import quantize
 from edgetune.tokenizer import load_tokenizer
 
@@ -73,8 +73,7 @@ class TestCounts:
     def test_by_hand(self, tiny: Any) -> None:
         # Both 1/rms, the middle of the residual; q, k, v, attention, log-sum-exp; gate, silu, up; xA of seven; inputs.
         floats = 2 + 48 + (48 + 16 + 16 + 48 + 6) + 3 * 88 + 7 * 4 + (48 + 48 + 48 + 88)
-        mask = 64 * 32 * 4
-        assert costs.saved_bytes(job(tiny), 0) == 64 * 4 * floats + mask
+        assert costs.saved_bytes(job(tiny), 0) == 64 * 4 * floats
         # The block's output, its gradient, and two gradients of the MLP's width.
         assert costs.backward_bytes(job(tiny), 0) == 64 * 4 * (2 * 48 + 2 * 88)
         # 100 rows of the head and their logits for 62 positions; supervised rows twice, all rows twice.
@@ -86,6 +85,7 @@ class TestCounts:
         assert parts["adapter"] == 4 * parameters + 14 * costs.SLOT_OBJECT_BYTES
         assert parts["gradients"] == 4 * parameters
         assert parts["optimizer"] == 8 * parameters
+        assert parts["context"] == 4 * (64 * 32 + 2 * 64 * 4)  # two windows' masks, and their cosines and sines
 
     def test_moments(self, tiny: Any) -> None:
         hidden = 64 * 48 * 4
@@ -149,7 +149,15 @@ def saved_by_torch(base: Path, adapter: LoraConfig, layer: int, batch: int, leng
     x = torch.randn(batch, length, decoder.config.hidden_size, requires_grad=True)
     positions = torch.arange(length)[None].repeat(batch, 1)
     context = decoder.context(length, positions, torch.zeros(batch, length, dtype=torch.int64))
-    outside = [x, context.cos, context.sin, *parameters.values(), *(b for _, b in decoder.named_buffers())]
+    assert context.mask is not None
+    outside = [
+        x,
+        context.cos,
+        context.sin,
+        context.mask,
+        *parameters.values(),
+        *(b for _, b in decoder.named_buffers()),
+    ]
     foreign = {tensor.untyped_storage().data_ptr() for tensor in outside}
     saved: dict[int, tuple[int, torch.Tensor]] = {}
 

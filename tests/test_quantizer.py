@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
-from conftest import tiny_config, write_model
+from conftest import tiny_config, write_model, write_tokenizer
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -152,12 +153,26 @@ def test_wrong_tensors_are_all_named(tmp_path: Path) -> None:
     assert "router.weight [3, 5] has no place in a llama" in message
 
 
-def test_a_weight_with_nan_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
+def test_a_tensor_that_is_not_finite_is_refused_and_leaves_nothing(tmp_path: Path, name: str, value: float) -> None:
     model = write_model(tmp_path / "model", tiny_config("llama"))
     tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+    tensors[name].flat[17] = value
     save_file(tensors, model / "model.safetensors")
-    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
+    with pytest.raises(ModelError, match=rf"{re.escape(name)} holds NaN or infinity"):
+        quantize(model, "int4", tmp_path / "base", dense_embeddings=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", tiny_config("llama", vocab_size=262))
+    write_tokenizer(model, 262)
+    path = model / "tokenizer.json"
+    path.write_text(path.read_text().replace('"</s>":2', '"</s>":700').replace('"</s>": 2', '"</s>": 700'))
+    with pytest.raises(ModelError, match="embedding has 262 rows"):
         quantize(model, "int4", tmp_path / "base")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 

@@ -138,7 +138,8 @@ def _gather(codes: Mapping[str, np.ndarray], columns: int, rows: np.ndarray) -> 
     element = rows.astype(np.int64)[:, None] * columns + np.arange(columns)
     byte = codes["codes"][element >> 1]
     levels: np.ndarray = LEVELS[np.where(element & 1, byte & 15, byte >> 4)]
-    return levels * codes["absmax"][element // BLOCK]
+    levels *= codes["absmax"][element // BLOCK]
+    return levels
 
 
 # x [..., K] ─┬─ MatMulBnb4(rows 0..n) ────┬─ Concat ── Add(bias) ── y [..., N]

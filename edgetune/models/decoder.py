@@ -25,7 +25,7 @@ class Context:
 
     cos: torch.Tensor  # [B or 1, 1, T, head_dim/2]
     sin: torch.Tensor
-    mask: torch.Tensor | None  # bool [B, 1, T, T], True = may look; None = plain causal
+    mask: torch.Tensor | None  # [B, 1, T, T], added to the scores: 0 = may look, -inf = may not; None = plain causal
 
 
 class RMSNorm(nn.Module):
@@ -148,7 +148,9 @@ class Decoder(nn.Module):
         if segment_ids is None:
             return Context(cos, sin, None)
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        return Context(cos, sin, same.tril()[:, None])
+        # Made float here: the attention kernel would turn a boolean mask into this once per layer, and keep each.
+        mask = torch.zeros(same.shape).masked_fill_(~same.tril_(), -torch.inf)
+        return Context(cos, sin, mask[:, None])
 
     def forward(
         self,

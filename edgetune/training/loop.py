@@ -21,8 +21,8 @@ import torch
 from edgetune.checkpoint import Checkpoint, latest_checkpoint
 from edgetune.data import pack, read_rows, split_eval
 from edgetune.errors import CheckpointError, ConfigError, DataError, ModelError
-from edgetune.memory import Meter, trim_allocator
-from edgetune.plans import Plan
+from edgetune.memory import Meter, give_back, trim_allocator
+from edgetune.planner.plans import Plan
 from edgetune.quantizer import read_manifest
 from edgetune.tokenizer import load_tokenizer
 from edgetune.training.progress import Progress
@@ -97,6 +97,7 @@ def train(
     ):
         checkpoint, notes = latest_checkpoint(folder / CHECKPOINTS)
         inputs = _read_inputs(plan, base, Path(data), None if eval_data is None else Path(eval_data), skip_bad)
+        give_back()  # what the tokenizer took
         if checkpoint is not None:
             _check_identity(checkpoint, inputs.identity)
             if (folder / SUMMARY).exists() and Run(folder).stopped == "done":

@@ -23,7 +23,7 @@ from edgetune.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, 
 from edgetune.data import Window
 from edgetune.memory import format_mib
 from edgetune.models.decoder import load_decoder
-from edgetune.plans import Plan
+from edgetune.planner.plans import Plan
 from edgetune.training import STEP_RULES
 from edgetune.training.backprop import Path as Walk
 from edgetune.training.batches import Batches, in_batches

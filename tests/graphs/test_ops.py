@@ -14,9 +14,9 @@ import pytest
 from conftest import tiny_config
 
 from edgetune.errors import ExportError
+from edgetune.exporter.merging import round_to
 from edgetune.graphs import FORMATS, int8, ops
 from edgetune.graphs.builder import Builder
-from edgetune.merging import round_to
 from edgetune.models import FAMILIES
 from edgetune.models.rope import rope_tables
 

@@ -20,9 +20,9 @@ from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.lora import LoraConfig, onnx_tensors
 from edgetune.base import open_base
 from edgetune.exporter import export
+from edgetune.exporter.merging import BaseWeights
 from edgetune.graphs.decoder import decoder_graph
 from edgetune.grids import GRIDS, nf4
-from edgetune.merging import BaseWeights
 from edgetune.models import FAMILIES
 from edgetune.models.decoder import load_decoder
 from edgetune.quantizer import quantize

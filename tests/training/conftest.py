@@ -12,7 +12,7 @@ import numpy as np
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import open_base
 from edgetune.models import load_config
-from edgetune.plans import Plan
+from edgetune.planner.plans import Plan
 from edgetune.quantizer import quantize
 from tests.conftest import tiny_config, write_model
 

@@ -23,7 +23,7 @@ from edgetune.adapters.base import load_adapter
 from edgetune.checkpoint import lock_run, read_checkpoint
 from edgetune.memory import anonymous_bytes
 from edgetune.models import load_config
-from edgetune.plans import Plan
+from edgetune.planner.plans import Plan
 from edgetune.training import backprop, loop, trainer
 from edgetune.training.loop import Run, train
 from edgetune.training.optimizer import AdamW
@@ -177,10 +177,10 @@ def on_progress(progress):
 enforce = "governor"
 if mode == "rlimit":
     from dataclasses import replace
-    from edgetune.memory import anonymous_bytes
+    from edgetune.memory import THREAD_SLACK_BYTES, anonymous_bytes
     from edgetune.training.stop import Guard
     Guard.check = lambda self: None  # only the kernel stops this run
-    plan, enforce = replace(plan, budget_bytes=anonymous_bytes()), "rlimit"
+    plan, enforce = replace(plan, budget_bytes=anonymous_bytes() - THREAD_SLACK_BYTES), "rlimit"
 run = train(plan, base, data=data, out=out, enforce=enforce, on_progress=on_progress)
 """
 

@@ -23,10 +23,10 @@ import onnxruntime
 import torch
 
 from edgetune import host
-from edgetune.agreement import Agreement, Probe, batches, loss_of, num_positions
 from edgetune.errors import ParityError
+from edgetune.exporter.agreement import Agreement, Probe, batches, loss_of, num_positions
+from edgetune.exporter.merging import BaseWeights, MergedWeights
 from edgetune.graphs import FORMATS
-from edgetune.merging import BaseWeights, MergedWeights
 from edgetune.models.config import DecoderConfig
 from edgetune.models.decoder import Decoder
 

@@ -1,4 +1,4 @@
-"""What the torch engine costs before any model: `python -m edgetune.floor` prints its anonymous bytes.
+"""What the torch engine costs before any model: `python -m edgetune.training.floor` prints its anonymous bytes.
 
 It imports what a training run imports and takes one step on a model of a few hundred weights, because much is only
 loaded or reserved at the first step. `memory.measure_floor` runs it in a process of its own.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgetune.console import fail, stream_text, tell
+from edgetune.cli.console import fail, stream_text, tell
 from edgetune.errors import EdgetuneError
 from edgetune.runtime.generate import Sampling, complete
 from edgetune.runtime.session import open_session

@@ -13,8 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from edgetune.data.jsonl import Report, RowError, RowFile, check_row
 from edgetune.errors import DataError
-from edgetune.jsonl import Report, RowError, RowFile, check_row
 from edgetune.tokenizer import Tokenizer
 
 __all__ = ["Example", "Pieces", "prompt_text", "read_examples", "row_pieces"]

@@ -19,17 +19,17 @@ from pathlib import Path
 from edgetune import __version__, host
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import Base, open_base
-from edgetune.costs import Job, copied_bytes, peak_parts, step_work, stored_bytes
 from edgetune.data import Rows, read_rows, split_eval
 from edgetune.device import DeviceProfile, load_device
 from edgetune.errors import BudgetError, ConfigError
 from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
-from edgetune.ladder import RUNGS, Choice, descend
 from edgetune.memory import MIB, format_mib, give_back, measure_floor
-from edgetune.plans import FORMAT_VERSION, Concession, Plan, TrainConfig
+from edgetune.planner.costs import Job, copied_bytes, peak_parts, step_work, stored_bytes
+from edgetune.planner.ladder import RUNGS, Choice, descend
+from edgetune.planner.plans import FORMAT_VERSION, Concession, Plan, TrainConfig
+from edgetune.planner.wishes import RowFacts, Wishes
 from edgetune.tokenizer import load_tokenizer
-from edgetune.wishes import RowFacts, Wishes
 
 __all__ = ["Concession", "Plan", "TrainConfig", "plan"]
 

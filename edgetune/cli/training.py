@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgetune.console import answer, fail
+from edgetune.cli.console import answer, fail
 from edgetune.errors import EdgetuneError
 from edgetune.memory import format_mib
-from edgetune.plans import Plan
+from edgetune.planner.plans import Plan
 from edgetune.training.loop import Run, train
 from edgetune.training.progress import show_progress
 

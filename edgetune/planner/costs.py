@@ -136,6 +136,8 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         "optimizer": 2 * parameters,
         "data": data_bytes(job),
         "kernels": packed,
+        # What all blocks share: the attention mask, and the rotary tables of every position.
+        "context": FLOAT_BYTES * job.tokens * (job.max_seq_length + job.model.head_dim),
         "block_inputs": 0,
         "kept_activations": 0,
         "block_workspace": _dequantized_bytes(job),
@@ -223,9 +225,7 @@ def saved_bytes(job: Job, layer: int) -> int:
         # Adapters keep their input; with dropout each has one of its own, and a mask of one byte per value.
         floats += sum(slot.in_features for slot in (adapted if dropout else adapted[:1]))
     masks = sum(slot.in_features for slot in slots.values()) if dropout else 0
-    # The attention kernel turns the boolean mask into a float one for itself, and keeps it.
-    attention_mask = FLOAT_BYTES * job.tokens * job.max_seq_length
-    return int(FLOAT_BYTES * job.tokens * floats + job.tokens * masks + attention_mask)
+    return int(FLOAT_BYTES * job.tokens * floats + job.tokens * masks)
 
 
 def backward_bytes(job: Job, layer: int) -> int:

@@ -23,7 +23,7 @@ from edgetune.errors import ExportError
 from edgetune.graphs import FORMATS
 from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
-from edgetune.quantizer import quantize
+from edgetune.quantizer import quantize, read_manifest
 from edgetune.tokenizer import Tokenizer, load_tokenizer
 from edgetune.weights import sha256_file
 
@@ -86,12 +86,19 @@ def read_job(folder: Path, work: Path, weights: str | None, merge: bool, eval_da
     if chosen != stored and not merge:
         base = _on_grid(base, adapter, chosen, work)
     sha256 = _base_sha256(base)
+    if base.grid is not None and (wanted := read_manifest(base.folder)["base_sha256"]) != sha256:
+        raise ExportError(
+            f"{base.folder} has weights with SHA-256 {sha256[:12]}, but its manifest names {wanted[:12]}. Run "
+            f"`edgetune quantize` again."
+        )
     if run and run.get("base_sha256") not in (None, sha256):
         raise ExportError(
             f"{base.folder} has SHA-256 {sha256[:12]}, but {folder} was trained on {run['base_sha256'][:12]}. Put that "
             f"base back, or train again."
         )
     tokenizer = load_tokenizer(base.folder) if (base.folder / "tokenizer.json").is_file() else None
+    if tokenizer is not None:
+        tokenizer.check_vocab(base.config.vocab_size)
     return Job(base, sha256, adapter, chosen, merge, _held_out(run, tokenizer, base, eval_data), tokenizer)
 
 

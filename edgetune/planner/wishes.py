@@ -10,9 +10,9 @@ from typing import Any
 from edgetune.adapters.lora import LoraConfig
 from edgetune.data import Row, pack
 from edgetune.errors import ConfigError
-from edgetune.ladder import RUNGS, Choice, Freedom
 from edgetune.models.config import DecoderConfig
-from edgetune.plans import TrainConfig
+from edgetune.planner.ladder import RUNGS, Choice, Freedom
+from edgetune.planner.plans import TrainConfig
 
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_TILE_ROWS = 8192

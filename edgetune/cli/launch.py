@@ -2,7 +2,7 @@
 
 A run's peak counts against the device's budget, so the process that trains holds nothing else. A model that is on no
 grid yet is quantized in a child; its base lies beside the run, where the next run on it finds it. Then the process of
-the command line, with its parser, replaces itself by `python -m edgetune.launch train JOB`: the same process id,
+the command line, with its parser, replaces itself by `python -m edgetune.cli.launch train JOB`: the same process id,
 terminal and signals, and the floor that the plan counted.
 """
 
@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 
 from edgetune import errors, planner
 from edgetune.base import open_base
-from edgetune.console import tell, tensor_progress
+from edgetune.checkpoint import newest_state
+from edgetune.cli.console import tell, tensor_progress
 from edgetune.errors import CheckpointError, ConfigError, EdgetuneError, MissingExtraError
 from edgetune.hub import model_folder
 from edgetune.memory import format_mib
@@ -49,26 +50,20 @@ def old_run(run: Path, *, data: Path | None, eval_data: Path | None) -> dict[str
     """A run's plan, base and rows, from its own files; rows that were moved since can be named again.
 
     Raises:
-        CheckpointError: the folder is no run, or does not say where its rows are.
+        CheckpointError: the folder is no run, or has no checkpoint.
     """
     try:
         plan = Plan.from_dict(json.loads((run / "plan.json").read_text(encoding="utf-8")))
-        summary = run / "summary.json"
-        known = dict(json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {})
     except (OSError, ValueError, AttributeError, TypeError) as error:  # the last two: not an object
         raise CheckpointError(f"{run} cannot be resumed: {error}. Give the folder that --out named.") from error
-    data = data or _path(known.get("data"))
-    if data is None:
-        raise CheckpointError(f"{run} was killed before it noted its rows. Give --data (and --eval-data) again.")
-    base = known.get("base", plan.model)
+    state = newest_state(run / "checkpoints")
+    if state is None:
+        raise CheckpointError(f"{run} has no checkpoint that is whole. Train anew with --force.")
+    known = state["paths"]
     return {
-        "plan": plan, "base": Path(base), "data": data, "out": run,
-        "eval_data": eval_data or _path(known.get("eval_data")),
+        "plan": plan, "base": Path(known["base"]), "data": data or Path(known["data"]), "out": run,
+        "eval_data": eval_data or (None if known["eval_data"] is None else Path(known["eval_data"])),
     }  # fmt: skip
-
-
-def _path(value: str | None) -> Path | None:
-    return None if value is None else Path(value)
 
 
 def _quantized(model: Path, grid: str, base: Path) -> Path:
@@ -76,7 +71,7 @@ def _quantized(model: Path, grid: str, base: Path) -> Path:
     if base.exists():
         raise ConfigError(f"{base} exists, and {model} would be quantized into it. Train on it as MODEL, or remove it.")
     tell(f"{model} is not in 4 bits yet: quantizing it into {base} on the {grid} grid")
-    command = [sys.executable, "-m", "edgetune.launch", "quantize", str(model), grid, str(base)]
+    command = [sys.executable, "-m", "edgetune.cli.launch", "quantize", str(model), grid, str(base)]
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if child.returncode == 1 and child.stdout.startswith("{"):
         last = json.loads(child.stdout)
@@ -104,7 +99,7 @@ def start(job: dict[str, Any], **options: bool | str) -> NoReturn:
     # Threads that wait for each other spin for 300,000 rounds by default, and where another program takes a core they
     # spin against it: 100 to 1,300 tokens/s on the packaged sample instead of 2,300. Alone it costs 3 %.
     environment = {"GOMP_SPINCOUNT": "1000", **os.environ}
-    os.execve(sys.executable, [sys.executable, "-m", "edgetune.launch", "train", text], environment)
+    os.execve(sys.executable, [sys.executable, "-m", "edgetune.cli.launch", "train", text], environment)
 
 
 def brief(plan: Plan) -> str:
@@ -134,13 +129,13 @@ def _quantize_here(model: str, grid: str, base: str) -> int:
 
 
 def _train_here(job: str) -> int:
-    from edgetune.training.command import run_job  # here, so that Ctrl-C while torch is imported is caught below
+    from edgetune.cli.training import run_job  # here, so that Ctrl-C while torch is imported is caught below
 
     return run_job(json.loads(job))
 
 
 def main(verb: str, *words: str) -> int:
-    """`python -m edgetune.launch quantize MODEL GRID FOLDER` or `train JOB`, JOB being JSON; returns the exit code."""
+    """`python -m edgetune.cli.launch quantize MODEL GRID FOLDER` or `train JOB` (JSON); returns the exit code."""
     try:
         return _quantize_here(*words) if verb == "quantize" else _train_here(*words)
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ import typer
 from edgetune.adapters import METHODS
 from edgetune.adapters.lora import LoraConfig
 from edgetune.errors import ConfigError
-from edgetune.plans import TrainConfig
+from edgetune.planner.plans import TrainConfig
 
 _Made = TypeVar("_Made")
 

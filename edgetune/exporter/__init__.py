@@ -22,7 +22,7 @@ import onnx_ir
 import onnxruntime
 import torch
 
-from edgetune import __version__, agreement, parity
+from edgetune import __version__
 from edgetune.adapters.attach import attach
 from edgetune.adapters.lora import LoraConfig
 from edgetune.bundle import (
@@ -37,12 +37,13 @@ from edgetune.bundle import (
     load_bundle,
 )
 from edgetune.errors import ConfigError
-from edgetune.export_job import Adapter, Job, read_job
+from edgetune.exporter import agreement, parity
+from edgetune.exporter.job import Adapter, Job, read_job
+from edgetune.exporter.merging import BaseWeights, MergedWeights
 from edgetune.graphs.decoder import decoder_graph
 from edgetune.graphs.ops import has_fused_attention
 from edgetune.hub import model_folder
 from edgetune.memory import Meter
-from edgetune.merging import BaseWeights, MergedWeights
 from edgetune.models.decoder import Decoder, load_decoder
 from edgetune.output import folder_in_progress
 from edgetune.weights import TensorInfo, sha256_file, write_safetensors

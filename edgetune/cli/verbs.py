@@ -19,10 +19,8 @@ from typing import Annotated, Any
 import typer
 
 from edgetune import __version__
-from edgetune.console import answer, fail, flat, stream_text, tell, tell_text, tensor_progress
-from edgetune.errors import EdgetuneError
-from edgetune.extras import missing_extra
-from edgetune.flags import (
+from edgetune.cli.console import answer, fail, flat, stream_text, tell, tell_text, tensor_progress
+from edgetune.cli.flags import (
     Budget,
     Bundle,
     Device,
@@ -40,6 +38,8 @@ from edgetune.flags import (
     read_settings,
     takes_settings,
 )
+from edgetune.errors import EdgetuneError
+from edgetune.extras import missing_extra
 
 app = typer.Typer(
     help="Fine-tune a language model inside the memory of a phone, a watch or a small board, and ship it as ONNX.\n\n"
@@ -122,7 +122,8 @@ def plan(
 
     Example: edgetune plan SmolLM2-135M/ --device pixel-9 --data notes.jsonl --explain
     """
-    from edgetune import launch, planner
+    from edgetune import planner
+    from edgetune.cli import launch
 
     lora, config = read_settings(adapter, settings)
     made = planner.plan(
@@ -205,7 +206,7 @@ def train(
 
     Example: edgetune train base/ --device pixel-9 --data notes.jsonl --out run/
     """
-    from edgetune import launch
+    from edgetune.cli import launch
 
     if resume is not None:
         job = launch.old_run(resume, data=data, eval_data=eval_data)
@@ -290,7 +291,7 @@ def run(
     if prompt is None:
         if as_json or not sys.stdin.isatty():
             raise typer.BadParameter("give --prompt TEXT, or --prompt - to read stdin; a conversation needs a terminal")
-        from edgetune.runtime.chat import converse
+        from edgetune.cli.chat import converse
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
         converse(bundle, sampling, threads=threads, adapter=adapter)

@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetune.data.jsonl import Report, RowError, RowFile
+from edgetune.data.prompts import Example, Pieces, prompt_text, read_examples, row_pieces
 from edgetune.errors import ConfigError, DataError
-from edgetune.jsonl import Report, RowError, RowFile
-from edgetune.prompts import Example, Pieces, prompt_text, read_examples, row_pieces
 from edgetune.tokenizer import Tokenizer
 
 __all__ = [
@@ -67,7 +67,7 @@ class Rows:
     """The rows of a file. A line can give several: a text is cut into windows, a chat sometimes into turns."""
 
     rows: tuple[Row, ...]
-    kind: str  # a key of edgetune.jsonl.KINDS
+    kind: str  # a key of edgetune.data.jsonl.KINDS
     sha256: str  # of the bytes of the file
     skipped: int  # bad lines left out
 
