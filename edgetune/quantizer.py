@@ -58,8 +58,8 @@ def quantize(
         on_progress: called with (tensor name, number done, number in all).
 
     Raises:
-        ModelError: the folder cannot be read, is quantized already, a weight holds NaN or infinity, or the tokenizer has
-            ids beyond the embedding.
+        ModelError: the folder cannot be read or is quantized already, a tensor holds NaN or infinity, or the tokenizer
+            has ids beyond the embedding.
         ConfigError: the grid is unknown, a setting contradicts it, or `out` exists.
         MissingExtraError: nf4 without bitsandbytes.
     """
