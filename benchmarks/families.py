@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from machine import about
+from shapes import LLAMA_3_SCALING
 from transformers import AutoModelForCausalLM
 
 from edgetune.models import FAMILIES
@@ -25,6 +26,8 @@ VARIANTS = {
     "head tied the other way": {"tie_word_embeddings": None},
     "one kv head": {"num_key_value_heads": 1},
     "linear rope scaling": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    # Short enough an original context that all three bands of frequencies occur.
+    "Llama 3 rope scaling": {"rope_scaling": LLAMA_3_SCALING | {"original_max_position_embeddings": 64}},
 }
 
 

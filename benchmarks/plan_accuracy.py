@@ -23,26 +23,7 @@ from shapes import SHAPES, write_shape
 from edgetune import sample
 from edgetune.quantizer import quantize
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wizards",
-    "mix",
-    "five",
-    "dozen",
-    "jugs",
-    "of",
-    "liquid",
-]
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix five dozen jugs of liquid"
 CASES: dict[str, list[dict[str, Any]]] = {
     "sample": [
         {"grid": "int4", "device": "galaxy-watch-7", "budget": "foreground"},
@@ -60,7 +41,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
 def write_rows(path: Path) -> Path:
     """Plain text rows of random words: 40 rows of about 600 bytes."""
     rng = np.random.default_rng(0)
-    rows = [{"text": " ".join(rng.choice(WORDS, 120))} for _ in range(40)]
+    rows = [{"text": " ".join(rng.choice(WORDS.split(), 120))} for _ in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
