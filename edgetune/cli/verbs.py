@@ -24,6 +24,7 @@ from edgetune.cli.flags import (
     Budget,
     Bundle,
     Device,
+    Engine,
     EvalRows,
     Force,
     Grid,
@@ -111,6 +112,7 @@ def plan(
     device: Device,
     data: Rows = None,
     grid: Grid = None,
+    engine: Engine = "torch",
     adapter: Method = "lora",
     budget: Budget = "foreground",
     skip_bad: SkipBad = False,
@@ -127,8 +129,9 @@ def plan(
 
     lora, config = read_settings(adapter, settings)
     made = planner.plan(
-        model, device, data=data, adapter=lora, config=config, grid=grid, budget=read_budget(budget), skip_bad=skip_bad
-    )
+        model, device, data=data, adapter=lora, config=config, grid=grid, engine=engine, budget=read_budget(budget),
+        skip_bad=skip_bad,
+    )  # fmt: skip
     answer(made.to_dict(), made.explain() if explain else launch.brief(made), as_json)
 
 
@@ -190,6 +193,7 @@ def train(
     ] = None,
     eval_data: EvalRows = None,
     grid: Grid = None,
+    engine: Engine = "torch",
     adapter: Method = "lora",
     budget: Budget = "foreground",
     enforce: Annotated[
@@ -221,7 +225,7 @@ def train(
         lora, config = read_settings(adapter, settings)
         job = launch.new_run(
             model, device, data=data, out=out, eval_data=eval_data,
-            adapter=lora, config=config, grid=grid, budget=read_budget(budget), skip_bad=skip_bad,
+            adapter=lora, config=config, grid=grid, engine=engine, budget=read_budget(budget), skip_bad=skip_bad,
         )  # fmt: skip
     launch.start(job, resume=resume is not None, force=force, enforce=enforce, skip_bad=skip_bad, as_json=as_json)
 
