@@ -11,7 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jinja2.sandbox  # noqa: F401 - rows of chats need it
 import numpy as np
+import safetensors.numpy  # noqa: F401 - checkpoints need it
 import torch
 
 from edgetune.adapters.attach import attach
