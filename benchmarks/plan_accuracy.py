@@ -24,6 +24,8 @@ from edgetune import sample
 from edgetune.quantizer import quantize
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix five dozen jugs of liquid"
+ALL = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+WHOLE = {"r": 8, "target-modules": ALL, "layers": "0-29"}  # nothing of the adapter may be conceded
 CASES: dict[str, list[dict[str, Any]]] = {
     "sample": [
         {"grid": "int4", "device": "galaxy-watch-7", "budget": "foreground"},
@@ -32,6 +34,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "smollm2-135m": [
         {"grid": "int4", "device": "pixel-9", "budget": "min", "max-seq-length": 256, "batch-size": 1},
         {"grid": "nf4", "device": "pixel-9", "budget": "min", "max-seq-length": 256, "batch-size": 1},
+        {"grid": "int4", "device": "pixel-9", "budget": "min", "max-seq-length": 256, "batch-size": 1, **WHOLE},
+        {"grid": "nf4", "device": "pixel-9", "budget": "min", "max-seq-length": 256, "batch-size": 1, **WHOLE},
         {"grid": "int4", "device": "pixel-9", "budget": "foreground", "max-seq-length": 256, "batch-size": 1},
         {"grid": "int4", "device": "pixel-9", "budget": "min", "max-seq-length": 512, "batch-size": 2},
     ],
