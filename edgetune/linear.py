@@ -21,21 +21,28 @@ Rows = slice | np.ndarray | None
 
 
 class Workspace:
-    """One float32 buffer, as large as the largest request so far; every request overwrites the one before."""
+    """Named float32 buffers, each as large as its largest request so far; a request overwrites the one before."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0)
+        self._buffers: dict[str, torch.Tensor] = {}
 
-    def take(self, rows: int, columns: int) -> torch.Tensor:
+    def take(self, rows: int, columns: int, name: str = "weight") -> torch.Tensor:
         """An uninitialized [rows, columns] view."""
-        if self._buffer.numel() < rows * columns:
-            self._buffer = torch.empty(0)  # give the old one back before the new one is taken
-            self._buffer = torch.empty(rows * columns)
-        return self._buffer[: rows * columns].view(rows, columns)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < rows * columns:
+            self._buffers.pop(name, None)
+            del buffer  # give the old one back before the new one is taken
+            buffer = self._buffers[name] = torch.empty(rows * columns)
+        return buffer[: rows * columns].view(rows, columns)
+
+    def like(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """As `take`, of x's shape."""
+        return self.take(x.shape[0], x.shape[1], name)
 
     @property
-    def nbytes(self) -> int:
-        return self._buffer.numel() * self._buffer.element_size()
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every buffer."""
+        return {name: buffer.numel() * buffer.element_size() for name, buffer in self._buffers.items()}
 
 
 class FrozenLinear(nn.Module):

@@ -7,7 +7,8 @@ A method is one file without torch, so that the planner and the device can read 
     slots(config, model)      the tensors that it needs, by linear: a list of `Slot`
     initialize(slot, rng)     their values before the first step: the adapted layer equals the base
     forward(x, y, tensors, config)   the layer's output from its input x and the frozen output y; torch or numpy arrays
-    saved_per_token(slot)     float32 values that the backward pass keeps per token
+    add(x, y, tensors, config)       the same into y itself, for torch tensors
+    add_gradients(x, d_y, d_x, tensors, gradients, config)    its backward pass, added to d_x and to the gradients
     onnx_tensors(config, tensors)    the same adapter as inputs of the exported graph
 """
 

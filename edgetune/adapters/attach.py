@@ -39,13 +39,37 @@ class AdaptedLinear(nn.Module):
         result: torch.Tensor = self.method.forward(self._dropped(x), y, self.tensors, self.config)
         return result
 
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Adds the method's contribution for x [N, in_features] to y [N, out_features]."""
+        self.method.add(self._dropped(x), y, self.tensors, self.config)
+
+    def add_gradients(self, x: torch.Tensor, d_y: torch.Tensor, d_x: torch.Tensor | None) -> None:
+        """Backward of `add` for d_y [N, out_features]: adds to d_x [N, in_features] and to `.grad` of the tensors."""
+        for value in self.tensors.values():
+            if value.grad is None:
+                value.grad = torch.zeros_like(value)
+        gradients = {name: value.grad for name, value in self.tensors.items()}
+        keep = self._keep(x.shape)
+        if keep is None:
+            self.method.add_gradients(x, d_y, d_x, self.tensors, gradients, self.config)
+            return
+        d_dropped = None if d_x is None else torch.zeros_like(x)
+        self.method.add_gradients(x * keep, d_y, d_dropped, self.tensors, gradients, self.config)
+        if d_x is not None and d_dropped is not None:
+            d_x.addcmul_(d_dropped, keep)
+
     def _dropped(self, x: torch.Tensor) -> torch.Tensor:
+        keep = self._keep(x.shape)
+        return x if keep is None else x * keep
+
+    def _keep(self, shape: torch.Size) -> torch.Tensor | None:
+        """0 where dropout takes a value and 1 / (1 - p) elsewhere; None where nothing is dropped."""
         p = self.config.lora_dropout or 0.0
         if p == 0 or self.dropout_key is None:
-            return x
+            return None
         seed = int(np.random.SeedSequence([*self.dropout_key, self.index]).generate_state(1, np.uint64)[0] >> 1)
-        keep = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) >= p
-        return x * keep / (1 - p)
+        keep = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) >= p
+        return keep.float().div_(1 - p)
 
     def merged_weight(self) -> torch.Tensor:
         """float32 [out_features, in_features]: the frozen weight with the adapter folded in, as a new tensor."""

@@ -116,15 +116,30 @@ def forward(x: Any, y: Any, tensors: Mapping[str, Any], config: LoraConfig) -> A
     return y + (x @ tensors["lora_A"].T) @ tensors["lora_B"].T * config.scaling
 
 
+def add(x: Any, y: Any, tensors: Mapping[str, Any], config: LoraConfig) -> None:
+    """`forward` into y [N, out] itself, for torch tensors: x [N, in]."""
+    y.addmm_(x @ tensors["lora_A"].T, tensors["lora_B"].T, alpha=config.scaling)
+
+
+def add_gradients(
+    x: Any, d_y: Any, d_x: Any | None, tensors: Mapping[str, Any], gradients: Mapping[str, Any], config: LoraConfig
+) -> None:
+    """Backward of `add`, added to what is there: d_x [N, in] and the gradients of A and B, from d_y [N, out].
+
+    With z = x A^T:    d_B = s d_y^T z,   d_z = s d_y B,   d_A = d_z^T x,   d_x = d_z A
+    """
+    a, b = tensors["lora_A"], tensors["lora_B"]
+    gradients["lora_B"].addmm_(d_y.T, x @ a.T, alpha=config.scaling)
+    d_z = (d_y @ b).mul_(config.scaling)
+    gradients["lora_A"].addmm_(d_z.T, x)
+    if d_x is not None:
+        d_x.addmm_(d_z, a)
+
+
 def delta(tensors: Mapping[str, np.ndarray], config: LoraConfig) -> np.ndarray:
     """float32 [out, in]: what merging adds to the frozen weight."""
     product: np.ndarray = tensors["lora_B"] @ tensors["lora_A"]
     return product * np.float32(config.scaling)
-
-
-def saved_per_token(slot: Slot) -> int:
-    """float32 values that backward keeps per token beyond the layer's input and output: x A^T."""
-    return slot.tensors["lora_A"][0]
 
 
 def onnx_tensors(config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

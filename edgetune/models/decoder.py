@@ -125,6 +125,11 @@ class Decoder(nn.Module):
         self.lm_head: FrozenLinear = self.embed_tokens if tied else frozen_linear(base, "lm_head", self.workspace)
         self._cos = self._sin = torch.empty(0, base.config.head_dim // 2)
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, by their type."""
+        return [layer for layer in self.layers if isinstance(layer, Block)]
+
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Ids [B, T] -> [B, T, hidden]."""
         return self.embed_tokens.lookup(input_ids)

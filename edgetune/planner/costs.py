@@ -1,22 +1,20 @@
 """What a training step costs: every byte of its peak by part, its floating point operations and its memory traffic.
 
-The byte counts follow `training.backprop` and `models.decoder` tensor by tensor. Three moments can be a run's peak:
+Whatever a step needs lies in named buffers that exist from the first step on (`training.blocks`); `buffers` lists them
+with their sizes, and a test holds that list against the trainer's own. Beside them two moments need more:
 
     reading    before the model is loaded: the tokenizer is, and the rows are made
-    loss       all block inputs and kept activations are held, and the loss has its tiles
-    backward   a block has its activations, and the gradients of its MLP beside them; first the topmost kept block,
-               then the topmost block that is computed again
+    loss       the tiles of the loss
+    backward   the gradients of the adapter, and masks where there is dropout
 
 The larger one is the peak, and the parts are those of that moment, so they add up. Mapped codes are file-backed: they
 count as `file_backed_bytes`, not here. All arrays are float32 unless said otherwise.
-
-Left out: the attention of a block as a peak of its own; its MLP needs more wherever it is at least as wide.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgetune.adapters import METHODS
 from edgetune.adapters.lora import LoraConfig
@@ -24,10 +22,11 @@ from edgetune.adapters.slot import Slot
 from edgetune.base import Base
 from edgetune.device import Compute
 from edgetune.grids import GRIDS, int4
-from edgetune.models.config import LINEARS, DecoderConfig
+from edgetune.models.config import DecoderConfig
 from edgetune.objectives import sft
 
 FLOAT_BYTES = 4
+TILE_QUERIES = 128  # queries of a tile of attention
 # Python and torch objects of a frozen linear with its mapped arrays, and of an adapted one; measured on 210 of each.
 LINEAR_OBJECT_BYTES = 4400
 SLOT_OBJECT_BYTES = 5200
@@ -80,6 +79,11 @@ class Job:
         return self.model.num_hidden_layers - self.first_block
 
     @property
+    def repeated_layers(self) -> int:
+        """Blocks that run forward twice: the last one never does, its activations are still there."""
+        return min(self.recompute_layers, self.path_layers - 1)
+
+    @property
     def slots(self) -> list[Slot]:
         slots: list[Slot] = METHODS[self.method].slots(self.adapter, self.model)
         return slots
@@ -128,19 +132,25 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
     parameters = FLOAT_BYTES * sum(slot.num_parameters for slot in slots)
     largest = max(n for n, _ in job.model.linear_shapes.values())
     packed = min(max(largest, job.loss_tile_rows), PACK_ROWS) * PACK_BYTES_PER_ROW * job.threads
+    sizes = buffers(job)
+    inputs, slots_, work = (
+        sum(size for name, size in sizes.items() if name.partition(".")[0] in prefixes)
+        for prefixes in (("input",), ("slot",), {name.partition(".")[0] for name in sizes} - {"input", "slot"})
+    )
+    one_slot = activation_bytes(job)
     return {
         "floor": floor_bytes,
         "base": _vector_bytes(job.model) + job.base_copy_bytes + LINEAR_OBJECT_BYTES * len(job.model.matrices()),
         "adapter": parameters + SLOT_OBJECT_BYTES * len(slots),
-        "gradients": parameters,
+        "gradients": 0,
         "optimizer": 2 * parameters,
         "data": data_bytes(job),
         "kernels": packed,
         # What all blocks share: the attention mask, and the rotary tables of every position.
         "context": FLOAT_BYTES * job.tokens * (job.max_seq_length + job.model.head_dim),
-        "block_inputs": 0,
-        "kept_activations": 0,
-        "block_workspace": _dequantized_bytes(job),
+        "block_inputs": inputs,
+        "kept_activations": slots_ - one_slot,
+        "block_workspace": work + one_slot,
         "logits": 0,
     }
 
@@ -155,92 +165,69 @@ def _row_bytes(job: Job) -> int:
     return 2 * 4 * job.num_tokens + ROW_OBJECT_BYTES * job.num_rows
 
 
-def _dequantized_bytes(job: Job) -> int:
-    """The one buffer that every linear of a block is dequantized into."""
-    return FLOAT_BYTES * max(n * k for n, k in job.model.linear_shapes.values())
+def buffers(job: Job) -> dict[str, int]:
+    """Name -> bytes of every buffer that the trainer's workspace holds for this job."""
+    model, positions = job.model, job.tokens
+    hidden, inner = model.hidden_size, model.intermediate_size
+    q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    queries = min(TILE_QUERIES, job.max_seq_length)
+    # Scores of a tile reach back to the first position; the last tile may have fewer queries.
+    scores = max(
+        (min(start + queries, job.max_seq_length) - start) * min(start + queries, job.max_seq_length)
+        for start in range(0, job.max_seq_length, queries)
+    )
+    floats = {
+        "weight": max(n * k for n, k in model.linear_shapes.values()),
+        "h": positions * hidden,
+        "d": positions * hidden,
+        "d_h": positions * hidden,
+        "inner": positions * max(inner, q),
+        "d_inner": positions * (max(inner, q) if model.qk_norm else inner),
+        "rotated": positions * q // 2,
+        "d_q": positions * q,
+        "d_k": positions * kv,
+        "d_v": positions * kv,
+        "attention.q": queries * q,
+        "attention.d_o": queries * q,
+        "attention.scores": model.num_attention_heads * scores,
+        "attention.d_scores": model.num_attention_heads * scores,
+    }
+    floats |= {f"input.{index}": positions * hidden for index in range(job.path_layers + 1)}
+    widths = {"q": q, "k": kv, "v": kv, "o": q, "x2": hidden, "gate": inner, "up": inner}
+    if model.qk_norm:
+        widths |= {"q_raw": q, "k_raw": kv}
+    for slot in range(num_slots(job)):
+        floats |= {f"slot.{slot}.{name}": positions * width for name, width in widths.items()}
+    return {name: FLOAT_BYTES * count for name, count in floats.items()}
 
 
-def _hidden_bytes(job: Job) -> int:
-    """Hidden states of a micro-batch, [B, T, hidden]."""
-    return FLOAT_BYTES * job.tokens * job.model.hidden_size
+def num_slots(job: Job) -> int:
+    """Sets of activations: one for each block that keeps them, and one that all others take by turns."""
+    kept = job.path_layers - job.recompute_layers
+    return kept + (1 if job.recompute_layers or job.first_block else 0)
 
 
-def _kept_layers(job: Job) -> range:
-    return range(job.first_block + job.recompute_layers, job.model.num_hidden_layers)
+def activation_bytes(job: Job) -> int:
+    """What one block keeps from its forward to its backward pass, its input apart."""
+    return sum(size for name, size in buffers(replace(job, recompute_layers=job.path_layers)).items() if "slot" in name)
 
 
 def _at_loss(job: Job) -> dict[str, int]:
-    parts = {
-        "block_inputs": (job.path_layers + 1) * _hidden_bytes(job),
-        "kept_activations": sum(saved_bytes(job, layer) for layer in _kept_layers(job)),
-        "logits": loss_bytes(job),
-    }
-    if job.gradient_accumulation_steps == 1:  # large gradients of the step before have been given back
-        sizes = [FLOAT_BYTES * math.prod(shape) for slot in job.slots for shape in slot.tensors.values()]
-        parts["gradients"] = sum(size for size in sizes if size < RETURNED_BYTES)
-    return parts
+    sizes = [FLOAT_BYTES * math.prod(shape) for slot in job.slots for shape in slot.tensors.values()]
+    # Large gradients of the step before have been given back.
+    kept = sizes if job.gradient_accumulation_steps > 1 else [size for size in sizes if size < RETURNED_BYTES]
+    return {"logits": loss_bytes(job), "gradients": sum(kept)}
 
 
 def _at_backward(job: Job) -> dict[str, int]:
-    """The topmost kept block, or the topmost one that is computed again, whichever needs more."""
-    kept = list(_kept_layers(job))
-    moments = []
-    if kept:
-        rest = sum(saved_bytes(job, layer) for layer in kept[:-1])
-        moments.append((job.path_layers, rest, kept[-1]))
-    if job.recompute_layers:
-        moments.append((job.recompute_layers, 0, job.first_block + job.recompute_layers - 1))
-    candidates = [
-        {
-            "block_inputs": inputs * _hidden_bytes(job),
-            "kept_activations": rest,
-            "block_workspace": _dequantized_bytes(job) + saved_bytes(job, layer) + backward_bytes(job, layer),
-        }
-        for inputs, rest, layer in moments
-    ]
-    return max(candidates, key=lambda parts: sum(parts.values()))
-
-
-def adapted_paths(job: Job, layer: int) -> dict[str, Slot]:
-    """Path inside the block -> slot, for the adapted linears of a layer."""
-    at = f"model.layers.{layer}."
-    return {slot.linear.removeprefix(at): slot for slot in job.slots if slot.linear.startswith(at)}
-
-
-def saved_bytes(job: Job, layer: int) -> int:
-    """What autograd keeps of a block from its forward to its backward pass, its input apart."""
-    model, slots = job.model, adapted_paths(job, layer)
-    hidden, inner = model.hidden_size, model.intermediate_size
-    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    q, kv = heads * model.head_dim, kv_heads * model.head_dim
-    floats = 2 + hidden  # 1 / rms of both norms; the input of the second
-    floats += q + 2 * kv + q + heads  # rotated q and k, v; the attention's output and its log-sum-exp
-    if model.qk_norm:
-        floats += q + kv + heads + kv_heads
-    floats += 3 * inner  # gate, silu(gate), up
-    floats += sum(METHODS[job.method].saved_per_token(slot) for slot in slots.values())
-    dropout = bool(job.adapter.lora_dropout)
-    for sharing in (LINEARS[:3], LINEARS[3:4], LINEARS[4:6], LINEARS[6:]):  # linears with the same input
-        adapted = [slots[path] for path in sharing if path in slots]
-        # Adapters keep their input; with dropout each has one of its own, and a mask of one byte per value.
-        floats += sum(slot.in_features for slot in (adapted if dropout else adapted[:1]))
-    masks = sum(slot.in_features for slot in slots.values()) if dropout else 0
-    return int(FLOAT_BYTES * job.tokens * floats + job.tokens * masks)
-
-
-def backward_bytes(job: Job, layer: int) -> int:
-    """What the backward pass of a block holds beside its saved activations: the gradients around the MLP's product.
-
-    The block's output and its gradient, and the gradients of the product, of silu(gate) and of up; the product
-    itself, kept for an adapter of down_proj, is gone by then.
-    """
-    hidden, inner = job.model.hidden_size, job.model.intermediate_size
-    product_freed = "mlp.down_proj" in adapted_paths(job, layer)
-    return FLOAT_BYTES * job.tokens * (2 * hidden + (2 if product_freed else 3) * inner)
+    parts = {"gradients": FLOAT_BYTES * sum(slot.num_parameters for slot in job.slots)}
+    if job.adapter.lora_dropout:  # random numbers, the mask, the dropped input and its gradient
+        parts["dropout"] = 4 * FLOAT_BYTES * job.tokens * max(slot.in_features for slot in job.slots)
+    return parts
 
 
 def loss_bytes(job: Job) -> int:
-    """The normalized hidden states and what the loss holds beside them."""
+    """What the loss holds beside the buffers."""
     model = job.model
     rows = min(job.loss_tile_rows, model.vocab_size)
     tile = FLOAT_BYTES * rows * (model.hidden_size + min(sft.TILE_TOKENS, job.supervised))
@@ -248,7 +235,7 @@ def loss_bytes(job: Job) -> int:
         tile += FLOAT_BYTES * rows * -(-model.hidden_size // int4.BLOCK)  # the scales of a tile, widened
     # Supervised rows, their gradient, and from those the gradient of all rows.
     positions = FLOAT_BYTES * model.hidden_size * (2 * job.supervised + job.tokens)
-    return _hidden_bytes(job) + tile + positions
+    return tile + positions
 
 
 @dataclass(frozen=True)
@@ -271,7 +258,7 @@ def step_work(job: Job) -> StepWork:
     counted whole. Every visit decodes the weight: its codes are read, its float32 values written and read back.
     """
     model = job.model
-    below, again = job.first_block, job.recompute_layers
+    below, again = job.first_block, job.repeated_layers
     visits = below + 2 * job.path_layers + again  # passes over one block's weights
     weights = sum(n * k for n, k in model.linear_shapes.values())
     attention = 4 * job.max_seq_length * model.num_attention_heads * model.head_dim  # scores and values, per token
@@ -282,7 +269,7 @@ def step_work(job: Job) -> StepWork:
     head = model.vocab_size * model.hidden_size
     flops += 6.0 * head * job.supervised
     decoded = weights * visits + head * (1 if job.loss_tile_rows >= model.vocab_size else 2)
-    activations = sum(saved_bytes(job, layer) for layer in (job.first_block,)) * (forward_passes + 2 * job.path_layers)
+    activations = 2 * activation_bytes(job) * (forward_passes + 2 * job.path_layers)
     traffic = decoded * (0.5625 + 2 * FLOAT_BYTES) + activations
     times = job.gradient_accumulation_steps
     return StepWork(flops * times, traffic * times + 7.0 * FLOAT_BYTES * trained)

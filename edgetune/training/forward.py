@@ -10,6 +10,7 @@ import torch
 from edgetune.adapters.attach import set_dropout
 from edgetune.models.decoder import Context, Decoder
 from edgetune.objectives import sft
+from edgetune.training.blocks import BlockPass, normalize
 
 Batch = Mapping[str, np.ndarray]  # input_ids, labels (shifted), position_ids, segment_ids: int64 [B, T]
 Check = Callable[[], None]  # called between blocks; raises to leave a step unfinished
@@ -30,17 +31,29 @@ def num_supervised(batch: Batch) -> int:
     return int((batch["labels"] != sft.IGNORE_INDEX).sum())
 
 
+def below(decoder: Decoder, walk: BlockPass, embedded: torch.Tensor, stop: int, check: Check) -> torch.Tensor:
+    """What block `stop` gets, [N, H]: the blocks below it by turns in two buffers, nothing kept."""
+    count, length, hidden = embedded.shape
+    x = decoder.workspace.take(count * length, hidden, f"input.{stop % 2}")
+    x.copy_(embedded.view(x.shape))
+    for index, block in enumerate(decoder.blocks[:stop]):
+        y = decoder.workspace.like(x, f"input.{(stop - index - 1) % 2}")  # the last one writes to input.0
+        walk.forward(block, x, y, "slot.0")
+        x = y
+        check()
+    return x
+
+
 @torch.no_grad()
 def evaluate(decoder: Decoder, batches: Iterable[Batch], *, tile_rows: int, check: Check) -> float:
     """Mean loss per supervised token, in nats; NaN where nothing is supervised."""
     set_dropout(decoder, None)
     loss_sum, supervised = 0.0, 0
     for batch in batches:
-        x, context = start(decoder, batch)
-        for layer in decoder.layers:
-            x = layer(x, context)
-            check()
-        hidden = decoder.norm(x).reshape(-1, x.shape[-1])
+        embedded, context = start(decoder, batch)
+        walk = BlockPass(decoder.workspace, context, *embedded.shape[:2])
+        x = below(decoder, walk, embedded, len(decoder.layers), check)
+        hidden = normalize(x, decoder.norm, decoder.workspace.like(x, "h"))
         loss_sum += sft.loss(hidden, targets(batch), decoder.lm_head, tile_rows=tile_rows)
         supervised += num_supervised(batch)
         check()

@@ -1,0 +1,259 @@
+"""One block forward and backward by hand, in buffers that every step uses again.
+
+    forward    h = norm(x)       q, k, v = h Wq, h Wk, h Wv, rotated      o = attention(q, k, v)
+               x2 = x + o Wo     gate, up = norm(x2) Wg, norm(x2) Wu      y = x2 + (silu(gate) * up) Wd
+    kept       q, k, v, o, x2, gate, up: what `Activations` names. Norms, products and scores are computed again.
+
+Autograd would keep twice as much, and its temporaries come from the system anew in every step: on small models more
+time went into fetching pages than into arithmetic. The same formulas as `models.decoder`, which the tests hold beside
+them; attention is computed in tiles of queries, so scores never exist whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from edgetune.adapters.attach import AdaptedLinear
+from edgetune.linear import FrozenLinear, Workspace
+from edgetune.models.decoder import Block, Context, RMSNorm
+from edgetune.planner.costs import TILE_QUERIES
+
+Linear = FrozenLinear | AdaptedLinear
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a block keeps from its forward to its backward pass; N = B * T positions."""
+
+    q: torch.Tensor  # [N, heads * head_dim], rotated
+    k: torch.Tensor  # [N, kv_heads * head_dim], rotated
+    v: torch.Tensor
+    o: torch.Tensor  # [N, heads * head_dim]
+    x2: torch.Tensor  # [N, hidden]
+    gate: torch.Tensor  # [N, inner]
+    up: torch.Tensor
+    q_raw: torch.Tensor | None  # before q_norm, where the family has one
+    k_raw: torch.Tensor | None
+
+
+class _Tile(NamedTuple):
+    """Attention of t queries of one window to all s positions up to them, for all heads."""
+
+    window: int
+    at: slice
+    q: torch.Tensor  # [kv_heads, t * rep, head_dim], scaled
+    probabilities: torch.Tensor  # [kv_heads, t * rep, s]
+    k: torch.Tensor  # [kv_heads, s, head_dim]
+    v: torch.Tensor
+
+
+class BlockPass:
+    """The two passes over any block of a decoder, for micro-batches of B windows of T positions."""
+
+    def __init__(self, workspace: Workspace, context: Context, batch: int, length: int) -> None:
+        self.workspace, self.context, self.batch, self.length = workspace, context, batch, length
+        self.positions = batch * length
+
+    def forward(self, block: Block, x: torch.Tensor, y: torch.Tensor | None, name: str) -> Activations:
+        """Fills y [N, hidden] from x [N, hidden]; the activations lie in buffers that start with `name`.
+
+        Without y the block ends at what backward needs.
+        """
+        config, attention, mlp = block.self_attn.config, block.self_attn, block.mlp
+        q_width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        inner = config.intermediate_size
+
+        def kept(key: str, width: int) -> torch.Tensor:
+            return self.workspace.take(self.positions, width, f"{name}.{key}")
+
+        h = self._normed(x, block.input_layernorm, "h")
+        q, k, v = kept("q", q_width), kept("k", kv_width), kept("v", kv_width)
+        q_raw = k_raw = None
+        if attention.q_norm is not None and attention.k_norm is not None:
+            q_raw, k_raw = kept("q_raw", q_width), kept("k_raw", kv_width)
+            self._linear(attention.q_proj, h, q_raw)
+            self._linear(attention.k_proj, h, k_raw)
+            for raw, out, norm in ((q_raw, q, attention.q_norm), (k_raw, k, attention.k_norm)):
+                normalize(raw.view(-1, config.head_dim), norm, out.view(-1, config.head_dim))
+        else:
+            self._linear(attention.q_proj, h, q)
+            self._linear(attention.k_proj, h, k)
+        self._linear(attention.v_proj, h, v)
+        self._rotate(q, config.head_dim, 1)
+        self._rotate(k, config.head_dim, 1)
+        o, x2, gate, up = kept("o", q_width), kept("x2", config.hidden_size), kept("gate", inner), kept("up", inner)
+        made = Activations(q, k, v, o, x2, gate, up, q_raw, k_raw)
+        self._attend(made, config.num_key_value_heads, config.head_dim)
+        self._linear(attention.o_proj, o, x2)
+        x2.add_(x)
+        h = self._normed(x2, block.post_attention_layernorm, "h")
+        self._linear(mlp.gate_proj, h, gate)
+        self._linear(mlp.up_proj, h, up)
+        if y is not None:
+            product = torch.ops.aten.silu.out(gate, out=self.workspace.take(self.positions, inner, "inner")).mul_(up)
+            self._linear(mlp.down_proj, product, y)
+            y.add_(x2)
+        return made
+
+    def backward(self, block: Block, x: torch.Tensor, made: Activations, d: torch.Tensor, *, to_input: bool) -> None:
+        """Turns d, the gradient of the block's output, into that of its input, and fills the adapter's gradients.
+
+        `to_input` False leaves d unfinished: below this block nobody asks for it. Overwrites the activations.
+        """
+        config, attention, mlp = block.self_attn.config, block.self_attn, block.mlp
+        take, positions, inner = self.workspace.take, self.positions, config.intermediate_size
+
+        product = torch.ops.aten.silu.out(made.gate, out=take(positions, inner, "inner")).mul_(made.up)
+        d_product = take(positions, inner, "d_inner")
+        self._linear_backward(mlp.down_proj, product, d, d_product, first=True)
+        # From here "inner" is the gradient of up, and gate becomes its own.
+        d_up = torch.ops.aten.silu.out(made.gate, out=product).mul_(d_product)
+        d_gate = made.gate
+        torch.ops.aten.silu_backward.grad_input(made.up.mul_(d_product), made.gate, grad_input=d_gate)
+        h = self._normed(made.x2, block.post_attention_layernorm, "h")
+        d_h = take(positions, config.hidden_size, "d_h")
+        self._linear_backward(mlp.gate_proj, h, d_gate, d_h, first=True)
+        self._linear_backward(mlp.up_proj, h, d_up, d_h)
+        normalize_backward(made.x2, block.post_attention_layernorm, d_h, d)
+
+        d_o = take(positions, made.o.shape[1], "inner")
+        self._linear_backward(attention.o_proj, made.o, d, d_o, first=True)
+        d_q, d_k, d_v = self._attend_backward(made, d_o, config.num_key_value_heads, config.head_dim)
+        self._rotate(d_q, config.head_dim, -1)
+        self._rotate(d_k, config.head_dim, -1)
+        if attention.q_norm is not None and attention.k_norm is not None:
+            assert made.q_raw is not None and made.k_raw is not None
+            for raw, grad, norm in ((made.q_raw, d_q, attention.q_norm), (made.k_raw, d_k, attention.k_norm)):
+                by_head = grad.view(-1, config.head_dim)
+                raw = raw.view(-1, config.head_dim)
+                total = take(len(by_head), config.head_dim, "d_inner").zero_()
+                normalize_backward(raw, norm, by_head, total)
+                by_head.copy_(total)
+        h = self._normed(x, block.input_layernorm, "h")
+        parts = ((attention.q_proj, d_q), (attention.k_proj, d_k), (attention.v_proj, d_v))
+        for index, (layer, grad) in enumerate(parts):
+            self._linear_backward(layer, h, grad, d_h if to_input else None, first=index == 0)
+        if to_input:
+            normalize_backward(x, block.input_layernorm, d_h, d)
+
+    def _normed(self, x: torch.Tensor, norm: RMSNorm, name: str) -> torch.Tensor:
+        return normalize(x, norm, self.workspace.like(x, name))
+
+    def _linear(self, layer: Linear, x: torch.Tensor, y: torch.Tensor) -> None:
+        frozen = layer.base_layer if isinstance(layer, AdaptedLinear) else layer
+        torch.mm(x, frozen.dequantize(out=self.workspace.take(*frozen.shape)).T, out=y)
+        if frozen.bias is not None:
+            y.add_(frozen.bias)
+        if isinstance(layer, AdaptedLinear):
+            layer.add(x, y)
+
+    def _linear_backward(
+        self, layer: Linear, x: torch.Tensor, d_y: torch.Tensor, d_x: torch.Tensor | None, *, first: bool = False
+    ) -> None:
+        """Adds to d_x, or sets it where it is the `first`; and to the gradients of the layer's adapter."""
+        frozen = layer.base_layer if isinstance(layer, AdaptedLinear) else layer
+        if d_x is not None:
+            weight = frozen.dequantize(out=self.workspace.take(*frozen.shape))
+            if first:
+                torch.mm(d_y, weight, out=d_x)
+            else:
+                d_x.addmm_(d_y, weight)
+        if isinstance(layer, AdaptedLinear):
+            layer.add_gradients(x, d_y, d_x)
+
+    def _rotate(self, x: torch.Tensor, head_dim: int, direction: int) -> None:
+        """Rotary embedding of x [N, heads * head_dim] in place, rotate-half; backwards with direction -1."""
+        heads = x.view(self.batch, self.length, -1, head_dim)
+        first, second = heads.chunk(2, -1)
+        cos, sin = self.context.cos.transpose(1, 2), self.context.sin.transpose(1, 2)  # [B or 1, T, 1, head_dim/2]
+        turned = self.workspace.take(len(x), x.shape[1] // 2, "rotated").view(first.shape)
+        torch.mul(first, sin, out=turned)
+        first.mul_(cos).addcmul_(second, sin, value=-direction)
+        second.mul_(cos).add_(turned, alpha=direction)
+
+    def _tiles(self, made: Activations, kv_heads: int, head_dim: int) -> Iterator[_Tile]:
+        """The tiles in turn, each in the memory of the one before."""
+        assert self.context.mask is not None, "windows have segments"
+        batch, length = self.batch, self.length
+        q = made.q.view(batch, length, kv_heads, -1, head_dim)
+        rep = q.shape[3]
+        k, v = (x.view(batch, length, kv_heads, head_dim) for x in (made.k, made.v))
+        for window in range(batch):
+            for start in range(0, length, TILE_QUERIES):
+                stop = min(start + TILE_QUERIES, length)
+                rows = (stop - start) * rep
+                part = self.workspace.take(kv_heads * rows, head_dim, "attention.q").view(kv_heads, rows, head_dim)
+                by_head = part.view(kv_heads, stop - start, rep, head_dim)
+                torch.mul(q[window, start:stop].transpose(0, 1), head_dim**-0.5, out=by_head)
+                keys, values = (x[window, :stop].transpose(0, 1) for x in (k, v))
+                scores = self.workspace.take(kv_heads * rows, stop, "attention.scores").view(kv_heads, rows, stop)
+                torch.bmm(part, keys.transpose(1, 2), out=scores)
+                by_query = scores.view(kv_heads, stop - start, rep, stop)
+                by_query.add_(self.context.mask[window, :, start:stop, None, :stop])
+                scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+                scores.div_(scores.sum(-1, keepdim=True))
+                yield _Tile(window, slice(start, stop), part, scores, keys, values)
+
+    def _attend(self, made: Activations, kv_heads: int, head_dim: int) -> None:
+        """Fills `made.o`."""
+        o = made.o.view(self.batch, self.length, kv_heads, -1, head_dim)
+        for window, at, part, scores, _, values in self._tiles(made, kv_heads, head_dim):
+            found = torch.bmm(scores, values, out=part)
+            o[window, at].copy_(found.view(kv_heads, at.stop - at.start, -1, head_dim).transpose(0, 1))
+
+    def _attend_backward(
+        self, made: Activations, d_o: torch.Tensor, kv_heads: int, head_dim: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of q and k, rotated as those are, and of v; the latter two lie in k's and v's own memory."""
+        take, batch, length = self.workspace.take, self.batch, self.length
+        d_q = self.workspace.like(made.q, "d_q").view(batch, length, kv_heads, -1, head_dim)
+        d_k, d_v = (
+            take(batch * kv_heads * length, head_dim, name).zero_().view(batch, kv_heads, length, head_dim)
+            for name in ("d_k", "d_v")
+        )
+        o, d_o = (x.view(batch, length, kv_heads, -1, head_dim) for x in (made.o, d_o))
+        for window, at, part, scores, keys, values in self._tiles(made, kv_heads, head_dim):
+            count = at.stop - at.start
+            d_part = take(part.shape[0] * part.shape[1], head_dim, "attention.d_o").view(part.shape)
+            by_head = d_part.view(kv_heads, count, -1, head_dim)
+            by_head.copy_(d_o[window, at].transpose(0, 1))
+            d_scores = take(scores.shape[0] * scores.shape[1], scores.shape[2], "attention.d_scores").view(scores.shape)
+            torch.bmm(d_part, values.transpose(1, 2), out=d_scores)
+            d_v[window, :, : at.stop].baddbmm_(scores.transpose(1, 2), d_part)
+            inside = (by_head * o[window, at].transpose(0, 1)).sum(-1).view(kv_heads, -1, 1)
+            d_scores.sub_(inside).mul_(scores)
+            d_k[window, :, : at.stop].baddbmm_(d_scores.transpose(1, 2), part)
+            found = torch.bmm(d_scores, keys, out=d_part)
+            torch.mul(found.view(by_head.shape).transpose(0, 1), head_dim**-0.5, out=d_q[window, at])
+        for grad, own in ((d_k, made.k), (d_v, made.v)):
+            own.view(batch, length, kv_heads, head_dim).copy_(grad.transpose(1, 2))
+        return d_q.view(made.q.shape), made.k, made.v
+
+
+def normalize(x: torch.Tensor, norm: RMSNorm, out: torch.Tensor) -> torch.Tensor:
+    """RMSNorm of x [M, D] into `out`."""
+    return torch.mul(x, _inverse_rms(x, norm.eps), out=out).mul_(norm.weight)
+
+
+def normalize_backward(x: torch.Tensor, norm: RMSNorm, d_out: torch.Tensor, d_x: torch.Tensor) -> None:
+    """Adds to d_x [M, D] the gradient of `normalize` for d_out [M, D], which is overwritten.
+
+    dx = r g - x r^3 (g . x) / D   with g = d_out * weight and r = 1 / rms(x)
+    """
+    inverse = _inverse_rms(x, norm.eps)
+    d_out.mul_(norm.weight)
+    along = _dot(d_out, x).mul_(inverse**3).div_(-x.shape[1])
+    d_x.addcmul_(d_out, inverse).addcmul_(x, along)
+
+
+def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return _dot(x, x).div_(x.shape[1]).add_(eps).rsqrt_()
+
+
+def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """[M, 1], without a temporary of the inputs' size."""
+    return torch.bmm(x[:, None], y[:, :, None])[:, 0]
