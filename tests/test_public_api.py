@@ -78,7 +78,7 @@ def test_importing_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["runtime.chat", "runtime.evaluate", "benchmark", "cli", "planner", "doctor", "launch"]
+    "module", ["cli.chat", "cli.launch", "cli.verbs", "runtime.evaluate", "benchmark", "planner", "doctor"]
 )
 def test_the_core_imports_no_extra(module: str) -> None:
     assert imported(f"import edgetune.{module}", [*extras.EXTRAS, "transformers", "peft"]) == []
