@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import about
+from machine import about, real
 from peft_twin import Batch, compare
 
 from edgetune.data import Row, pack
@@ -29,7 +28,6 @@ from edgetune.training.batches import Batches
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from conftest import tiny_config, write_model
 
-REAL = Path(os.environ.get("EDGETUNE_REAL", Path(__file__).resolve().parents[2] / "shared" / "real"))
 WANTED = 1e-4
 
 
@@ -45,8 +43,8 @@ def windows_of(ids: np.ndarray, length: int, batch_size: int, accumulation: int)
 
 
 def stories(folder: Path) -> tuple[Path, Batches]:
-    base = quantize(REAL / "stories260k", "nf4", folder / "stories260k")
-    text = (REAL / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")[:200_000]
+    base = quantize(real("stories260k"), "nf4", folder / "stories260k")
+    text = (real("tinyshakespeare") / "input.txt").read_text(encoding="utf-8")[:200_000]
     return base, windows_of(np.array(load_tokenizer(base).encode(text)), 256, 8, 1)
 
 

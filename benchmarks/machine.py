@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,14 @@ PACKAGES = (
     "peft", "tokenizers",
 )  # fmt: skip
 REPOSITORY = Path(__file__).parents[1]
+REAL = Path(os.environ.get("EDGETUNE_REAL", REPOSITORY.parent / "shared" / "real"))
+
+
+def real(name: str) -> Path:
+    """A folder of real models and texts; ends the script where it is not there."""
+    if not (REAL / name).is_dir():
+        sys.exit(f"{REAL / name} is not there. Set EDGETUNE_REAL to the folder that holds {name}.")
+    return REAL / name
 
 
 def about() -> dict[str, Any]:

@@ -6,18 +6,15 @@ Run: python benchmarks/oracle.py          (EDGETUNE_REAL names the folder that h
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 
 import torch
-from machine import about
+from machine import about, real
 
 from edgetune.exporter import export
 from edgetune.models.decoder import load_decoder
 from edgetune.runtime.session import open_session
-
-REAL = Path(os.environ.get("EDGETUNE_REAL", Path(__file__).resolve().parents[2] / "shared" / "real"))
 
 
 def from_torch(model: Path, prompt: list[int], count: int) -> list[int]:
@@ -37,7 +34,7 @@ def from_bundle(bundle: Path, prompt: list[int], count: int) -> list[int]:
 
 
 def main() -> None:
-    model = REAL / "stories260k"
+    model = real("stories260k")
     golden = json.loads((model / "oracle.json").read_text(encoding="utf-8"))
     prompt, wanted = golden["prompt_ids"], golden["expected_new_token_ids"]
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import about
+from machine import about, real
 from peft_twin import PeftTrainer, loss_sum, peft_model
 
 import edgetune as et
@@ -35,7 +34,6 @@ from edgetune.training.batches import Batches, in_batches
 from edgetune.training.forward import evaluate
 from edgetune.training.optimizer import learning_rate
 
-REAL = Path(os.environ.get("EDGETUNE_REAL", Path(__file__).resolve().parents[2] / "shared" / "real"))
 TRAINING_CHARACTERS, PIECE_CHARACTERS, CONTEXT = 1_000_000, 480, 512
 
 
@@ -99,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
     steps = parser.parse_args().steps
-    text = (REAL / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
+    text = (real("tinyshakespeare") / "input.txt").read_text(encoding="utf-8")
     wishes = et.TrainConfig(
         batch_size=8, gradient_accumulation_steps=1, max_seq_length=256, max_steps=steps, learning_rate=2e-3,
         eval_fraction=0.0,
@@ -109,7 +107,7 @@ def main() -> None:
         folder = Path(name)
         rows = write_rows(folder / "rows.jsonl", text)
         for grid in ("nf4", "int4"):
-            base = et.quantize(REAL / "stories260k", grid, folder / grid)
+            base = et.quantize(real("stories260k"), grid, folder / grid)
             windows = held_out(base, text)
             plan = et.plan(base, "host", data=rows, adapter=et.LoraConfig(r=8), config=wishes)
             mine = ours(base, plan, rows, folder / f"run-{grid}", windows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,16 +15,21 @@ __all__ = ["folder_in_progress"]
 
 
 @contextmanager
-def folder_in_progress(out: Path, *, force: bool = False) -> Iterator[Path]:
+def folder_in_progress(out: Path, manifest: str, *, force: bool = False) -> Iterator[Path]:
     """A temporary sibling of `out` to write into; it takes that name when the block ends without an error.
 
+    With `force` an earlier folder is replaced: one that holds `manifest` and the files which that names, nothing else.
+
     Raises:
-        ConfigError: `out` exists (without `force`), is a link or a file, or its parent cannot be written.
+        ConfigError: `out` exists (without `force`), holds what would be lost, is a link or a file, or its parent cannot
+            be written.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ConfigError(f"{out} is a link or a file, which is never replaced. Choose another --out.")
     if out.exists() and not force and any(out.iterdir()):
         raise ConfigError(f"{out} exists and is not empty. Choose another --out, or replace it with --force.")
+    if out.exists():
+        _check_replaceable(out, manifest)
     out = out.absolute()
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     try:
@@ -44,6 +50,25 @@ def folder_in_progress(out: Path, *, force: bool = False) -> Iterator[Path]:
             shutil.rmtree(replaced)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_replaceable(out: Path, manifest: str) -> None:
+    present = {path.relative_to(out).as_posix() for path in out.rglob("*")}
+    if not present:
+        return
+    try:
+        named = set(json.loads((out / manifest).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{out} is not empty and holds no {manifest}, so it is none of edgetune's and --force does not replace it. "
+            "Choose another --out."
+        ) from None
+    foreign = sorted(present - named - {manifest})
+    if foreign:
+        raise ConfigError(
+            f"{out} holds {foreign[0]}, which {manifest} does not name ({len(foreign)} such in all); --force would "
+            "delete it. Move it away, or choose another --out."
+        )
 
 
 def _sync(folder: Path) -> None:

@@ -54,7 +54,7 @@ def quantize(
         out: the folder to write.
         double_quant: nf4 only: store absmax in 8 bits (QLoRA's double quantization).
         dense_embeddings: keep the embedding and the head as they are; transformers then reads an nf4 base.
-        force: replace an existing folder.
+        force: replace an earlier base/ folder.
         on_progress: called with (tensor name, number done, number in all).
 
     Raises:
@@ -74,7 +74,7 @@ def quantize(
         load_tokenizer(source.folder).check_vocab(source.config.vocab_size)
     options = {"double_quant": True} if double_quant else {}
     on_grid = set(source.config.linears() if dense_embeddings else source.config.matrices())
-    with folder_in_progress(Path(out), force=force) as folder:
+    with folder_in_progress(Path(out), MANIFEST, force=force) as folder:
         _write_weights(folder, source, grid, options, on_grid, on_progress)
         hf = read_hf_config(source.folder) | {"quantization_config": _quantization_config(grid, double_quant)}
         (folder / "config.json").write_text(json.dumps(hf, indent=1), encoding="utf-8")

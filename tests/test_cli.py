@@ -205,7 +205,7 @@ def test_a_signal_leaves_a_checkpoint_to_resume_from(way: Way, tmp_path: Path, n
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     ) as process:  # fmt: skip
         assert process.stderr is not None
-        assert process.stderr.readline().startswith("step 1/")
+        assert any(line.startswith("step 1/") for line in process.stderr), "it ended before the first step"
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 128 + number, stderr
@@ -245,6 +245,33 @@ def test_resume_needs_nothing_but_the_run(way: Way, tmp_path: Path, summary: boo
     assert job["plan"].max_steps == 8
     moved = launch.old_run(run, data=tmp_path / "moved.jsonl", eval_data=tmp_path / "eval.jsonl")
     assert (moved["data"], moved["eval_data"]) == (tmp_path / "moved.jsonl", tmp_path / "eval.jsonl")
+
+
+def test_resume_takes_a_budget_that_holds_the_run(way: Way, tmp_path: Path) -> None:
+    run = resumable(way, tmp_path / "run", summary=False)
+    assert launch.old_run(run, data=None, eval_data=None, budget=500)["plan"].budget_bytes == 500 << 20
+    assert launch.old_run(run, data=None, eval_data=None, budget="foreground")["plan"].budget_name == "foreground"
+    for budget in (20, "min"):
+        with pytest.raises(EdgetuneError, match=rf"with a peak of \d+ MiB, which --budget {budget} does not hold"):
+            launch.old_run(run, data=None, eval_data=None, budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(("--learning-rate", "0.1"), "--learning-rate"), (("some/base",), "MODEL"), (("--r", "4"), "--r")],
+)
+def test_resume_refuses_what_it_would_ignore(way: Way, words: tuple[str, ...], named: str) -> None:
+    result = edgetune("train", *words, "--resume", way / "run")
+    assert result.returncode == 2
+    assert re.search(rf"cannot take {named}\b", " ".join(result.stderr.replace("│", " ").split()))
+
+
+def test_resume_of_a_run_whose_base_is_gone(way: Way, tmp_path: Path) -> None:
+    run = resumable(way, tmp_path / "run", summary=False)
+    for path in (run / "checkpoints").glob("ckpt-*/state.json"):
+        path.write_text(path.read_text().replace(str(way / "base"), "/gone/base"))
+    with pytest.raises(EdgetuneError):
+        launch.old_run(run, data=None, eval_data=None)
 
 
 def test_resume_of_a_run_whose_checkpoints_are_gone(way: Way, tmp_path: Path) -> None:

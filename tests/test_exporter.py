@@ -330,15 +330,18 @@ def test_a_folder_that_peft_wrote_names_its_base_itself(bases: dict[str, Path], 
 def test_an_existing_folder_is_replaced_only_by_force_and_only_if_it_is_a_bundle(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     export(model, out=out)
-    (out / "extra").write_text("x", encoding="utf-8")
     with pytest.raises(ConfigError, match="exists and is not empty"):
         export(model, out=out)
-    assert load_bundle(out)
+    inode = out.stat().st_ino
     export(model, out=out, force=True)
-    assert not (out / "extra").exists()
+    assert load_bundle(out) and out.stat().st_ino != inode
+    (out / "extra").write_text("x", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"bundle holds extra, which edgetune\.json does not name"):
+        export(model, out=out, force=True)
+    assert (out / "extra").exists()
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letters").write_text("x", encoding="utf-8")
-    with pytest.raises(ConfigError, match="is not empty and no bundle, so --force does not replace it"):
+    with pytest.raises(ConfigError, match=r"is not empty and holds no edgetune\.json"):
         export(model, out=tmp_path / "home", force=True)
     assert (tmp_path / "home" / "letters").exists()
 

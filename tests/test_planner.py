@@ -312,8 +312,18 @@ class TestLadder:
     def test_reasons_name_need_and_budget(self, model: Path) -> None:
         made = plan(model, "pixel-9", budget=190)
         assert [c.setting for c in made.concessions] == ["batch_size"]
-        needed = re.match(r"8 needs (\d+) MiB; 190 MiB are allowed", made.concessions[0].reason)
+        needed = re.match(r"8 needs (\d+) MiB with its reserve; 190 MiB are allowed", made.concessions[0].reason)
         assert needed and 190 < int(needed[1]) < 1000
+
+    def test_a_budget_above_the_device_is_said(self, model: Path) -> None:
+        inside, beyond = plan(model, "pixel-watch-3"), plan(model, "pixel-watch-3", budget=1000)
+        assert not inside.exceeds_device and "MORE than" not in inside.explain()
+        assert inside.device_budget_bytes == inside.budget_bytes
+        assert 0.02 * inside.predicted_peak_bytes < inside.reserve_bytes < inside.budget_bytes - FLOOR
+        assert inside.predicted_peak_bytes + inside.reserve_bytes <= inside.budget_bytes
+        large = plan(model, "pixel-watch-3", budget=1000, config=TrainConfig(batch_size=64))
+        assert large.exceeds_device and "MORE than" in large.explain()
+        assert beyond.device_budget_bytes == inside.budget_bytes
 
     def test_alpha_follows_a_conceded_rank(self, model: Path) -> None:
         least = plan(model, "pixel-9", budget="min").adapter

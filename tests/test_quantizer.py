@@ -129,6 +129,8 @@ def test_real_model_on_both_grids(real: Callable[[str], Path], tmp_path: Path) -
         (lambda m, t: quantize(m, "int4", t / "b", double_quant=True), ConfigError, r"double_quant needs grid 'nf4'"),
         (lambda m, t: quantize(quantize(m, "int4", t / "a"), "nf4", t / "b"), ModelError, r"on the int4 grid already"),
         (lambda m, t: quantize(m, "int4", m), ConfigError, r"exists and is not empty.*--force"),
+        (lambda m, t: quantize(m, "int4", m, force=True), ConfigError, r"not empty and holds no manifest.json"),
+        (lambda m, t: quantize(m, "int4", m.parent, force=True), ConfigError, r"not empty and holds no manifest.json"),
     ],
 )
 def test_wrong_requests(action: Callable[[Path, Path], Any], error: type, message: str, tmp_path: Path) -> None:
@@ -175,6 +177,19 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="embedding has 262 rows"):
         quantize(model, "int4", tmp_path / "base")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_force_deletes_nothing_that_quantize_did_not_write(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", tiny_config("llama"))
+    base = quantize(model, "int4", tmp_path / "base")
+    before = sorted(path.name for path in base.iterdir())
+    (base / "notes").mkdir()
+    (base / "notes" / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match=r"base holds notes, which manifest.json does not name \(2 such in all\)"):
+        quantize(model, "nf4", base, force=True)
+    assert (base / "notes" / "thesis.txt").read_text() == "precious"
+    assert sorted(path.name for path in base.iterdir()) == sorted([*before, "notes"])
+    assert read_manifest(base)["grid"] == "int4"
 
 
 def test_force_replaces_and_links_are_never_followed(tmp_path: Path) -> None:

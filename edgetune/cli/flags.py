@@ -161,3 +161,27 @@ def _config(made: type[_Made], typed: dict[str, Any]) -> _Made:
 def read_budget(text: str) -> str | int:
     """A budget's name, or its number of MiB."""
     return int(text) if text.isdecimal() else text
+
+
+def was_typed(context: typer.Context, name: str) -> bool:
+    """Whether the parameter of the running command stands on its command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def refuse_other_flags(context: typer.Context, *allowed: str) -> None:
+    """What `--resume` would ignore is refused: everything typed that is not `allowed`.
+
+    Raises:
+        typer.BadParameter: with the flags that do not go together.
+    """
+    others = [
+        parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.opts[0].upper()
+        for parameter in context.command.params
+        if parameter.name and parameter.name not in allowed and was_typed(context, parameter.name)
+    ]
+    if others:
+        raise typer.BadParameter(
+            f"--resume goes on with the run as it was planned and cannot take {', '.join(others)}. Leave that out, or "
+            "train anew"
+        )

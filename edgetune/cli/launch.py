@@ -21,7 +21,8 @@ from edgetune import errors, planner
 from edgetune.base import open_base
 from edgetune.checkpoint import newest_state
 from edgetune.cli.console import tell, tensor_progress
-from edgetune.errors import CheckpointError, ConfigError, EdgetuneError, MissingExtraError
+from edgetune.device import load_device
+from edgetune.errors import BudgetError, CheckpointError, ConfigError, EdgetuneError, MissingExtraError
 from edgetune.hub import model_folder
 from edgetune.memory import format_mib
 from edgetune.planner import Plan, TrainConfig
@@ -39,6 +40,7 @@ def new_run(
     if eval_data is not None:  # then no row of `data` is held out, and the plan should count all of them
         config = replace(config, eval_fraction=0.0)
     plan = planner.plan(model, device, data=data, config=config, **wishes)
+    tell(brief(plan))
     folder = model_folder(model)
     if open_base(folder).grid is None:
         folder = _quantized(folder, plan.grid, out.with_name(f"{out.name}-base"))
@@ -46,11 +48,14 @@ def new_run(
     return {"plan": plan, "base": folder, "data": data, "out": out, "eval_data": eval_data}
 
 
-def old_run(run: Path, *, data: Path | None, eval_data: Path | None) -> dict[str, Any]:
+def old_run(run: Path, *, data: Path | None, eval_data: Path | None, budget: str | int | None = None) -> dict[str, Any]:
     """A run's plan, base and rows, from its own files; rows that were moved since can be named again.
 
+    `budget` replaces the plan's, where the run still fits it.
+
     Raises:
-        CheckpointError: the folder is no run, or has no checkpoint.
+        BudgetError: it does not fit.
+        CheckpointError: the folder is no run, has no checkpoint, or its base is gone.
     """
     try:
         plan = Plan.from_dict(json.loads((run / "plan.json").read_text(encoding="utf-8")))
@@ -60,6 +65,16 @@ def old_run(run: Path, *, data: Path | None, eval_data: Path | None) -> dict[str
     if state is None:
         raise CheckpointError(f"{run} has no checkpoint that is whole. Train anew with --force.")
     known = state["paths"]
+    if not Path(known["base"]).is_dir():
+        raise CheckpointError(f"{run} was trained on {known['base']}, which is not there. Move that base back.")
+    if budget is not None:
+        name, size = planner.read_budget(budget, load_device(plan.device))
+        if size is None or size < plan.predicted_peak_bytes:
+            raise BudgetError(
+                f"{run} was planned with a peak of {format_mib(plan.predicted_peak_bytes)}, which --budget {budget} "
+                "does not hold. Give more, or plan and train anew."
+            )
+        plan = replace(plan, budget_name=name, budget_bytes=size)
     return {
         "plan": plan, "base": Path(known["base"]), "data": data or Path(known["data"]), "out": run,
         "eval_data": eval_data or (None if known["eval_data"] is None else Path(known["eval_data"])),
@@ -106,15 +121,20 @@ def brief(plan: Plan) -> str:
     """A plan in a few lines; `plan.explain()` has the rest."""
     seconds = plan.predicted_run_seconds
     how_long = "" if seconds is None else f", {seconds:,.0f} s for the whole run"
+    fits = "for" if plan.exceeds_device else "fits"
     lines = [
-        f"{plan.model} fits {plan.device}: predicted peak {format_mib(plan.predicted_peak_bytes)} of "
+        f"{plan.model} {fits} {plan.device}: predicted peak {format_mib(plan.predicted_peak_bytes)} of "
         f"{format_mib(plan.budget_bytes)} ({plan.budget_name} budget)",
         f"  {plan.method} r {plan.adapter.r} on {plan.grid}, steps of {plan.batch_size} x "
         f"{plan.gradient_accumulation_steps} windows of {plan.max_seq_length} tokens",
         f"  predicted for {plan.device}: {plan.predicted_step_seconds:.3g} s per step{how_long}",
     ]
+    if plan.exceeds_device:
+        lines.append(
+            f"  MORE than the {format_mib(plan.device_budget_bytes)} that {plan.device} allows in the foreground"
+        )
     lines += [f"  conceded {c.setting}: {c.wanted} -> {c.given} ({c.reason})" for c in plan.concessions]
-    return "\n".join([*lines, "--explain shows where each MiB goes."])
+    return "\n".join(lines)
 
 
 def _quantize_here(model: str, grid: str, base: str) -> int:
@@ -139,6 +159,7 @@ def main(verb: str, *words: str) -> int:
     try:
         return _quantize_here(*words) if verb == "quantize" else _train_here(*words)
     except KeyboardInterrupt:
+        tell("stopped before the first step; nothing was written")
         return 130
 
 

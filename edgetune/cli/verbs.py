@@ -37,7 +37,9 @@ from edgetune.cli.flags import (
     Threads,
     read_budget,
     read_settings,
+    refuse_other_flags,
     takes_settings,
+    was_typed,
 )
 from edgetune.errors import EdgetuneError
 from edgetune.extras import missing_extra
@@ -132,7 +134,11 @@ def plan(
         model, device, data=data, adapter=lora, config=config, grid=grid, engine=engine, budget=read_budget(budget),
         skip_bad=skip_bad,
     )  # fmt: skip
-    answer(made.to_dict(), made.explain() if explain else launch.brief(made), as_json)
+    answer(
+        made.to_dict(),
+        made.explain() if explain else f"{launch.brief(made)}\n--explain shows where each MiB goes.",
+        as_json,
+    )
 
 
 @app.command()
@@ -176,6 +182,7 @@ def quantize(
 @app.command()
 @takes_settings
 def train(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="As for plan; left out with --resume.", show_default=False)
     ] = None,
@@ -189,7 +196,12 @@ def train(
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option("--resume", metavar="RUN", help="Continue this run from its checkpoint.", show_default=False),
+        typer.Option(
+            "--resume",
+            metavar="RUN",
+            help="Continue this run as it was planned; --budget may give it more.",
+            show_default=False,
+        ),
     ] = None,
     eval_data: EvalRows = None,
     grid: Grid = None,
@@ -213,7 +225,9 @@ def train(
     from edgetune.cli import launch
 
     if resume is not None:
-        job = launch.old_run(resume, data=data, eval_data=eval_data)
+        refuse_other_flags(context, "resume", "data", "eval_data", "budget", "enforce", "skip_bad", "as_json")
+        given = read_budget(budget) if was_typed(context, "budget") else None
+        job = launch.old_run(resume, data=data, eval_data=eval_data, budget=given)
     else:
         missing = [
             name

@@ -36,7 +36,6 @@ from edgetune.bundle import (
     Bundle,
     load_bundle,
 )
-from edgetune.errors import ConfigError
 from edgetune.exporter import agreement, parity
 from edgetune.exporter.job import Adapter, Job, read_job
 from edgetune.exporter.merging import BaseWeights, MergedWeights
@@ -77,11 +76,9 @@ def export(
         ConfigError, ModelError, AdapterError, DataError: from what is read and where it is written.
     """
     out = Path(out)
-    if force and out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise ConfigError(f"{out} is not empty and no bundle, so --force does not replace it. Choose another --out.")
     folder = getattr(source, "folder", None) or model_folder(source)
     with (
-        folder_in_progress(out, force=force) as temporary,
+        folder_in_progress(out, MANIFEST, force=force) as temporary,
         Meter() as meter,
         # Beside the output: logits are compared through files, which need the disk that the bundle needs anyway.
         tempfile.TemporaryDirectory(prefix=f".{out.name}.work-", dir=temporary.parent) as work,

@@ -150,7 +150,7 @@ def _on_grid(base: Base, adapter: Adapter | None, weights: str, work: Path) -> B
 
 def _base_sha256(base: Base) -> str:
     """SHA-256 of the weight file; of the shards' hashes in order where there are several."""
-    files = sorted(base.folder.glob("*.safetensors"))
+    files = sorted(base.folder.glob("model*.safetensors"))
     if len(files) == 1:
         return sha256_file(files[0])
     return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()

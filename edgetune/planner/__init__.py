@@ -74,7 +74,7 @@ def plan(
         raise ConfigError(f"engine = {engine!r}; edgetune {__version__} has {', '.join(ENGINES)} only. Leave it out.")
     profile = device if isinstance(device, DeviceProfile) else load_device(device)
     base = open_base(model_folder(model))
-    budget_name, budget_bytes = _budget(budget, profile)
+    budget_name, budget_bytes = read_budget(budget, profile)
     config = (config or TrainConfig()).checked()
     facts = _facts(data, base, config, skip_bad)
     wishes = Wishes(base.config, adapter or LoraConfig(), config, facts)
@@ -101,8 +101,12 @@ def _grid(grid: str | None, base: Base, profile: DeviceProfile) -> str:
     return base.grid or grid or profile.runtime.grid
 
 
-def _budget(budget: str | int, profile: DeviceProfile) -> tuple[str, int | None]:
-    """The budget's name and its bytes; `min` has none before the plan is made."""
+def read_budget(budget: str | int, profile: DeviceProfile) -> tuple[str, int | None]:
+    """The budget's name and its bytes on a device; `min` has none before the plan is made.
+
+    Raises:
+        ConfigError: it is none of foreground, background, min, or MiB that the device has.
+    """
     memory = profile.memory
     named = {"foreground": memory.budget_mib, "background": memory.budget_background_mib}
     if budget == "min":
@@ -194,7 +198,7 @@ def _concessions(
         if given.value(setting) == wanted:
             continue
         before = [choice for choice in walked if choice.value(setting) == wanted][-1]
-        needed = format_mib(costs.needed_bytes(before))
+        needed = f"{-(-costs.needed_bytes(before) // MIB):,} MiB with its reserve"
         reason = f"{wanted} needs {needed}; " + (
             "min takes the smallest" if budget_name == "min" else f"{format_mib(budget_bytes)} are allowed"
         )
@@ -223,6 +227,8 @@ def _made(
         grid=costs.grid,
         budget_name=budget_name,
         budget_bytes=budget_bytes,
+        device_budget_bytes=profile.memory.budget_mib * MIB,
+        reserve_bytes=costs.needed_bytes(choice) - sum(parts.values()),
         floor_bytes=costs.floor_bytes,
         parts=parts,
         peak_moment=moment,
@@ -282,7 +288,8 @@ def _refusal(
     if budget_name == "background" and needed_mib <= profile.memory.budget_mib:
         ways.append("--budget foreground")
     elif needed_mib <= profile.memory.total_mib:
-        ways.append(f"--budget {needed_mib}")
+        more = needed_mib > profile.memory.budget_mib
+        ways.append(f"--budget {needed_mib}" + (f", more than {profile.id} allows" if more else ""))
     found = " or ".join(filter(None, ways))
     return (
         f"{model}{f' with {fixed}' if fixed else ''} needs {format_mib(needed)} to train; {profile.id} allows "

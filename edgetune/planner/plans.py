@@ -77,6 +77,10 @@ class Plan:
     budget_name: str
     """foreground, background, given (a number of MiB) or min."""
     budget_bytes: int
+    device_budget_bytes: int
+    """What the profile allows in the foreground; `budget_bytes` may be more only where the user set it."""
+    reserve_bytes: int
+    """What the prediction may be off by: the plan leaves that much of the budget free."""
     floor_bytes: int
     """The process after its imports and before any model."""
     parts: dict[str, int]
@@ -116,6 +120,11 @@ class Plan:
     """Whether the run ends within the seconds that the profile grants per day; None while its length is unknown."""
     num_slices: int | None
     """Uninterrupted stretches that the profile cuts the run into."""
+
+    @property
+    def exceeds_device(self) -> bool:
+        """Whether the peak is above what the device allows: the user asked for a larger budget."""
+        return self.predicted_peak_bytes + self.reserve_bytes > self.device_budget_bytes
 
     def with_steps(self, num_windows: int) -> Plan:
         """The plan with `max_steps` and `warmup_steps` filled in for so many windows; what is set already stays."""
@@ -160,7 +169,7 @@ class Plan:
 
     def _settings(self) -> Iterator[str]:
         adapter, layers = self.adapter, self.adapter.layers_to_transform or ()
-        where = "simulated here: phones and watches run the ort engine" if self.simulated else "runs there as it is"
+        where = "simulated here: phones and watches have no torch" if self.simulated else "runs there as it is"
         yield f"{self.model} for {self.device}: {self.method} on the {self.grid} grid, engine {self.engine} ({where})"
         yield (
             f"  adapter     r {adapter.r}, alpha {adapter.lora_alpha:g}, on {', '.join(adapter.target_modules or ())} "
@@ -177,7 +186,10 @@ class Plan:
         )
         for part, size in sorted(self.parts.items(), key=lambda item: -item[1]):
             yield f"  {part:<17} {format_mib(size):>10} {size / self.predicted_peak_bytes:6.1%}"
+        yield f"  kept free, for what the prediction may be off by: {format_mib(self.reserve_bytes)}"
         yield f"  mapped from files, not in the budget: {format_mib(self.file_backed_bytes)}"
+        if self.exceeds_device:
+            yield f"  MORE than the {format_mib(self.device_budget_bytes)} that {self.device} allows"
 
     def _conceded(self) -> Iterator[str]:
         yield "Conceded to the budget" if self.concessions else "Nothing was conceded to the budget."

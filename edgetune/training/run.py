@@ -64,6 +64,10 @@ def open_run(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
         raise ConfigError(
             f"{folder} exists and is not empty. Go on with --resume, replace it with --force, or choose another --out."
         )
+    if present and not resume and PLAN not in present:
+        raise ConfigError(
+            f"{folder} is not empty and no run, so --force does not write a run into it. Choose another --out."
+        )
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,8 @@ def make_plan(base: Path, **overrides: Any) -> Plan:
     values: dict[str, Any] = {
         "format_version": 1, "edgetune_version": "0", "device": "none", "model": str(base), "model_config": config,
         "engine": "torch", "simulated": False, "grid": open_base(base).grid, "budget_name": "MiB",
-        "budget_bytes": 1 << 40, "floor_bytes": 0, "parts": {}, "peak_moment": "loss", "predicted_peak_bytes": 0,
+        "budget_bytes": 1 << 40, "device_budget_bytes": 1 << 40, "reserve_bytes": 0,
+        "floor_bytes": 0, "parts": {}, "peak_moment": "loss", "predicted_peak_bytes": 0,
         "file_backed_bytes": 0, "fits": True, "concessions": (), "method": "lora", "adapter": adapter,
         "optimizer": "adamw", "batch_size": 2, "gradient_accumulation_steps": 2, "max_seq_length": 48,
         "recompute_layers": 1, "loss_tile_rows": 100, "max_steps": 12, "num_epochs": 1.0, "warmup_steps": 2,

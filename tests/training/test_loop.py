@@ -443,8 +443,12 @@ def test_folders_that_cannot_be_resumed_or_written(job: tuple[Path, Path], tmp_p
     (tmp_path / "link").symlink_to(tmp_path / "photos")
     with pytest.raises(errors.ConfigError, match="is a link or a file"):
         train(make_plan(base), base, data=data, out=tmp_path / "link", force=True)
-    with lock_run(tmp_path / "photos"), pytest.raises(errors.CheckpointError, match="in use by process"):
-        train(make_plan(base), base, data=data, out=tmp_path / "photos", force=True)
+    for folder in (tmp_path / "photos", base):
+        with pytest.raises(errors.ConfigError, match="is not empty and no run, so --force"):
+            train(make_plan(base), base, data=data, out=folder, force=True)
+    (tmp_path / "busy").mkdir()
+    with lock_run(tmp_path / "busy"), pytest.raises(errors.CheckpointError, match="in use by process"):
+        train(make_plan(base), base, data=data, out=tmp_path / "busy", force=True)
 
 
 def test_nothing_is_left_where_rows_or_settings_are_wrong(job: tuple[Path, Path], tmp_path: Path) -> None:
