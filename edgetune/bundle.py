@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from edgetune.errors import AdapterError, BundleError, ModelError
+from edgetune.memory import format_mib
 from edgetune.weights import open_tensors, sha256_file
 
 FORMAT_VERSION = 1
@@ -101,6 +102,38 @@ class Bundle:
         if result["rounding"] is not None:  # its list of all layers stays in the manifest
             result["rounding"] = {k: v for k, v in result["rounding"].items() if k != "error_over_delta"}
         return result
+
+
+def explain(summary: Mapping[str, Any]) -> str:
+    """`Bundle.summary` for people: what was written, whether it computes what was trained, what rounding cost."""
+    parity, rounding = summary["parity"], summary["rounding"]
+    kind = (
+        "adapter merged" if summary["merged"] else "adapter beside it" if parity["adapter"] == "run" else "no adapter"
+    )
+    lines = [
+        f"{summary['bundle']}: {format_mib(summary['bundle_bytes'])}, {summary['weights']} weights, {kind}",
+        f"  parity    logits differ from torch's by at most {parity['max_abs_logit']:.1e}, the likeliest token agrees "
+        f"at {parity['top1_agreement']:.2%} of {parity['rows']:,} positions",
+    ]
+    if "fast" in parity:
+        fast = parity["fast"]
+        lines.append(
+            f"  fast path the likeliest token agrees at {fast['top1_agreement']:.2%} on int8 activations, "
+            f"KL {fast['kl']:.1e}"
+        )
+    if parity.get("task"):
+        losses = ", ".join(f"{task['loss']:.4f} {name}" for name, task in parity["task"].items())
+        lines.append(f"  held out  loss {losses}")
+    if rounding is not None:
+        ratio = rounding["max_error_over_delta"]
+        verdict = "MORE than training changed it" if ratio > 1 else "less than training changed it"
+        lines.append(
+            f"  rounding  moved {rounding['worst_layer']} {ratio:.2f} times as far as training did, {verdict}; "
+            f"{rounding['mean_error_over_delta']:.2f} times on average"
+        )
+        if rounding["loss_before"] is not None:
+            lines.append(f"            held-out loss {rounding['loss_before']:.4f} -> {rounding['loss_after']:.4f}")
+    return "\n".join(lines)
 
 
 def load_bundle(folder: str | Path) -> Bundle:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import sample
+from edgetune.bundle import explain
 from edgetune.data.prompts import read_examples
 from edgetune.errors import ConfigError, EdgetuneError
 from edgetune.memory import format_mib
@@ -103,13 +104,7 @@ class _Demo:
         self.say(f"  {quantized['num_parameters']:,} weights in {format_mib(quantized['base_bytes'])}")
         trained = self._verb("train", base, *settings, "--out", run, show=True)
         exported = self._verb("export", run, "--out", bundle)
-        parity = exported["parity"]
-        fast = f" ({parity['fast']['top1_agreement']:.2%} on int8 activations)" if "fast" in parity else ""
-        self.say(
-            f"  {format_mib(exported['bundle_bytes'])}; logits differ from torch's by at most "
-            f"{parity['max_abs_logit']:.1e}, the likeliest token agrees at {parity['top1_agreement']:.2%} of "
-            f"{parity['rows']:,} positions{fast}"
-        )
+        self.say("  " + explain(exported))
         benched = self._verb("bench", bundle, "--device", device)
         judged = {name: self._judge(name, path, bundle, max_rows) for name, path in _FILES.items()}
         result = {

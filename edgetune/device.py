@@ -232,9 +232,10 @@ def load_device(device: str | Path) -> DeviceProfile:
 
 
 def _find(device: str | Path, folder: Path) -> Path:
-    """The file behind an id, or behind a path that is absolute or relative to `folder`."""
+    """The file behind an id, or behind a path: absolute, relative to `folder`, or else to the shipped profiles."""
     if isinstance(device, Path) or device.endswith(".toml") or "/" in device:
-        return folder / device
+        own, shipped_path = folder / device, devices_folder() / device
+        return own if own.exists() or not shipped_path.exists() else shipped_path
     shipped = {path.stem: path for path in devices_folder().glob("*.toml")}
     if device not in shipped:
         close = difflib.get_close_matches(device[:100], shipped, n=2, cutoff=0.6)

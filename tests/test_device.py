@@ -243,6 +243,15 @@ class TestExtends:
         path.write_text('extends = "../base.toml"\n[compute]\nthreads = 1\n', encoding="utf-8")
         assert load_device(path).compute.threads == 1
 
+    def test_a_copy_of_a_shipped_profile(self, tmp_path: Path) -> None:
+        """Its `extends` names a file that lies beside the original, not beside the copy."""
+        path = tmp_path / "mine.toml"
+        path.write_text((device.devices_folder() / "pixel-9.toml").read_text(encoding="utf-8"), encoding="utf-8")
+        assert load_device(path).memory == load_device("pixel-9").memory
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base" / "android-phone.toml").write_text('extends = "rpi-5"\n', encoding="utf-8")
+        assert load_device(path).duty == load_device("rpi-5").duty != load_device("pixel-9").duty
+
     def test_a_list_is_replaced_whole(self, tmp_path: Path) -> None:
         path = tmp_path / "mine.toml"
         path.write_text('extends = "rpi-5"\n[cpu]\nisa = ["dotprod"]\n', encoding="utf-8")

@@ -23,7 +23,7 @@ from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.base import load_adapter
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import open_base
-from edgetune.bundle import Bundle, load_bundle
+from edgetune.bundle import Bundle, explain, load_bundle
 from edgetune.errors import ConfigError, DataError, ExportError, ModelError, ParityError
 from edgetune.exporter import agreement, export, parity
 from edgetune.exporter import job as export_job
@@ -208,6 +208,11 @@ def test_merged_bundles(bases: dict[str, Path], tmp_path: Path, grid: str, weigh
     assert rounding["loss_before"] > 1
     assert "error_over_delta" not in bundle.summary()["rounding"]
     assert bundle.summary()["rounding"]["kl"] == rounding["kl"]
+    told = explain(bundle.summary())
+    verdict = "MORE than" if rounding["max_error_over_delta"] > 1 else "less than"
+    assert f"{weights} weights, adapter merged" in told
+    assert f"{rounding['max_error_over_delta']:.2f} times as far as training did, {verdict} training" in told
+    assert f"{rounding['loss_before']:.4f} -> {rounding['loss_after']:.4f}" in told
     # An independent look at the whole: how far is the bundle from the model that was trained?
     ids = np.random.default_rng(2).integers(0, 301, (1, 60))
     difference = np.abs(logits(bundle, ids, {}) - merged_logits(run, bases[grid], ids)).max()

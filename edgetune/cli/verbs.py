@@ -269,10 +269,10 @@ def export(
 
     Example: edgetune export run/ --out bundle/
     """
-    from edgetune import exporter
+    from edgetune import bundle, exporter
 
     result = exporter.export(source, out=out, weights=weights, merge=merge, eval_data=eval_data, force=force).summary()
-    answer(result, "\n".join(flat(result)), as_json)
+    answer(result, bundle.explain(result), as_json)
 
 
 @app.command()

@@ -11,7 +11,9 @@ The stored names are those that bitsandbytes and transformers read.
 from __future__ import annotations
 
 import json
+import logging
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,13 +69,9 @@ def quantize(weight: np.ndarray, *, double_quant: bool = False) -> dict[str, np.
     Raises:
         MissingExtraError: bitsandbytes is not installed.
     """
-    try:
-        import torch
-        from bitsandbytes.functional import quantize_4bit
-    except ImportError as error:
-        raise MissingExtraError("bitsandbytes", "train") from error
+    quantize_4bit, tensor = _import_bitsandbytes()
     codes, state = quantize_4bit(
-        torch.from_numpy(np.ascontiguousarray(weight)),
+        tensor(np.ascontiguousarray(weight)),
         blocksize=BLOCK,
         quant_type="nf4",
         compress_statistics=double_quant,
@@ -88,6 +86,30 @@ def quantize(weight: np.ndarray, *, double_quant: bool = False) -> dict[str, np.
         arrays |= {".nested_absmax": nested.absmax.numpy(), ".nested_quant_map": nested.code.numpy()}
     text = json.dumps(about).encode().ljust(_STATE_BYTES)
     return arrays | {MARK: np.frombuffer(text, np.uint8)}
+
+
+def _import_bitsandbytes() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`quantize_4bit` and `torch.from_numpy`.
+
+    On some processors bitsandbytes fetches a kernel from the Hub while it is imported, and warns where it cannot. Only
+    what was asked for may connect, so the package that fetches is hidden meanwhile.
+    """
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level, fetcher = logger.level, "kernels"
+    hidden = fetcher not in sys.modules
+    if hidden:
+        sys.modules[fetcher] = None  # type: ignore[assignment]  # Python's way to let an import fail
+    logger.setLevel(logging.ERROR)
+    try:
+        import torch
+        from bitsandbytes.functional import quantize_4bit
+    except ImportError as error:
+        raise MissingExtraError("bitsandbytes", "train") from error
+    finally:
+        logger.setLevel(level)
+        if hidden:
+            del sys.modules[fetcher]
+    return quantize_4bit, torch.from_numpy
 
 
 def load(read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:

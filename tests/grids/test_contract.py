@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -70,6 +73,17 @@ def test_nf4_is_bitsandbytes_bit_for_bit(shape: tuple[int, int], dtype: torch.dt
     state.dtype = torch.float32
     found = nf4.dequantize(nf4.load(mine.__getitem__), shape)
     np.testing.assert_array_equal(found, dequantize_4bit(codes, state).numpy())
+
+
+def test_bitsandbytes_is_imported_without_fetching_a_kernel(tmp_path: Path) -> None:
+    (tmp_path / "kernels.py").write_text("print('fetching')", encoding="utf-8")
+    code = (
+        "import numpy as np, sys; from edgetune.grids import nf4; nf4.quantize(np.ones((2, 64), np.float32));"
+        "assert 'kernels' not in sys.modules; import kernels; print('done')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert (done.stdout, done.stderr) == ("fetching\ndone\n", "")
 
 
 def test_nf4_reads_rows_that_bitsandbytes_reads_wrongly() -> None:
