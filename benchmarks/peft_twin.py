@@ -157,7 +157,7 @@ def compare(
         batches = batches_of(step)
         for name in parameters if same_adapter else ():
             peer.parameters[name].data.copy_(parameters[name].data)
-        loss = loss_and_gradients(decoder, batches, Walk(0, 1, 100), dropout_key=(0, step), check=lambda: None)
+        loss = loss_and_gradients(decoder, batches, Walk(0, 1), dropout_key=(0, step), check=lambda: None)
         theirs = peer.gradients(batches)
         difference = max(_relative(parameters[name].grad, peer.parameters[name].grad) for name in parameters)
         rows.append({"loss": loss, "peft_loss": theirs, "gradient_difference": difference})

@@ -64,7 +64,7 @@ def ours(base: Path, plan: et.Plan, rows: Path, out: Path, windows: Sequence[Win
 
 
 def nll(decoder: Any, windows: Sequence[Window]) -> float:
-    return evaluate(decoder, in_batches(windows, 4), tile_rows=512, check=lambda: None)
+    return evaluate(decoder, in_batches(windows, 4), check=lambda: None)
 
 
 def theirs(base: Path, plan: et.Plan, rows: Path, windows: Sequence[Window]) -> dict[str, Any]:

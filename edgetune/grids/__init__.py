@@ -8,6 +8,9 @@ A grid is one file of pure functions over numpy arrays:
     quantize(weight, **options) -> {suffix: array}      the same, filled from a float32 weight [N, K]
     load(read)                -> codes                  the arrays that everything else works on, mapped where possible
     dequantize(codes, shape, rows=None, out=None)       float32 [rows, K]; rows is a slice, an index array or None
+    PAIRS, flat(codes, shape) the same as one flat run of blocks, for whoever decodes with something faster than numpy:
+                              weight[2i, 2i + 1] = PAIRS[packed[i]] * scales[2i // BLOCK]; None where K is no
+                              multiple of BLOCK
     nbytes(shape, **options)  -> int                    bytes of all that is stored
     MARK                                                the suffix by which a stored weight is recognised as this grid's
     emit_linear, emit_embedding                         the same weight as ONNX nodes, by a builder handed in
@@ -19,4 +22,11 @@ from types import ModuleType
 
 from edgetune.grids import int4, nf4
 
+PIECE_CODES = 1 << 17  # bytes of codes that torch decodes at once: their indices, as int32, stay in the cache
+
 GRIDS: dict[str, ModuleType] = {"nf4": nf4, "int4": int4}
+
+
+def tile_rows(shape: tuple[int, int], tile_weights: int) -> int:
+    """Rows of a weight [N, K] that are dequantized at once where so many weights may be."""
+    return max(1, min(shape[0], tile_weights // shape[1]))

@@ -23,7 +23,7 @@ MARK = ".codes"
 Read = Callable[[], Mapping[str, np.ndarray]]
 
 _LEVELS = np.arange(16, dtype=np.float32) - 8
-_TABLE = pair_table(_LEVELS, _LEVELS)
+PAIRS = pair_table(_LEVELS, _LEVELS)
 _FACTORS = tuple(sign * factor for factor in np.linspace(0.70, 1.15, 19) for sign in (1.0, -1.0))
 _TILE = 1 << 15  # weights searched at once: six buffers of this size stay in the L2 cache
 
@@ -111,12 +111,17 @@ def dequantize(
     if out is None:
         out = np.empty((count, columns), np.float32)
     whole = out if columns == blocks * BLOCK else np.empty((count, blocks * BLOCK), np.float32)
-    decode_pairs(_TABLE, packed.reshape(-1), whole.reshape(-1))
+    decode_pairs(PAIRS, packed.reshape(-1), whole.reshape(-1))
     by_block = whole.reshape(count, blocks, BLOCK)
     np.multiply(by_block, scales.astype(np.float32)[..., None], out=by_block)
     if whole is not out:
         out[...] = whole[:, :columns]
     return out
+
+
+def flat(codes: Mapping[str, np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | None:
+    """(packed uint8, scales float16) of the whole weight as one run of blocks; None where rows are padded."""
+    return None if shape[1] % BLOCK else (codes["codes"].reshape(-1), codes["scales"].reshape(-1))
 
 
 # x [..., K] ── MatMulNBits(codes, scales, bias) ── y [..., N]

@@ -41,7 +41,7 @@ LEVELS = np.array(
     ],
     np.float32,
 )  # fmt: skip
-_TABLE = swapped(pair_table(LEVELS, LEVELS))
+PAIRS = swapped(pair_table(LEVELS, LEVELS))
 
 
 def stored(shape: tuple[int, int], *, double_quant: bool = False) -> dict[str, TensorInfo]:
@@ -144,7 +144,7 @@ def dequantize(
     offset = start * columns - first * BLOCK
     direct = offset == 0 and 2 * len(packed) == out.size
     flat = out.reshape(-1) if direct else np.empty(2 * len(packed), np.float32)
-    decode_pairs(_TABLE, packed, flat)
+    decode_pairs(PAIRS, packed, flat)
     absmax = codes["absmax"][first:last]
     full = flat.size // BLOCK
     by_block = flat[: full * BLOCK].reshape(full, BLOCK)
@@ -153,6 +153,11 @@ def dequantize(
     if not direct:
         out[...] = flat[offset : offset + out.size].reshape(out.shape)
     return out
+
+
+def flat(codes: Mapping[str, np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | None:
+    """(packed uint8, absmax float32) of the whole weight as one run of blocks; None where blocks cross rows."""
+    return None if shape[1] % BLOCK else (codes["codes"], codes["absmax"])
 
 
 def _gather(codes: Mapping[str, np.ndarray], columns: int, rows: np.ndarray) -> np.ndarray:
@@ -206,7 +211,7 @@ def emit_embedding(builder: Any, path: str, ids: Any, name: str, shape: tuple[in
         raise ExportError(f"{name} has {columns} columns; an nf4 embedding needs an even number. Use grid 'int4'.")
     _, absmax = _initializers(builder, name, shape, read)
     packed = builder.view(f"{name}.codes.rows", f"{name}.codes", "uint8", (rows, columns // 2))
-    table = builder.constant("nf4.pairs", _TABLE.view(np.float32).reshape(256, 2))
+    table = builder.constant("nf4.pairs", PAIRS.view(np.float32).reshape(256, 2))
     group = math.gcd(BLOCK, columns)
 
     def number(key: str, value: Any) -> Any:

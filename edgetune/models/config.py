@@ -68,6 +68,11 @@ class DecoderConfig:
         )
         return dict(zip(LINEARS, shapes, strict=True))
 
+    @property
+    def largest_linear(self) -> int:
+        """Weights of a block's largest matrix."""
+        return max(n * k for n, k in self.linear_shapes.values())
+
     def has_bias(self, linear: str) -> bool:
         """Whether the linear at this path inside a block adds a bias."""
         if linear.startswith("mlp."):

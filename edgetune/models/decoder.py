@@ -115,7 +115,7 @@ class Decoder(nn.Module):
     def __init__(self, base: Base) -> None:
         super().__init__()
         self.config: DecoderConfig = base.config
-        self.workspace = Workspace()
+        self.workspace = Workspace(base.config.largest_linear)
         self.embed_tokens = frozen_linear(base, "model.embed_tokens", self.workspace)
         self.layers = nn.ModuleList(
             Block(base, f"model.layers.{i}", self.workspace) for i in range(base.config.num_hidden_layers)
@@ -130,9 +130,9 @@ class Decoder(nn.Module):
         """The layers, by their type."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Ids [B, T] -> [B, T, hidden]."""
-        return self.embed_tokens.lookup(input_ids)
+    def embed(self, input_ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Ids [B, T] -> [B, T, hidden]; into `out` where given."""
+        return self.embed_tokens.lookup(input_ids, out)
 
     def context(
         self, length: int, position_ids: torch.Tensor | None = None, segment_ids: torch.Tensor | None = None

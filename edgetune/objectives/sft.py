@@ -2,11 +2,11 @@
 
     loss = sum_m  logsumexp_v(h_m . w_v) - h_m . w_{t_m}          gradient_m = sum_v softmax_v(h_m . w_v) w_v - w_{t_m}
 
-Two passes over the head: the first finds the log-sum-exp of every position, keeping a running maximum (the online
-softmax of Milakov and Gimelshein, arXiv 1805.02867); the second forms the probabilities of a tile and multiplies them
-with that tile's weights (Cut Cross-Entropy, arXiv 2411.09009). A tile of the head is dequantized into one buffer that
-is used again, so memory does not depend on vocabulary times window. The second pass goes backwards over the tiles,
-because the buffer still holds the last one: a vocabulary that fits one tile is dequantized once.
+One pass over the head: the sum in the gradient is attention with the head as keys and values, so it is kept as flash
+attention keeps its output (arXiv 2205.14135): unnormalized beside a running maximum and a running sum of exponentials
+(arXiv 1805.02867), rescaled where the maximum grows and divided by the sum at the end. Cut Cross-Entropy
+(arXiv 2411.09009) makes the logits of each tile twice; here they are made once: two matrix products instead of three.
+Memory does not depend on vocabulary times window, and the buffers are those of the blocks, which are free meanwhile.
 
 Only supervised positions are computed. Left out: label smoothing, z-loss, a head with a bias.
 """
@@ -27,102 +27,82 @@ TILE_TOKENS = 256  # positions per logits tile: enough rows for the matrix produ
 class Head(Protocol):
     """The part of a frozen linear that the loss needs."""
 
-    out_features: int
+    def tiles(self) -> Iterator[tuple[slice, torch.Tensor]]: ...
 
-    def dequantize(self, rows: slice | None = None, out: torch.Tensor | None = None) -> torch.Tensor: ...
+    def subtract_rows(self, ids: torch.Tensor, out: torch.Tensor) -> None: ...
 
 
-def loss(hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, tile_rows: int) -> float:
+class Buffers(Protocol):
+    """Named buffers that are used again: `linear.Workspace`."""
+
+    def take(self, rows: int, columns: int, name: str = ...) -> torch.Tensor: ...
+
+
+def loss(hidden: torch.Tensor, targets: torch.Tensor, head: Head, buffers: Buffers) -> float:
     """Sum of the cross-entropy over the supervised positions, in nats.
 
-    hidden fp32 [M, H]; targets int64 [M], -100 where a position is not supervised; head: V x H; tile_rows: rows of the
-    head per tile.
+    hidden fp32 [M, H]; targets int64 [M], -100 where a position is not supervised; head: V x H.
     """
-    return _Tiles(hidden, targets, head, tile_rows).loss_sum()
+    kept = _supervised(targets)
+    if not len(kept):
+        return 0.0
+    return _one_pass(_rows(hidden, kept, buffers), targets[kept], head, buffers, None)[0]
 
 
-def loss_and_gradient(
-    hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, tile_rows: int
+def loss_and_gradient(hidden: torch.Tensor, targets: torch.Tensor, head: Head, buffers: Buffers) -> float:
+    """The sum of `loss`; its gradient takes the place of `hidden`, zero where not supervised."""
+    kept = _supervised(targets)
+    if not len(kept):
+        hidden.zero_()
+        return 0.0
+    rows, targets = _rows(hidden, kept, buffers), targets[kept]
+    gradient = buffers.take(len(rows), rows.shape[1], "d").zero_()
+    loss_sum, total = _one_pass(rows, targets, head, buffers, gradient)
+    gradient.div_(total[:, None])
+    head.subtract_rows(targets, gradient)
+    if len(kept) == len(hidden):
+        hidden.copy_(gradient)
+    else:
+        hidden.zero_().index_copy_(0, kept, gradient)
+    return loss_sum
+
+
+def _supervised(targets: torch.Tensor) -> torch.Tensor:
+    """Indices of the supervised positions."""
+    return (targets != IGNORE_INDEX).nonzero()[:, 0]
+
+
+def _rows(hidden: torch.Tensor, kept: torch.Tensor, buffers: Buffers) -> torch.Tensor:
+    """The supervised rows of hidden, [S, H]."""
+    import torch
+
+    if len(kept) == len(hidden):
+        return hidden
+    return torch.index_select(hidden, 0, kept, out=buffers.take(len(kept), hidden.shape[1], "d_h"))
+
+
+def _one_pass(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, buffers: Buffers, weighted: torch.Tensor | None
 ) -> tuple[float, torch.Tensor]:
-    """The sum of `loss`, and its gradient with respect to `hidden`, fp32 [M, H], zero where not supervised."""
-    tiles = _Tiles(hidden, targets, head, tile_rows)
-    loss_sum = tiles.loss_sum()
-    return loss_sum, tiles.gradient()
+    """The loss sum, and per position the sum of exp(logit - its largest logit), [S].
 
+    `weighted` [S, H], zero at first, becomes the sum over the vocabulary of exp(logit - largest) times the head's row.
+    """
+    import torch
 
-class _Tiles:
-    """The buffers of one call, shared by its two passes."""
-
-    def __init__(self, hidden: torch.Tensor, targets: torch.Tensor, head: Head, tile_rows: int) -> None:
-        import torch
-
-        self.head, self.num_positions = head, len(hidden)
-        supervised = targets != IGNORE_INDEX
-        self.everything = bool(supervised.all())
-        self.kept = supervised.nonzero()[:, 0]
-        self.hidden = hidden.detach() if self.everything else hidden.detach()[self.kept]  # [S, H]
-        self.targets = targets if self.everything else targets[self.kept]  # [S]
-        size, width = self.hidden.shape
-        rows = min(tile_rows, head.out_features)
-        self.weight_buffer = torch.empty(rows, width)
-        self.logits_buffer = torch.empty(min(TILE_TOKENS, size) * rows)
-        starts = range(0, head.out_features, rows)
-        self.vocabulary = [slice(start, min(start + rows, head.out_features)) for start in starts]
-        self.positions = [slice(start, min(start + TILE_TOKENS, size)) for start in range(0, size, TILE_TOKENS)]
-        self.log_sum = torch.empty(size)  # [S], set by the first pass
-        self.in_buffer: slice | None = None
-
-    def weight(self, rows: slice) -> torch.Tensor:
-        """These rows of the head, fp32, in the one buffer."""
-        buffer = self.weight_buffer[: rows.stop - rows.start]
-        if rows != self.in_buffer:
-            self.head.dequantize(rows=rows, out=buffer)
-            self.in_buffer = rows
-        return buffer
-
-    def logits(self, weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The logits of every tile of positions in turn, [positions, rows], each in the same memory."""
-        import torch
-
-        for at in self.positions:
-            shape = (at.stop - at.start, len(weight))
-            tile = self.logits_buffer[: shape[0] * shape[1]].view(shape)
-            torch.mm(self.hidden[at], weight.T, out=tile)
-            yield at, tile
-
-    def inside(self, at: slice, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which of these positions have their target in these rows: (position in the tile, column in the tile)."""
-        targets = self.targets[at]
-        here = ((targets >= rows.start) & (targets < rows.stop)).nonzero()[:, 0]
-        return here, targets[here] - rows.start
-
-    def loss_sum(self) -> float:
-        import torch
-
-        size = len(self.hidden)
-        highest, total, of_target = torch.full((size,), -torch.inf), torch.zeros(size), torch.zeros(size)
-        for rows in self.vocabulary:
-            for at, logits in self.logits(self.weight(rows)):
-                here, column = self.inside(at, rows)
-                of_target[at].index_copy_(0, here, logits[here, column])
-                raised = torch.maximum(highest[at], logits.amax(dim=1))
-                total[at] *= highest[at].sub_(raised).exp_()
-                total[at] += logits.sub_(raised[:, None]).exp_().sum(dim=1)
-                highest[at] = raised
-        torch.add(highest, total.log_(), out=self.log_sum)
-        return float((self.log_sum - of_target).sum(dtype=torch.float64))
-
-    def gradient(self) -> torch.Tensor:
-        import torch
-
-        gradient = torch.zeros_like(self.hidden)
-        for rows in reversed(self.vocabulary):
-            weight = self.weight(rows)
-            for at, logits in self.logits(weight):
-                probability = logits.sub_(self.log_sum[at, None]).exp_()
-                here, column = self.inside(at, rows)
-                probability[here, column] -= 1.0
-                gradient[at].addmm_(probability, weight)
-        if self.everything:
-            return gradient
-        return torch.zeros(self.num_positions, gradient.shape[1]).index_copy_(0, self.kept, gradient)
+    size = len(hidden)
+    highest, total, of_target = torch.full((size,), -torch.inf), torch.zeros(size), torch.zeros(size)
+    for rows, weight in head.tiles():
+        for start in range(0, size, TILE_TOKENS):
+            at = slice(start, min(start + TILE_TOKENS, size))
+            logits = torch.mm(hidden[at], weight.T, out=buffers.take(at.stop - start, len(weight), "inner"))
+            here = ((targets[at] >= rows.start) & (targets[at] < rows.stop)).nonzero()[:, 0]
+            of_target[at].index_copy_(0, here, logits[here, targets[at][here] - rows.start])
+            raised = torch.maximum(highest[at], logits.amax(dim=1))
+            shrunk = highest[at].sub_(raised).exp_()
+            total[at].mul_(shrunk).add_(logits.sub_(raised[:, None]).exp_().sum(dim=1))
+            if weighted is not None:
+                weighted[at].mul_(shrunk[:, None]).addmm_(logits, weight)
+            highest[at] = raised
+    loss_sum = float((highest + total.log() - of_target).sum(dtype=torch.float64))
+    return loss_sum, total

@@ -1,11 +1,10 @@
 """What a training step costs: every byte of its peak by part, its floating point operations and its memory traffic.
 
 Whatever a step needs lies in named buffers that exist from the first step on (`training.blocks`); `buffers` lists them
-with their sizes, and a test holds that list against the trainer's own. Beside them two moments need more:
+with their sizes, and a test holds that list against the trainer's own. The peak is at one of two moments:
 
     reading    before the model is loaded: the tokenizer is, and the rows are made
-    loss       the tiles of the loss
-    backward   the gradients of the adapter, and masks where there is dropout
+    backward   beside the buffers the gradients of the adapter, and masks where there is dropout
 
 The larger one is the peak, and the parts are those of that moment, so they add up. Mapped codes are file-backed: they
 count as `file_backed_bytes`, not here. All arrays are float32 unless said otherwise.
@@ -21,7 +20,7 @@ from edgetune.adapters.lora import LoraConfig
 from edgetune.adapters.slot import Slot
 from edgetune.base import Base
 from edgetune.device import Compute
-from edgetune.grids import GRIDS, int4
+from edgetune.grids import GRIDS, PIECE_CODES, tile_rows
 from edgetune.models.config import DecoderConfig
 from edgetune.objectives import sft
 
@@ -33,8 +32,6 @@ SLOT_OBJECT_BYTES = 5200
 # Buffers that MKL packs matrices into and keeps, per thread: about 1,900 bytes for each row of the largest weight, up
 # to 4,096 rows (measured on x86-64; other libraries take less).
 PACK_BYTES_PER_ROW, PACK_ROWS = 1900, 4096
-# From this size on, glibc gives freed memory back (memory.trim_allocator); smaller blocks stay for the next step.
-RETURNED_BYTES = 1 << 17
 # A row of data as Python and numpy objects, beyond its tokens; measured.
 ROW_OBJECT_BYTES = 700
 # A tokenizer in memory per byte of its tokenizer.json: 11 in a fresh heap, 15 where the plan was made in this process
@@ -55,7 +52,7 @@ class Job:
     gradient_accumulation_steps: int
     max_seq_length: int
     recompute_layers: int
-    loss_tile_rows: int
+    tile_weights: int
     threads: int
     supervised_per_window: int
     num_tokens: int = 0
@@ -101,7 +98,7 @@ def peak_parts(job: Job, floor_bytes: int) -> tuple[str, dict[str, int]]:
         "floor": floor_bytes,
         "data": _row_bytes(job) + LEFT_BYTES + TOKENIZER_BYTES_PER_BYTE * job.tokenizer_file_bytes,
     }
-    moments = {"reading": reading, "loss": _at_loss(job), "backward": _at_backward(job)}
+    moments = {"reading": reading, "backward": _at_backward(job)}
     totals = {name: sum((shared | parts).values()) for name, parts in moments.items()}
     peak = max(totals, key=totals.__getitem__)
     return peak, shared | moments[peak]
@@ -130,8 +127,9 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
     """Parts that hardly change during a step."""
     slots = job.slots
     parameters = FLOAT_BYTES * sum(slot.num_parameters for slot in slots)
-    largest = max(n for n, _ in job.model.linear_shapes.values())
-    packed = min(max(largest, job.loss_tile_rows), PACK_ROWS) * PACK_BYTES_PER_ROW * job.threads
+    matrices = job.model.matrices().values()
+    packed = min(max(tile_rows(shape, job.tile_weights) for shape in matrices), PACK_ROWS)
+    packed *= PACK_BYTES_PER_ROW * job.threads
     sizes = buffers(job)
     inputs, slots_, work = (
         sum(size for name, size in sizes.items() if name.partition(".")[0] in prefixes)
@@ -151,7 +149,8 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         "block_inputs": inputs,
         "kept_activations": slots_ - one_slot,
         "block_workspace": work + one_slot,
-        "logits": 0,
+        # Their tiles lie in the workspace; left are a few numbers for each supervised position.
+        "logits": 8 * FLOAT_BYTES * job.supervised,
     }
 
 
@@ -176,12 +175,13 @@ def buffers(job: Job) -> dict[str, int]:
         (min(start + queries, job.max_seq_length) - start) * min(start + queries, job.max_seq_length)
         for start in range(0, job.max_seq_length, queries)
     )
+    logits = min(sft.TILE_TOKENS, job.supervised) * tile_rows((model.vocab_size, hidden), job.tile_weights)
     floats = {
-        "weight": max(n * k for n, k in model.linear_shapes.values()),
+        "weight": max(tile_rows(shape, job.tile_weights) * shape[1] for shape in model.matrices().values()),
         "h": positions * hidden,
         "d": positions * hidden,
         "d_h": positions * hidden,
-        "inner": positions * max(inner, q),
+        "inner": max(positions * max(inner, q), logits),
         "d_inner": positions * (max(inner, q) if model.qk_norm else inner),
         "rotated": positions * q // 2,
         "d_q": positions * q,
@@ -192,6 +192,11 @@ def buffers(job: Job) -> dict[str, int]:
         "attention.scores": model.num_attention_heads * scores,
         "attention.d_scores": model.num_attention_heads * scores,
     }
+    block = GRIDS[job.grid].BLOCK
+    whole = [tile_rows((n, k), job.tile_weights) * k for n, k in model.matrices().values() if k % block == 0]
+    if whole:
+        codes = min(PIECE_CODES, max(whole) // 2)
+        floats |= {"codes": codes, "scales": 2 * codes // block}
     floats |= {f"input.{index}": positions * hidden for index in range(job.path_layers + 1)}
     widths = {"q": q, "k": kv, "v": kv, "o": q, "x2": hidden, "gate": inner, "up": inner}
     if model.qk_norm:
@@ -212,30 +217,11 @@ def activation_bytes(job: Job) -> int:
     return sum(size for name, size in buffers(replace(job, recompute_layers=job.path_layers)).items() if "slot" in name)
 
 
-def _at_loss(job: Job) -> dict[str, int]:
-    sizes = [FLOAT_BYTES * math.prod(shape) for slot in job.slots for shape in slot.tensors.values()]
-    # Large gradients of the step before have been given back.
-    kept = sizes if job.gradient_accumulation_steps > 1 else [size for size in sizes if size < RETURNED_BYTES]
-    return {"logits": loss_bytes(job), "gradients": sum(kept)}
-
-
 def _at_backward(job: Job) -> dict[str, int]:
     parts = {"gradients": FLOAT_BYTES * sum(slot.num_parameters for slot in job.slots)}
     if job.adapter.lora_dropout:  # random numbers, the mask, the dropped input and its gradient
         parts["dropout"] = 4 * FLOAT_BYTES * job.tokens * max(slot.in_features for slot in job.slots)
     return parts
-
-
-def loss_bytes(job: Job) -> int:
-    """What the loss holds beside the buffers."""
-    model = job.model
-    rows = min(job.loss_tile_rows, model.vocab_size)
-    tile = FLOAT_BYTES * rows * (model.hidden_size + min(sft.TILE_TOKENS, job.supervised))
-    if job.grid == int4.NAME:
-        tile += FLOAT_BYTES * rows * -(-model.hidden_size // int4.BLOCK)  # the scales of a tile, widened
-    # Supervised rows, their gradient, and from those the gradient of all rows.
-    positions = FLOAT_BYTES * model.hidden_size * (2 * job.supervised + job.tokens)
-    return tile + positions
 
 
 @dataclass(frozen=True)
@@ -267,8 +253,8 @@ def step_work(job: Job) -> StepWork:
     trained = sum(slot.num_parameters for slot in job.slots)
     flops += job.tokens * 2.0 * trained * (3 + again / max(1, job.path_layers))
     head = model.vocab_size * model.hidden_size
-    flops += 6.0 * head * job.supervised
-    decoded = weights * visits + head * (1 if job.loss_tile_rows >= model.vocab_size else 2)
+    flops += 4.0 * head * job.supervised
+    decoded = weights * visits + head
     activations = 2 * activation_bytes(job) * (forward_passes + 2 * job.path_layers)
     traffic = decoded * (0.5625 + 2 * FLOAT_BYTES) + activations
     times = job.gradient_accumulation_steps

@@ -2,7 +2,7 @@
 
     batch_size            the next smaller divisor of the effective batch; accumulation grows, so that batch stays
     recompute_layers      one block more is computed again in backward
-    loss_tile_rows        half the rows of the head per loss tile
+    tile_weights          half as many weights are dequantized at once
     max_seq_length        half the window, never below what the rows need
     target_modules        q_proj and v_proj alone
     r                     rank 4, then 2
@@ -22,7 +22,7 @@ from edgetune.models.config import DecoderConfig
 
 FEWER_TARGETS = ("q_proj", "v_proj")  # the pair that the LoRA paper settles on
 SMALLER_RANKS = (4, 2)
-SMALLEST_TILE_ROWS = 256
+SMALLEST_TILE = 1 << 18  # weights: smaller matrix products lose speed
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Choice:
     gradient_accumulation_steps: int
     max_seq_length: int
     recompute_layers: int
-    loss_tile_rows: int
+    tile_weights: int
 
     @property
     def resolved(self) -> LoraConfig:
@@ -90,8 +90,8 @@ def _more_recomputation(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
 
 
 def _smaller_tiles(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
-    while choice.loss_tile_rows > SMALLEST_TILE_ROWS:
-        choice = replace(choice, loss_tile_rows=max(SMALLEST_TILE_ROWS, choice.loss_tile_rows // 2))
+    while choice.tile_weights > SMALLEST_TILE:
+        choice = replace(choice, tile_weights=max(SMALLEST_TILE, choice.tile_weights // 2))
         yield choice
 
 
@@ -123,7 +123,7 @@ def _upper_layers(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
 RUNGS: dict[str, Callable[[Choice, Freedom], Iterator[Choice]]] = {
     "batch_size": _smaller_batches,
     "recompute_layers": _more_recomputation,
-    "loss_tile_rows": _smaller_tiles,
+    "tile_weights": _smaller_tiles,
     "max_seq_length": _shorter_windows,
     "target_modules": _fewer_targets,
     "r": _smaller_ranks,

@@ -99,7 +99,8 @@ class Plan:
     max_seq_length: int
     recompute_layers: int
     """Blocks, from the lowest adapted one on, that are computed again in backward; the rest keep their activations."""
-    loss_tile_rows: int
+    tile_weights: int
+    """Weights that are dequantized at once, of a block's matrix or of the head."""
     max_steps: int | None
     """None until the rows are known: see `with_steps`."""
     num_epochs: float
@@ -177,7 +178,7 @@ class Plan:
         )
         windows = f"{self.batch_size} x {self.gradient_accumulation_steps} windows of {self.max_seq_length} tokens"
         again = f"{self.recompute_layers} blocks computed again"
-        yield f"  step        {windows}, {again}, loss in tiles of {self.loss_tile_rows:,} rows"
+        yield f"  step        {windows}, {again}, {self.tile_weights:,} weights dequantized at once"
 
     def _peak(self) -> Iterator[str]:
         yield (

@@ -15,7 +15,6 @@ from edgetune.planner.ladder import RUNGS, Choice, Freedom
 from edgetune.planner.plans import TrainConfig
 
 DEFAULT_BATCH_SIZE = 8
-DEFAULT_TILE_ROWS = 8192
 DEFAULT_WINDOW = 512  # for texts, which can be cut; other rows get the window that they need
 SHORTEST_WINDOW = 64
 WINDOW_STEP = 16
@@ -113,7 +112,7 @@ class Wishes:
             gradient_accumulation_steps=steps,
             max_seq_length=length,
             recompute_layers=config.recompute_layers or 0,
-            loss_tile_rows=min(DEFAULT_TILE_ROWS, model.vocab_size),
+            tile_weights=model.largest_linear,
         )
         if choice.recompute_layers > choice.path_layers:
             raise ConfigError(

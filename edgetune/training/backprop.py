@@ -20,7 +20,7 @@ import torch
 from edgetune.adapters.attach import set_dropout
 from edgetune.models.decoder import Decoder
 from edgetune.objectives import sft
-from edgetune.training.blocks import Activations, BlockPass, normalize, normalize_backward
+from edgetune.training.blocks import Activations, normalize, normalize_backward
 from edgetune.training.forward import Batch, Check, below, num_supervised, start, targets
 
 NAME = "backprop"
@@ -28,11 +28,10 @@ NAME = "backprop"
 
 @dataclass(frozen=True)
 class Path:
-    """How the blocks are walked: the lowest with an adapter, how many from there on run again, rows per loss tile."""
+    """How the blocks are walked: the lowest with an adapter, and how many from there on run again in backward."""
 
     first_block: int
     recompute_layers: int
-    loss_tile_rows: int
 
 
 @torch.no_grad()
@@ -53,24 +52,21 @@ def loss_and_gradients(
 
 
 def _micro_batch(decoder: Decoder, batch: Batch, scale: float, path: Path, check: Check) -> float:
-    embedded, context = start(decoder, batch)
-    count, length, hidden = embedded.shape
-    walk = BlockPass(decoder.workspace, context, count, length)
+    walk = start(decoder, batch)
     blocks = decoder.blocks[path.first_block :]
-    x = below(decoder, walk, embedded, path.first_block, check)
-    del embedded
+    x = below(decoder, walk, batch, path.first_block, check)
     shared = 1 if path.recompute_layers or path.first_block else 0  # blocks that keep nothing take slot 0 by turns
     inputs: list[torch.Tensor] = []
     kept: list[Activations | None] = []
     for index, block in enumerate(blocks):
         keep = index >= path.recompute_layers or index == len(blocks) - 1  # nothing overwrites those of the last one
         inputs.append(x)
-        x = decoder.workspace.take(count * length, hidden, f"input.{index + 1}")
+        x = decoder.workspace.like(x, f"input.{index + 1}")
         slot = max(0, index - path.recompute_layers + shared)
         made = walk.forward(block, inputs[-1], x, f"slot.{slot}")
         kept.append(made if keep else None)
         check()
-    loss_sum, d = _head(decoder, x, targets(batch), scale, path.loss_tile_rows)
+    loss_sum, d = _head(decoder, x, targets(batch), scale)
     check()
     for index in reversed(range(len(blocks))):
         made = kept[index] or walk.forward(blocks[index], inputs[index], None, "slot.0")
@@ -79,12 +75,10 @@ def _micro_batch(decoder: Decoder, batch: Batch, scale: float, path: Path, check
     return loss_sum
 
 
-def _head(
-    decoder: Decoder, x: torch.Tensor, labels: torch.Tensor, scale: float, tile_rows: int
-) -> tuple[float, torch.Tensor]:
+def _head(decoder: Decoder, x: torch.Tensor, labels: torch.Tensor, scale: float) -> tuple[float, torch.Tensor]:
     """The loss sum of the last block's output x [N, H], and `scale` times its gradient with respect to x."""
     hidden = normalize(x, decoder.norm, decoder.workspace.like(x, "h"))
-    loss_sum, gradient = sft.loss_and_gradient(hidden, labels, decoder.lm_head, tile_rows=tile_rows)
+    loss_sum = sft.loss_and_gradient(hidden, labels, decoder.lm_head, decoder.workspace)
     d = decoder.workspace.like(x, "d").zero_()
-    normalize_backward(x, decoder.norm, gradient.mul_(scale), d)
+    normalize_backward(x, decoder.norm, hidden.mul_(scale), d)
     return loss_sum, d

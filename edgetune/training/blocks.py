@@ -145,7 +145,8 @@ class BlockPass:
 
     def _linear(self, layer: Linear, x: torch.Tensor, y: torch.Tensor) -> None:
         frozen = layer.base_layer if isinstance(layer, AdaptedLinear) else layer
-        torch.mm(x, frozen.dequantize(out=self.workspace.take(*frozen.shape)).T, out=y)
+        for rows, weight in frozen.tiles():
+            torch.mm(x, weight.T, out=y[:, rows])
         if frozen.bias is not None:
             y.add_(frozen.bias)
         if isinstance(layer, AdaptedLinear):
@@ -157,11 +158,11 @@ class BlockPass:
         """Adds to d_x, or sets it where it is the `first`; and to the gradients of the layer's adapter."""
         frozen = layer.base_layer if isinstance(layer, AdaptedLinear) else layer
         if d_x is not None:
-            weight = frozen.dequantize(out=self.workspace.take(*frozen.shape))
-            if first:
-                torch.mm(d_y, weight, out=d_x)
-            else:
-                d_x.addmm_(d_y, weight)
+            for rows, weight in frozen.tiles():
+                if first and rows.start == 0:
+                    torch.mm(d_y[:, rows], weight, out=d_x)
+                else:
+                    d_x.addmm_(d_y[:, rows], weight)
         if isinstance(layer, AdaptedLinear):
             layer.add_gradients(x, d_y, d_x)
 

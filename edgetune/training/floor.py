@@ -47,7 +47,7 @@ def first_step(folder: Path) -> None:
     parameters = attach(decoder, LoraConfig().resolved(decoder.config))
     ids = np.zeros((1, 8), np.int64)
     batch = {"input_ids": ids, "labels": ids, "position_ids": ids, "segment_ids": ids}
-    walk = backprop.Path(first_block=0, recompute_layers=1, loss_tile_rows=16)
+    walk = backprop.Path(first_block=0, recompute_layers=1)
     backprop.loss_and_gradients(decoder, [batch], walk, dropout_key=(0, 0), check=lambda: None)
     clip_gradients(parameters.values(), 1.0)
     AdamW(parameters, weight_decay=0.0).step(1e-3)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from edgetune.adapters.attach import set_dropout
-from edgetune.models.decoder import Context, Decoder
+from edgetune.models.decoder import Decoder
 from edgetune.objectives import sft
 from edgetune.training.blocks import BlockPass, normalize
 
@@ -16,10 +16,11 @@ Batch = Mapping[str, np.ndarray]  # input_ids, labels (shifted), position_ids, s
 Check = Callable[[], None]  # called between blocks; raises to leave a step unfinished
 
 
-def start(decoder: Decoder, batch: Batch) -> tuple[torch.Tensor, Context]:
-    """The embedded micro-batch [B, T, H] and what its blocks share."""
-    ids, positions, segments = (torch.from_numpy(batch[key]) for key in ("input_ids", "position_ids", "segment_ids"))
-    return decoder.embed(ids), decoder.context(ids.shape[1], positions, segments)
+def start(decoder: Decoder, batch: Batch) -> BlockPass:
+    """The pass over any block of this micro-batch."""
+    positions, segments = (torch.from_numpy(batch[key]) for key in ("position_ids", "segment_ids"))
+    count, length = positions.shape
+    return BlockPass(decoder.workspace, decoder.context(length, positions, segments), count, length)
 
 
 def targets(batch: Batch) -> torch.Tensor:
@@ -31,11 +32,10 @@ def num_supervised(batch: Batch) -> int:
     return int((batch["labels"] != sft.IGNORE_INDEX).sum())
 
 
-def below(decoder: Decoder, walk: BlockPass, embedded: torch.Tensor, stop: int, check: Check) -> torch.Tensor:
-    """What block `stop` gets, [N, H]: the blocks below it by turns in two buffers, nothing kept."""
-    count, length, hidden = embedded.shape
-    x = decoder.workspace.take(count * length, hidden, f"input.{stop % 2}")
-    x.copy_(embedded.view(x.shape))
+def below(decoder: Decoder, walk: BlockPass, batch: Batch, stop: int, check: Check) -> torch.Tensor:
+    """What block `stop` gets, [N, H]: embedding and the blocks below it by turns in two buffers, nothing kept."""
+    x = decoder.workspace.take(walk.positions, decoder.config.hidden_size, f"input.{stop % 2}")
+    decoder.embed(torch.from_numpy(batch["input_ids"]), out=x)
     for index, block in enumerate(decoder.blocks[:stop]):
         y = decoder.workspace.like(x, f"input.{(stop - index - 1) % 2}")  # the last one writes to input.0
         walk.forward(block, x, y, "slot.0")
@@ -45,16 +45,14 @@ def below(decoder: Decoder, walk: BlockPass, embedded: torch.Tensor, stop: int, 
 
 
 @torch.no_grad()
-def evaluate(decoder: Decoder, batches: Iterable[Batch], *, tile_rows: int, check: Check) -> float:
+def evaluate(decoder: Decoder, batches: Iterable[Batch], *, check: Check) -> float:
     """Mean loss per supervised token, in nats; NaN where nothing is supervised."""
     set_dropout(decoder, None)
     loss_sum, supervised = 0.0, 0
     for batch in batches:
-        embedded, context = start(decoder, batch)
-        walk = BlockPass(decoder.workspace, context, *embedded.shape[:2])
-        x = below(decoder, walk, embedded, len(decoder.layers), check)
+        x = below(decoder, start(decoder, batch), batch, len(decoder.layers), check)
         hidden = normalize(x, decoder.norm, decoder.workspace.like(x, "h"))
-        loss_sum += sft.loss(hidden, targets(batch), decoder.lm_head, tile_rows=tile_rows)
+        loss_sum += sft.loss(hidden, targets(batch), decoder.lm_head, decoder.workspace)
         supervised += num_supervised(batch)
         check()
     return loss_sum / supervised if supervised else float("nan")

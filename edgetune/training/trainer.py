@@ -88,11 +88,12 @@ class Trainer:
         self.evaluate_every = max(1, plan.max_steps // EVALUATIONS)
         self.guard, self.meter, self.limit, self.on_progress = guard, guard.meter, limit, on_progress
         self.decoder = load_decoder(inputs.base)
+        self.decoder.workspace.tile_weights = plan.tile_weights
         self.parameters = attach(self.decoder, plan.adapter, plan.seed, plan.method)
         self.optimizer = OPTIMIZERS[plan.optimizer](self.parameters, weight_decay=plan.weight_decay)
         self.rule = STEP_RULES["backprop"]
         first_block = min(plan.adapter.layers_to_transform or (0,))
-        self.walk = Walk(first_block, plan.recompute_layers, plan.loss_tile_rows)
+        self.walk = Walk(first_block, plan.recompute_layers)
         self.batches = Batches(
             inputs.windows, batch_size=plan.batch_size,
             gradient_accumulation_steps=plan.gradient_accumulation_steps, seed=plan.seed,
@@ -182,7 +183,7 @@ class Trainer:
             return
         batches = in_batches(self.inputs.eval_windows, self.plan.batch_size)
         with self.limit:
-            loss = evaluate(self.decoder, batches, tile_rows=self.plan.loss_tile_rows, check=self.guard.check)
+            loss = evaluate(self.decoder, batches, check=self.guard.check)
         self.metrics.append(step=self.state.step, eval_loss=loss if math.isfinite(loss) else None)
         if math.isfinite(loss) and (self.state.best_loss is None or loss < self.state.best_loss):
             self.state.best_step, self.state.best_loss = self.state.step, loss

@@ -60,7 +60,7 @@ def test_equals_peft(tmp_path: Path, family: str, grid: str) -> None:
     supervised = sum(int((batch["labels"] != -100).sum()) for batch in batches)
     expected = sum(loss_sum(twin, batch) for batch in batches) / supervised
     expected.backward()
-    loss, found = gradients(decoder, parameters, batches, Walk(0, 1, 64))
+    loss, found = gradients(decoder, parameters, batches, Walk(0, 1))
     assert loss == pytest.approx(expected.item(), abs=1e-5)
     reference = peft_parameters(twin)
     assert found.keys() == reference.keys()
@@ -74,9 +74,9 @@ def test_recomputation_changes_no_bit(tmp_path: Path, dropout: float) -> None:
     base = make_base(tmp_path, num_hidden_layers=3)
     decoder, parameters, _ = adapted(base, LoraConfig(r=3, lora_alpha=7, lora_dropout=dropout))
     batches = [random_batch(301, 2, 30, seed=1), random_batch(301, 2, 30, seed=2)]
-    loss, kept = gradients(decoder, parameters, batches, Walk(0, 0, 64))
+    loss, kept = gradients(decoder, parameters, batches, Walk(0, 0))
     for recompute_layers in (1, 2, 3):
-        again, found = gradients(decoder, parameters, batches, Walk(0, recompute_layers, 64))
+        again, found = gradients(decoder, parameters, batches, Walk(0, recompute_layers))
         assert again == loss
         for name in kept:
             assert torch.equal(found[name], kept[name]), name
@@ -86,11 +86,11 @@ def test_dropout_differs_between_steps_and_micro_batches(tmp_path: Path) -> None
     decoder, *_ = adapted(make_base(tmp_path), LoraConfig(r=3, lora_dropout=0.5))
     batch = random_batch(301, 2, 30, seed=1)
     losses = [
-        loss_and_gradients(decoder, batches, Walk(0, 0, 64), dropout_key=key, check=lambda: None)
+        loss_and_gradients(decoder, batches, Walk(0, 0), dropout_key=key, check=lambda: None)
         for batches, key in (([batch], (0, 0)), ([batch], (0, 1)), ([batch], (1, 0)), ([batch, batch], (0, 0)))
     ]
     assert len(set(losses)) == 4
-    assert len({evaluate(decoder, [batch], tile_rows=64, check=lambda: None) for _ in range(2)}) == 1
+    assert len({evaluate(decoder, [batch], check=lambda: None) for _ in range(2)}) == 1
 
 
 @pytest.mark.parametrize("first", [1, 2])
@@ -103,7 +103,7 @@ def test_top_blocks_alone_equal_autograd_over_the_whole_model(tmp_path: Path, fi
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), tensors["labels"].flatten(), ignore_index=-100)
     reference = dict(zip(parameters, torch.autograd.grad(expected, list(parameters.values())), strict=True))
     for recompute_layers in range(5 - first):
-        loss, found = gradients(decoder, parameters, [batch], Walk(first, recompute_layers, 64))
+        loss, found = gradients(decoder, parameters, [batch], Walk(first, recompute_layers))
         assert loss == pytest.approx(expected.item(), rel=1e-6)
         assert max(relative(found[name], reference[name]) for name in reference) < 1e-5
 
@@ -113,8 +113,8 @@ def test_micro_batches_change_neither_loss_nor_gradient(tmp_path: Path) -> None:
     batch = random_batch(301, 5, 30)
     batch["labels"][0, :] = -100  # the rows do not weigh the same
     pieces = [{key: value[i : i + 2] for key, value in batch.items()} for i in range(0, 5, 2)]
-    loss, whole = gradients(decoder, parameters, [batch], Walk(0, 1, 64))
-    again, found = gradients(decoder, parameters, pieces, Walk(0, 1, 64))
+    loss, whole = gradients(decoder, parameters, [batch], Walk(0, 1))
+    again, found = gradients(decoder, parameters, pieces, Walk(0, 1))
     assert again == pytest.approx(loss, rel=1e-6)
     assert max(relative(found[name], whole[name]) for name in whole) < 1e-5
 
@@ -126,8 +126,8 @@ def test_a_window_of_several_rows_equals_the_rows_alone(tmp_path: Path) -> None:
     for segment in (0, 1):
         rows.append({key: value[:, segments == segment] for key, value in window.items()})
         rows[-1]["segment_ids"] = np.zeros_like(rows[-1]["segment_ids"])
-    loss, packed = gradients(decoder, parameters, [window], Walk(0, 0, 64))
-    again, alone = gradients(decoder, parameters, rows, Walk(0, 0, 64))
+    loss, packed = gradients(decoder, parameters, [window], Walk(0, 0))
+    again, alone = gradients(decoder, parameters, rows, Walk(0, 0))
     assert again == pytest.approx(loss, rel=1e-6)
     assert max(relative(packed[name], alone[name]) for name in alone) < 1e-5
 
@@ -135,8 +135,23 @@ def test_a_window_of_several_rows_equals_the_rows_alone(tmp_path: Path) -> None:
 def test_evaluation_is_the_loss_of_the_step(tmp_path: Path) -> None:
     decoder, parameters, _ = adapted(make_base(tmp_path))
     batches = [random_batch(301, 3, 37, seed=1), random_batch(301, 1, 20, seed=2)]
-    loss, _ = gradients(decoder, parameters, batches, Walk(0, 1, 64))
-    assert evaluate(decoder, batches, tile_rows=50, check=lambda: None) == pytest.approx(loss, rel=1e-6)
+    loss, _ = gradients(decoder, parameters, batches, Walk(0, 1))
+    assert evaluate(decoder, batches, check=lambda: None) == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("grid", ["nf4", "int4"])
+def test_tiles_of_the_weights_change_gradients_by_rounding_alone(tmp_path: Path, grid: str) -> None:
+    base, batch = make_base(tmp_path, grid=grid), random_batch(301, 2, 30)
+    decoder, parameters, _ = adapted(base)
+    loss, whole = gradients(decoder, parameters, [batch], Walk(0, 1))
+    for tile_weights in (1, 777, 3000):
+        decoder, parameters, _ = adapted(base)
+        decoder.workspace.tile_weights = tile_weights
+        again, found = gradients(decoder, parameters, [batch], Walk(0, 1))
+        longest = max(columns for _, columns in decoder.config.matrices().values())
+        assert decoder.workspace.sizes["weight"] <= 4 * max(tile_weights, longest)
+        assert again == pytest.approx(loss, rel=1e-6)
+        assert max(relative(found[name], whole[name]) for name in whole) < 1e-5
 
 
 def test_check_runs_between_blocks_and_can_leave_the_step(tmp_path: Path) -> None:
@@ -148,5 +163,5 @@ def test_check_runs_between_blocks_and_can_leave_the_step(tmp_path: Path) -> Non
         nonlocal calls
         calls += 1
 
-    gradients(decoder, parameters, [random_batch(301, 1, 20)], Walk(1, 1, 64), count)
+    gradients(decoder, parameters, [random_batch(301, 1, 20)], Walk(1, 1), count)
     assert calls == 1 + 2 + 1 + 2  # a lower block, two forward, the loss, two backward
