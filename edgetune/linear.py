@@ -8,8 +8,11 @@ float32 weights alive at any time are one matrix, whatever the model's size.
 from __future__ import annotations
 
 import functools
+import os
+import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,9 @@ import torch
 from torch import nn
 
 from edgetune.base import Base
+from edgetune.errors import ConfigError
 from edgetune.grids import GRIDS, PIECE_CODES, tile_rows
+from edgetune.memory import format_mib
 
 LOOKUP_ROWS = 16  # rows of an embedding read at once
 
@@ -25,11 +30,12 @@ LOOKUP_ROWS = 16  # rows of an embedding read at once
 class Workspace:
     """Named float32 buffers, each as large as its largest request so far; a request overwrites the one before.
 
-    `tile_weights` is how many weights may be dequantized at once.
+    `tile_weights` is how many weights may be dequantized at once. `offload_to` is a folder on a disk: the buffers
+    whose names start with "input." then lie in nameless files there, whose pages are no anonymous memory.
     """
 
-    def __init__(self, tile_weights: int = 1 << 20) -> None:
-        self.tile_weights = tile_weights
+    def __init__(self, tile_weights: int = 1 << 20, offload_to: Path | None = None) -> None:
+        self.tile_weights, self.offload_to = tile_weights, offload_to
         self._buffers: dict[str, torch.Tensor] = {}
 
     def take(self, rows: int, columns: int, name: str = "weight") -> torch.Tensor:
@@ -38,8 +44,25 @@ class Workspace:
         if buffer is None or buffer.numel() < rows * columns:
             self._buffers.pop(name, None)
             del buffer  # give the old one back before the new one is taken
-            buffer = self._buffers[name] = torch.empty(rows * columns)
+            buffer = self._buffers[name] = self._made(name, rows * columns)
         return buffer[: rows * columns].view(rows, columns)
+
+    def _made(self, name: str, count: int) -> torch.Tensor:
+        if self.offload_to is None or not name.startswith("input."):
+            return torch.empty(count)
+        size = 4 * count
+        try:
+            with tempfile.TemporaryFile(dir=self.offload_to) as file:  # never has a name: the rows' traces end with it
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)  # on a full disk a sparse file would end in SIGBUS
+                else:
+                    file.truncate(size)
+                return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(count,)))
+        except OSError as error:
+            raise ConfigError(
+                f"activation_offloading needs {format_mib(size)} more in {self.offload_to}: {error.strerror}. "
+                "Free some, choose another --out, or train without it."
+            ) from error
 
     def like(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """As `take`, of x's shape."""

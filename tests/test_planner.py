@@ -53,7 +53,7 @@ def job(model: Any, **overrides: Any) -> Job:
     values: dict[str, Any] = {
         "model": model, "method": "lora", "adapter": LoraConfig(r=4).resolved(model), "grid": "nf4", "batch_size": 2,
         "gradient_accumulation_steps": 1, "max_seq_length": 32, "recompute_layers": 2, "tile_weights": 88 * 48,
-        "threads": 1, "supervised_per_window": 31,
+        "activation_offloading": False, "threads": 1, "supervised_per_window": 31,
     }  # fmt: skip
     return Job(**(values | overrides))
 
@@ -250,7 +250,8 @@ class TestPlan:
         """No field of the configs may be read and forgotten."""
         other: dict[str, Any] = {
             "batch_size": 3, "gradient_accumulation_steps": 5, "max_seq_length": 100, "recompute_layers": 2,
-            "num_epochs": 1.5, "max_steps": 7, "learning_rate": 1e-3, "lr_scheduler_type": "linear",
+            "activation_offloading": True, "num_epochs": 1.5, "max_steps": 7, "learning_rate": 1e-3,
+            "lr_scheduler_type": "linear",
             "warmup_ratio": 0.5, "weight_decay": 0.1, "max_grad_norm": 2.0, "eval_fraction": 0.2, "seed": 3,
         }  # fmt: skip
         assert set(other) == {field.name for field in dataclasses.fields(TrainConfig)}
@@ -273,7 +274,7 @@ def plans_by_budget(model: Path, **wishes: Any) -> Iterator[Plan]:
     smallest = plan(model, "pixel-9", budget="min", **wishes)
     yield smallest
     least = smallest.budget_bytes // MIB
-    for budget in [*range(least, least + 60, 4), *range(least + 60, 1000, 60)]:
+    for budget in [*range(least, least + 100, 4), *range(least + 100, 1000, 60)]:
         yield plan(model, "pixel-9", budget=budget, **wishes)
 
 
@@ -309,6 +310,7 @@ class TestLadder:
             "batch_size": ("8", "1"),
             "recompute_layers": ("0", "1"),
             "tile_weights": ("24576", "4096"),
+            "activation_offloading": ("False", "True"),
             "max_seq_length": ("256", "64"),
             "target_modules": ("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "q_proj,v_proj"),
             "r": ("8", "2"),
@@ -339,7 +341,7 @@ class TestLadder:
         assert (least.r, least.lora_alpha, least.scaling) == (2, 4, 2.0)
 
     def test_spends_what_is_left_on_less_recomputation(self, model: Path) -> None:
-        layers = {made.recompute_layers for made in plans_by_budget(model, config=TrainConfig(max_seq_length=256))}
+        layers = {made.recompute_layers for made in plans_by_budget(model, config=TrainConfig(batch_size=8))}
         assert len(layers) > 4
 
     @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ class Job:
     max_seq_length: int
     recompute_layers: int
     tile_weights: int
+    activation_offloading: bool
     threads: int
     supervised_per_window: int
     num_tokens: int = 0
@@ -146,7 +147,7 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         "kernels": packed,
         # What all blocks share: the attention mask, and the rotary tables of every position.
         "context": FLOAT_BYTES * job.tokens * (job.max_seq_length + job.model.head_dim),
-        "block_inputs": inputs,
+        "block_inputs": 0 if job.activation_offloading else inputs,
         "kept_activations": slots_ - one_slot,
         "block_workspace": work + one_slot,
         # Their tiles lie in the workspace; left are a few numbers for each supervised position.

@@ -3,12 +3,13 @@
     batch_size            the next smaller divisor of the effective batch; accumulation grows, so that batch stays
     recompute_layers      one block more is computed again in backward
     tile_weights          half as many weights are dequantized at once
+    activation_offloading the inputs of the blocks lie in files, which every step writes
     max_seq_length        half the window, never below what the rows need
     target_modules        q_proj and v_proj alone
     r                     rank 4, then 2
     layers_to_transform   the upper half of the blocks, then of those, down to the last
 
-The first three cost time, the others cost what the adapter can learn, so they come later. A step is taken only when
+The first four cost time, the others cost what the adapter can learn, so they come later. A step is taken only when
 every step above it was not enough.
 """
 
@@ -36,6 +37,7 @@ class Choice:
     max_seq_length: int
     recompute_layers: int
     tile_weights: int
+    activation_offloading: bool
 
     @property
     def resolved(self) -> LoraConfig:
@@ -95,6 +97,11 @@ def _smaller_tiles(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
         yield choice
 
 
+def _offloading(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
+    if not choice.activation_offloading:
+        yield replace(choice, activation_offloading=True)
+
+
 def _shorter_windows(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
     while choice.max_seq_length > freedom.shortest_window:
         choice = replace(choice, max_seq_length=max(freedom.shortest_window, choice.max_seq_length // 2))
@@ -124,6 +131,7 @@ RUNGS: dict[str, Callable[[Choice, Freedom], Iterator[Choice]]] = {
     "batch_size": _smaller_batches,
     "recompute_layers": _more_recomputation,
     "tile_weights": _smaller_tiles,
+    "activation_offloading": _offloading,
     "max_seq_length": _shorter_windows,
     "target_modules": _fewer_targets,
     "r": _smaller_ranks,

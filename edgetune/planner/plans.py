@@ -28,6 +28,7 @@ class TrainConfig:
     gradient_accumulation_steps: Annotated[int | None, Key("micro-batches of an optimizer step", 1, 1 << 20)] = None
     max_seq_length: Annotated[int | None, Key("tokens of a window", 2, 1 << 20)] = None
     recompute_layers: Annotated[int | None, Key("blocks computed again in backward", 0, 1 << 16)] = None
+    activation_offloading: Annotated[bool | None, Key("keep the inputs of the blocks on disk, beside the run")] = None
     num_epochs: Annotated[float | None, Key("passes over the rows", 1e-6, 1e6)] = None
     max_steps: Annotated[int | None, Key("optimizer steps, whatever the epochs", 1, 1 << 40)] = None
     learning_rate: Annotated[float, Key("peak of the schedule", 1e-12, 100)] = 2e-4
@@ -101,6 +102,8 @@ class Plan:
     """Blocks, from the lowest adapted one on, that are computed again in backward; the rest keep their activations."""
     tile_weights: int
     """Weights that are dequantized at once, of a block's matrix or of the head."""
+    activation_offloading: bool
+    """The inputs of the blocks lie in files beside the run: no anonymous memory, but written in every step."""
     max_steps: int | None
     """None until the rows are known: see `with_steps`."""
     num_epochs: float
@@ -178,7 +181,8 @@ class Plan:
         )
         windows = f"{self.batch_size} x {self.gradient_accumulation_steps} windows of {self.max_seq_length} tokens"
         again = f"{self.recompute_layers} blocks computed again"
-        yield f"  step        {windows}, {again}, {self.tile_weights:,} weights dequantized at once"
+        disk = ", inputs of the blocks on disk" if self.activation_offloading else ""
+        yield f"  step        {windows}, {again}, {self.tile_weights:,} weights dequantized at once{disk}"
 
     def _peak(self) -> Iterator[str]:
         yield (

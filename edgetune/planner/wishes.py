@@ -113,6 +113,7 @@ class Wishes:
             max_seq_length=length,
             recompute_layers=config.recompute_layers or 0,
             tile_weights=model.largest_linear,
+            activation_offloading=bool(config.activation_offloading),
         )
         if choice.recompute_layers > choice.path_layers:
             raise ConfigError(

@@ -43,7 +43,8 @@ _CHANGES_NO_RESULT = frozenset(
         "format_version", "edgetune_version", "device", "model", "simulated", "budget_name", "budget_bytes",
         "device_budget_bytes", "reserve_bytes",
         "floor_bytes", "parts", "peak_moment", "predicted_peak_bytes", "file_backed_bytes", "fits", "concessions",
-        "recompute_layers", "num_epochs", "warmup_ratio", "predicted_step_seconds", "predicted_run_seconds",
+        "recompute_layers", "activation_offloading", "num_epochs", "warmup_ratio", "predicted_step_seconds",
+        "predicted_run_seconds",
         "predicted_energy_mwh", "fits_training_window", "num_slices",
     }
 )  # fmt: skip

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from edgetune.adapters.base import CONFIG, MODEL
 from edgetune.checkpoint import lock_run
 from edgetune.errors import CheckpointError, ConfigError
@@ -89,6 +91,22 @@ def _clear(folder: Path) -> None:
     for name in (SUMMARY, PLAN, METRICS, CONFIG, MODEL):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def on_disk(folder: Path) -> Path:
+    """The folder, where files in it take no memory.
+
+    Raises:
+        ConfigError: it lies on a file system in memory.
+    """
+    mounts = [part for part in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(part.mountpoint)]
+    kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
+    if kind in ("tmpfs", "ramfs"):
+        raise ConfigError(
+            f"{folder} lies on {kind}, whose files are memory, so activation_offloading saves none there. "
+            "Choose an --out on a disk, or give the run more --budget."
+        )
+    return folder
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

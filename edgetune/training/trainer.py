@@ -30,7 +30,7 @@ from edgetune.training.batches import Batches, in_batches
 from edgetune.training.forward import evaluate
 from edgetune.training.optimizer import OPTIMIZERS, clip_gradients, learning_rate
 from edgetune.training.progress import Progress
-from edgetune.training.run import CHECKPOINTS, METRICS, PLAN, SUMMARY, Metrics, write_json
+from edgetune.training.run import CHECKPOINTS, METRICS, PLAN, SUMMARY, Metrics, on_disk, write_json
 from edgetune.training.stop import Guard, Stopped, is_out_of_memory
 from edgetune.weights import sha256_file
 
@@ -88,7 +88,9 @@ class Trainer:
         self.evaluate_every = max(1, plan.max_steps // EVALUATIONS)
         self.guard, self.meter, self.limit, self.on_progress = guard, guard.meter, limit, on_progress
         self.decoder = load_decoder(inputs.base)
-        self.decoder.workspace.tile_weights = plan.tile_weights
+        workspace = self.decoder.workspace
+        workspace.tile_weights = plan.tile_weights
+        workspace.offload_to = on_disk(folder) if plan.activation_offloading else None
         self.parameters = attach(self.decoder, plan.adapter, plan.seed, plan.method)
         self.optimizer = OPTIMIZERS[plan.optimizer](self.parameters, weight_decay=plan.weight_decay)
         self.rule = STEP_RULES["backprop"]

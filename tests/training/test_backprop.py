@@ -165,3 +165,18 @@ def test_check_runs_between_blocks_and_can_leave_the_step(tmp_path: Path) -> Non
 
     gradients(decoder, parameters, [random_batch(301, 1, 20)], Walk(1, 1), count)
     assert calls == 1 + 2 + 1 + 2  # a lower block, two forward, the loss, two backward
+
+
+def test_inputs_of_blocks_on_disk_change_no_bit(tmp_path: Path) -> None:
+    decoder, parameters, _ = adapted(make_base(tmp_path, num_hidden_layers=3))
+    batches = [random_batch(301, 2, 30, seed=1), random_batch(301, 2, 24, seed=2)]
+    loss, kept = gradients(decoder, parameters, batches, Walk(0, 3))
+    elsewhere, parameters, _ = adapted(tmp_path / "base")
+    (tmp_path / "run").mkdir()
+    elsewhere.workspace.offload_to = tmp_path / "run"
+    again, found = gradients(elsewhere, parameters, batches, Walk(0, 3))
+    assert again == loss
+    assert all(torch.equal(found[name], kept[name]) for name in kept)
+    maps = Path("/proc/self/maps").read_text()
+    assert maps.count(f"{tmp_path / 'run'}/") == 4, "three inputs and what the last block gives"
+    assert not list((tmp_path / "run").iterdir()), "they have no name"

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,27 @@ def loop_adapter(**settings: Any) -> Any:
     from edgetune.adapters.lora import LoraConfig
 
     return LoraConfig(r=3, **settings)
+
+
+def test_activations_on_disk(job: tuple[Path, Path], whole: Run, tmp_path: Path) -> None:
+    base, data = job
+    run = train(make_plan(base, activation_offloading=True), base, data=data, out=tmp_path / "run")
+    assert run.summary["adapter_sha256"] == whole.summary["adapter_sha256"]
+
+
+def test_activations_are_not_offloaded_to_memory(
+    job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "edgetune.training.run.psutil.disk_partitions",
+        lambda all: [
+            SimpleNamespace(mountpoint="/", fstype="ext4"),
+            SimpleNamespace(mountpoint=str(tmp_path), fstype="tmpfs"),
+        ],
+    )
+    base, data = job
+    with pytest.raises(errors.ConfigError, match=r"lies on tmpfs, whose files are memory.*Choose an --out on a disk"):
+        train(make_plan(base, activation_offloading=True), base, data=data, out=tmp_path / "run")
 
 
 SCRIPT = """
