@@ -61,6 +61,27 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def fastest_cores(count: int, cpus: Path = Path("/sys/devices/system/cpu")) -> set[int]:
+    """So many of the cores that this process may run on (Linux): fast ones first, second threads of a core last."""
+    usable = os.sched_getaffinity(0)
+    mask = sum(1 << core for core in usable)
+
+    def rank(core: int) -> tuple[int, int, int]:
+        at = cpus / f"cpu{core}"
+        siblings = _number(at / "topology/thread_siblings", 16)  # a mask of the threads of this core
+        speed = _number(at / "cpu_capacity") or _number(at / "cpufreq/cpuinfo_max_freq")  # the first on Arm alone
+        return (siblings & mask & ((1 << core) - 1)).bit_count(), -speed, core
+
+    return set(sorted(usable, key=rank)[:count])
+
+
+def _number(file: Path, base: int = 10) -> int:
+    try:
+        return int(file.read_text().replace(",", ""), base)
+    except (OSError, ValueError):
+        return 0
+
+
 def cluster() -> list[dict[str, Any]]:
     """All cores as one cluster; the clock falls back to 1 GHz where the system does not tell."""
     try:

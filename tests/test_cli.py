@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import re
@@ -21,7 +23,7 @@ from edgetune.adapters.lora import LoraConfig
 from edgetune.cli import launch
 from edgetune.cli import verbs as cli
 from edgetune.cli.flags import read_budget, read_settings
-from edgetune.cli.training import STOPPED_AT_BUDGET, exit_code
+from edgetune.cli.training import STOPPED_EARLY, exit_code
 from edgetune.errors import EdgetuneError, MissingExtraError
 from edgetune.planner.plans import Plan, TrainConfig
 
@@ -215,6 +217,74 @@ def test_a_signal_leaves_a_checkpoint_to_resume_from(way: Way, tmp_path: Path, n
     assert f"edgetune train --resume {tmp_path / 'run'}" in stderr
 
 
+def test_a_slice_ends_with_code_75_and_how_to_go_on(
+    way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, on a clock that goes by a second at every look."""
+    from edgetune.cli.training import run_job
+    from edgetune.training import loop
+
+    monkeypatch.setattr(loop, "Pace", functools.partial(loop.Pace, clock=functools.partial(next, itertools.count())))
+    job = launch.new_run(
+        str(way / "base"), "host", data=way / "rows.jsonl", out=tmp_path / "run", eval_data=None,
+        adapter=LoraConfig(), budget="foreground",
+        config=TrainConfig(max_steps=100, max_seq_length=48, batch_size=2, gradient_accumulation_steps=1),
+    )  # fmt: skip
+    job["plan"] = {**job["plan"].to_dict(), "slice_seconds": 100}
+    assert run_job({**job, "one_slice": True, "as_json": True}) == STOPPED_EARLY == 75
+    out, err = capsys.readouterr()
+    said = json.loads(out.splitlines()[-1])
+    assert said["stopped"] == "slice" and 0 < said["steps"] < 100
+    assert f"edgetune train --resume {tmp_path / 'run'} --one-slice" in err
+
+
+@pytest.mark.parametrize("typed", [[], ["--emulate"], ["--one-slice"], ["--emulate", "--one-slice"]])
+@pytest.mark.parametrize("resume", [False, True])
+def test_pace_flags_reach_the_run(
+    way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: list[str], resume: bool
+) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(launch, "start", lambda job, **options: seen.update(options))
+    new = ("train", way / "base", "--device", "host", "--data", way / "rows.jsonl", "--out", tmp_path / "run")
+    assert call(*(("train", "--resume", way / "run") if resume else new), *typed) == 0
+    assert (seen["emulate"], seen["one_slice"]) == ("--emulate" in typed, "--one-slice" in typed)
+
+
+def test_an_emulated_run_takes_its_time_and_says_so(way: Way, tmp_path: Path) -> None:
+    job = ("--device", "rpi-5", "--data", way / "rows.jsonl", "--max-steps", "3")
+    result = edgetune("train", way / "base", *job, "--out", tmp_path / "run", "--emulate", "--json")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert summary["emulated"] is True
+    assert summary["measured_step_seconds"] >= summary["predicted_step_seconds"]
+    assert "tokens/s, emulating rpi-5" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("summary", "last"),
+    [
+        ({"stopped": "slice", "emulated": True}, "--resume run --emulate --one-slice"),
+        ({"stopped": "budget", "emulated": True, "late_steps": 3}, "--resume run --emulate"),
+        ({"stopped": "signal"}, "--resume run"),
+    ],
+)
+def test_the_next_step_is_told_with_its_flags(summary: dict[str, Any], last: str) -> None:
+    from edgetune.cli.training import outcome
+
+    class Ended:
+        folder = Path("run")
+
+    figures = dict.fromkeys(["train_loss", "eval_loss", "tokens_per_second"]) | {"late_steps": 0, "emulated": False}
+    sizes = ("measured_peak_bytes", "predicted_peak_bytes", "budget_bytes", "adapter_bytes")
+    words = ("budget_name", "enforcement", "device")
+    Ended.summary = (  # type: ignore[attr-defined]
+        figures | dict.fromkeys((*sizes, "steps", "max_steps", "trainable_parameters"), 1) | dict.fromkeys(words, "x")
+    ) | summary
+    text = outcome(Ended())  # type: ignore[arg-type]
+    assert text.endswith(last)
+    assert ("3 steps took this machine longer than x would" in text) == ("late_steps" in summary)
+
+
 def resumable(way: Way, folder: Path, *, summary: bool) -> Path:
     """A run of 8 steps that has made some, stopped by its budget; or killed, which leaves no summary."""
     job = launch.new_run(
@@ -226,7 +296,7 @@ def resumable(way: Way, folder: Path, *, summary: bool) -> Path:
     text = json.dumps({"plan": plan, **arguments, "as_json": True})
     command = [sys.executable, "-m", "edgetune.cli.launch", "train", text]
     result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
-    assert result.returncode == STOPPED_AT_BUDGET == 75, result.stderr
+    assert result.returncode == STOPPED_EARLY == 75, result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["stopped"] == "budget"
     stored = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     (folder / "plan.json").write_text(
@@ -307,6 +377,7 @@ def test_ctrl_c_before_the_run_has_begun_is_quiet(monkeypatch: pytest.MonkeyPatc
     [
         ({"stopped": "done", "signal": None}, 0),
         ({"stopped": "budget", "signal": None}, 75),
+        ({"stopped": "slice", "signal": None}, 75),
         ({"stopped": "nonfinite", "signal": None}, 1),
         ({"stopped": "signal", "signal": 2}, 130),
         ({"stopped": "signal", "signal": 15}, 143),

@@ -506,10 +506,20 @@ class TestTime:
         made = plan(model, watch, config=TrainConfig(max_steps=100))
         assert made.predicted_run_seconds == pytest.approx(100 * made.predicted_step_seconds)
         assert made.predicted_energy_mwh == pytest.approx(watch.power.max_avg_mw * made.predicted_run_seconds / 3600)
-        assert made.num_slices == -(-made.predicted_run_seconds // watch.duty.slice_s)
+        per_slice = int(watch.duty.slice_s // made.predicted_step_seconds)
+        assert made.num_slices == -(-100 // per_slice)
+        assert (made.slice_seconds, made.grace_seconds) == (watch.duty.slice_s, watch.duty.grace_s)
         assert made.fits_training_window is (made.predicted_run_seconds <= watch.duty.daily_s)
         assert plan(model, watch, config=TrainConfig(max_steps=10**9)).fits_training_window is False
         assert plan(model, watch).predicted_run_seconds is None
+
+    def test_a_step_that_is_longer_than_a_slice(self, model: Path) -> None:
+        watch = load_device("galaxy-watch-7")
+        slow = dataclasses.replace(watch, compute=dataclasses.replace(watch.compute, gflops_fp32_sustained=1e-5))
+        made = plan(model, slow, config=TrainConfig(max_steps=100))
+        assert made.predicted_step_seconds > 30 and made.num_slices is None
+        assert "NO step ends inside a slice of 30 s" in made.explain()
+        assert "slice" not in plan(model, slow).explain()
 
     def test_operations_by_hand(self, tmp_path: Path) -> None:
         tiny = load_config(write_model(tmp_path, TINY, tokenizer=False))

@@ -16,14 +16,14 @@ from edgetune.planner.plans import Plan
 from edgetune.training.loop import Run, train
 from edgetune.training.progress import show_progress
 
-STOPPED_AT_BUDGET = 75  # EX_TEMPFAIL of sysexits.h: the same again later, or with more, may work
+STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: the same again later, or with more, may work
 
 
 def exit_code(summary: Mapping[str, Any]) -> int:
     """How the process ends for a run that ended so."""
     if summary["stopped"] == "signal":
         return 128 + int(summary["signal"])
-    return {"done": 0, "budget": STOPPED_AT_BUDGET}.get(summary["stopped"], 1)
+    return {"done": 0, "budget": STOPPED_EARLY, "slice": STOPPED_EARLY}.get(summary["stopped"], 1)
 
 
 def outcome(run: Run) -> str:
@@ -36,15 +36,21 @@ def outcome(run: Run) -> str:
         f"{format_mib(summary['predicted_peak_bytes'])} predicted, budget {format_mib(summary['budget_bytes'])} "
         f"({summary['budget_name']}), held by {summary['enforcement']}",
         f"  loss         {_number(loss)} on the rows, {_number(held_out)} on held-out rows",
-        f"  speed        {_number(speed)} tokens/s on this machine",
+        f"  speed        {_number(speed)} tokens/s, "
+        + (f"emulating {summary['device']}" if summary["emulated"] else "on this machine"),
         f"  adapter      {summary['trainable_parameters']:,} parameters, {format_mib(summary['adapter_bytes'])}",
     ]
+    if summary["late_steps"]:
+        lines.append(
+            f"  NOT held     {summary['late_steps']} steps took this machine longer than {summary['device']} would"
+        )
     if summary["stopped"] == "nonfinite":
         lines.append("Loss or gradients were not finite too often. Lower --learning-rate and train anew.")
     elif summary["stopped"] == "done":
         lines.append(f"Next: edgetune export {run.folder} --out bundle/")
     else:
-        lines.append(f"Go on with: edgetune train --resume {run.folder}")
+        flags = " --emulate" * summary["emulated"] + " --one-slice" * (summary["stopped"] == "slice")
+        lines.append(f"Go on with: edgetune train --resume {run.folder}{flags}")
     return "\n".join(lines)
 
 

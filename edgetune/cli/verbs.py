@@ -1,7 +1,8 @@
 """The command `edgetune`: one function for each verb, each a thin layer over the public function of that name.
 
 Exit codes: 0 done; 1 an EdgetuneError (its class and message on stderr, no traceback); 2 a flag that does not parse;
-75 stopped at the budget with a good checkpoint; 130 and 143 stopped by SIGINT and SIGTERM with a good checkpoint.
+75 stopped at the budget or at the end of a slice, with a good checkpoint; 130 and 143 stopped by SIGINT and SIGTERM
+with a good checkpoint.
 
 What a verb found goes to stdout. With --json everything for people goes to stderr, and the last line of stdout is one
 JSON object, an error's too. Modules are imported by the verb that needs them, so `edgetune --help` is quick and a
@@ -211,6 +212,15 @@ def train(
     enforce: Annotated[
         str, typer.Option("--enforce", help="What holds the run to its budget: none, governor or rlimit.")
     ] = "governor",
+    emulate: Annotated[
+        bool, typer.Option("--emulate", help="Take as long as the device would: slow this machine down to it.")
+    ] = False,
+    one_slice: Annotated[
+        bool,
+        typer.Option(
+            "--one-slice", help="Stop when the device's system would, to go on in the next slice by --resume."
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier run in the folder.")] = False,
     skip_bad: SkipBad = False,
     as_json: Json = False,
@@ -225,7 +235,9 @@ def train(
     from edgetune.cli import launch
 
     if resume is not None:
-        refuse_other_flags(context, "resume", "data", "eval_data", "budget", "enforce", "skip_bad", "as_json")
+        refuse_other_flags(
+            context, "resume", "data", "eval_data", "budget", "enforce", "emulate", "one_slice", "skip_bad", "as_json"
+        )
         given = read_budget(budget) if was_typed(context, "budget") else None
         job = launch.old_run(resume, data=data, eval_data=eval_data, budget=given)
     else:
@@ -241,7 +253,10 @@ def train(
             model, device, data=data, out=out, eval_data=eval_data,
             adapter=lora, config=config, grid=grid, engine=engine, budget=read_budget(budget), skip_bad=skip_bad,
         )  # fmt: skip
-    launch.start(job, resume=resume is not None, force=force, enforce=enforce, skip_bad=skip_bad, as_json=as_json)
+    launch.start(
+        job, resume=resume is not None, force=force, enforce=enforce, emulate=emulate, one_slice=one_slice,
+        skip_bad=skip_bad, as_json=as_json,
+    )  # fmt: skip
 
 
 @app.command()

@@ -261,6 +261,8 @@ def _made(
         predicted_run_seconds=None,
         predicted_energy_mwh=None,
         fits_training_window=None,
+        slice_seconds=profile.duty.slice_s,
+        grace_seconds=profile.duty.grace_s,
         num_slices=None,
     )
     if config.max_steps is None and not facts.rows:
@@ -268,12 +270,13 @@ def _made(
     made = made.with_steps(facts.windows(choice.max_seq_length)[0] if facts.rows else 0)
     assert made.max_steps is not None
     run_seconds = made.max_steps * step_seconds
+    steps_per_slice = int(profile.duty.slice_s // step_seconds)
     return replace(
         made,
         predicted_run_seconds=run_seconds,
         predicted_energy_mwh=run_seconds * profile.power.max_avg_mw / 3600,
         fits_training_window=run_seconds <= profile.duty.daily_s,
-        num_slices=math.ceil(run_seconds / profile.duty.slice_s),
+        num_slices=math.ceil(made.max_steps / steps_per_slice) if steps_per_slice else None,
     )
 
 

@@ -122,8 +122,12 @@ class Plan:
     predicted_energy_mwh: float | None
     fits_training_window: bool | None
     """Whether the run ends within the seconds that the profile grants per day; None while its length is unknown."""
+    slice_seconds: int
+    """The longest uninterrupted run that the profile grants; `train` keeps to it where asked for one slice."""
+    grace_seconds: float
+    """From the end of a slice to the kill."""
     num_slices: int | None
-    """Uninterrupted stretches that the profile cuts the run into."""
+    """Slices that the run takes; None while its length is unknown, and where no step ends inside one."""
 
     @property
     def exceeds_device(self) -> bool:
@@ -206,11 +210,13 @@ class Plan:
         if self.predicted_run_seconds is None or self.predicted_energy_mwh is None:
             yield "  the whole run: unknown without --data or --max-steps"
             return
+        slices = f"in {self.num_slices} slice{'' if self.num_slices == 1 else 's'}"
+        if self.num_slices is None:
+            slices = f"NO step ends inside a slice of {self.slice_seconds} s"
         inside = "inside" if self.fits_training_window else "NOT inside"
         yield (
             f"  {self.max_steps:,} steps in {_duration(self.predicted_run_seconds)}, "
-            f"{self.predicted_energy_mwh:,.0f} mWh, {inside} the training window of one day, "
-            f"in {self.num_slices} slice{'' if self.num_slices == 1 else 's'}"
+            f"{self.predicted_energy_mwh:,.0f} mWh, {inside} the training window of one day, {slices}"
         )
 
 

@@ -5,7 +5,7 @@ is the adapter, the optimizer's moments and a few numbers, and a resumed run end
 never stopped. Between any two blocks the run may stop, for a signal or at the budget; it then stands at its last
 completed step. Steps whose loss or gradient is not finite change nothing and are counted.
 
-Left out: holding the process to a profile's compute, slices of time, other step rules (see `STEP_RULES`).
+Left out: other step rules (see `STEP_RULES`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from edgetune.memory import Meter, give_back, trim_allocator
 from edgetune.planner.plans import Plan
 from edgetune.quantizer import read_manifest
 from edgetune.tokenizer import load_tokenizer
+from edgetune.training.pace import Pace, pinned
 from edgetune.training.progress import Progress
 from edgetune.training.run import CHECKPOINTS, SUMMARY, Run, open_run
 from edgetune.training.stop import DataLimit, Guard
@@ -44,8 +45,8 @@ _CHANGES_NO_RESULT = frozenset(
         "device_budget_bytes", "reserve_bytes",
         "floor_bytes", "parts", "peak_moment", "predicted_peak_bytes", "file_backed_bytes", "fits", "concessions",
         "recompute_layers", "activation_offloading", "num_epochs", "warmup_ratio", "predicted_step_seconds",
-        "predicted_run_seconds",
-        "predicted_energy_mwh", "fits_training_window", "num_slices",
+        "predicted_run_seconds", "predicted_energy_mwh", "fits_training_window", "slice_seconds", "grace_seconds",
+        "num_slices",
     }
 )  # fmt: skip
 
@@ -60,6 +61,8 @@ def train(
     resume: bool = False,
     force: bool = False,
     enforce: str = "governor",
+    emulate: bool = False,
+    one_slice: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     skip_bad: bool = False,
 ) -> Run:
@@ -74,14 +77,17 @@ def train(
         resume: go on where the folder's last checkpoint stands; a run that is done is returned at once.
         force: replace what an earlier run left in the folder.
         enforce: "governor" stops at the budget, "rlimit" also lets allocations beyond it fail, "none" only measures.
+        emulate: take as long as the plan's device would, on as many cores; where this machine is slower it says so.
+        one_slice: stop at the end of the device's longest uninterrupted run; `resume` goes on with the next one.
         on_progress: called after every step.
         skip_bad: leave bad rows out, up to 1 %.
 
     Returns:
-        The run; `summary["stopped"]` is done, budget, signal or nonfinite. In each case the folder holds an adapter.
+        The run; `summary["stopped"]` is done, budget, signal, slice or nonfinite. In each case the folder holds an
+        adapter.
 
     Raises:
-        ConfigError: the folder exists, or plan and base do not go together.
+        ConfigError: the folder exists, plan and base do not go together, or no step ends inside a slice.
         DataError: rows cannot be used.
         ModelError: the base is missing or damaged.
         CheckpointError: the folder is in use, a checkpoint cannot be written, or what is resumed differs from the
@@ -90,8 +96,10 @@ def train(
     if enforce not in ENFORCEMENTS:
         raise ConfigError(f"enforce = {enforce!r}; choose from {', '.join(ENFORCEMENTS)}.")
     base, folder = Path(base), Path(out)
+    pace = Pace(plan, emulate=emulate, one_slice=one_slice)
     trim_allocator()
     with (
+        pinned(plan.threads) if emulate else contextlib.nullcontext(),
         _threads(plan.threads),
         Meter(plan.budget_bytes) as meter,
         Guard(meter, hold_budget=enforce != "none") as guard,
@@ -105,14 +113,21 @@ def train(
             if (folder / SUMMARY).exists() and Run(folder).stopped == "done":
                 return Run(folder)
         limit = DataLimit(plan.budget_bytes) if enforce == "rlimit" else contextlib.nullcontext()
-        trainer = Trainer(inputs, folder, guard, limit, on_progress)
+        trainer = Trainer(inputs, folder, guard, limit, pace, on_progress)
         for note in notes:
             trainer.tell(note)
         if checkpoint is not None:
             trainer.restore(checkpoint)
+        before = trainer.done
         stopped = trainer.run()
         held = isinstance(limit, DataLimit) and limit.holds
         trainer.finish(stopped, "rlimit" if held else "governor" if enforce == "rlimit" else enforce)
+        if stopped == "slice" and trainer.done == before:
+            raise ConfigError(
+                f"nothing of {folder} gets done in a slice of {plan.device}, {plan.slice_seconds} s: no step, or no "
+                f"evaluation. It stands at step {trainer.done[0]}. Go on without --one-slice, or train anew with "
+                "shorter steps (--batch-size, --gradient-accumulation-steps, --max-seq-length) or fewer held-out rows."
+            )
     return Run(folder)
 
 

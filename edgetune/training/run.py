@@ -43,7 +43,7 @@ class Run:
 
     @property
     def stopped(self) -> str:
-        """One of done, budget, signal, nonfinite."""
+        """One of done, budget, signal, slice, nonfinite."""
         return str(self.summary["stopped"])
 
 
@@ -119,9 +119,9 @@ class Metrics:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def start(self, step: int) -> None:
-        """Keep the lines up to this step: what a killed run wrote after its last checkpoint is computed again."""
-        kept = [line for line in self.lines() if line["step"] <= step]
+    def start(self, step: int, evaluated_step: int) -> None:
+        """Keep the lines up to these: what a killed run wrote after its last checkpoint is computed again."""
+        kept = [line for line in self.lines() if line["step"] <= (evaluated_step if "eval_loss" in line else step)]
         head = {"format_version": FORMAT_VERSION}
         write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in (head, *kept)))
 
@@ -138,12 +138,19 @@ class Metrics:
                     found.append(json.loads(line))
         return [line for line in found if "step" in line]
 
-    def figures(self) -> dict[str, float | None]:
-        """train_loss, and tokens_per_second over the median step; None where no step was made."""
+    def figures(self, *, emulated: bool) -> dict[str, float | int | None]:
+        """train_loss, and over the steps that were or were not emulated:
+
+        measured_step_seconds (their median), tokens_per_second at that, and late_steps, those that were to be emulated
+        and took this machine longer than the device. None where there is no such step.
+        """
         steps = [line for line in self.lines() if "seconds" in line]
         losses = [line["loss"] for line in steps if line["loss"] is not None][-TRAIN_LOSS_STEPS:]
-        if not losses:
-            return {"train_loss": None, "tokens_per_second": None}
-        seconds = statistics.median(line["seconds"] for line in steps)
-        tokens = statistics.mean(line["tokens"] for line in steps)
-        return {"train_loss": statistics.fmean(losses), "tokens_per_second": tokens / seconds}
+        alike = [line for line in steps if ("idle_seconds" in line) == emulated]
+        seconds = statistics.median(line["seconds"] for line in alike) if alike else None
+        return {
+            "train_loss": statistics.fmean(losses) if losses else None,
+            "tokens_per_second": statistics.mean(line["tokens"] for line in alike) / seconds if seconds else None,
+            "measured_step_seconds": seconds,
+            "late_steps": sum(line["idle_seconds"] == 0 for line in alike) if emulated else 0,
+        }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 import statistics
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -29,6 +28,7 @@ from edgetune.training.backprop import Path as Walk
 from edgetune.training.batches import Batches, in_batches
 from edgetune.training.forward import evaluate
 from edgetune.training.optimizer import OPTIMIZERS, clip_gradients, learning_rate
+from edgetune.training.pace import Pace
 from edgetune.training.progress import Progress
 from edgetune.training.run import CHECKPOINTS, METRICS, PLAN, SUMMARY, Metrics, on_disk, write_json
 from edgetune.training.stop import Guard, Stopped, is_out_of_memory
@@ -70,6 +70,7 @@ class _State:
     best_loss: float | None = None
     skipped: int = 0
     skipped_in_a_row: int = 0
+    checkpoint_seconds: float = 0.0  # the longest so far
     peak_bytes: int = 0
     peak_rss_bytes: int = 0
 
@@ -79,7 +80,7 @@ class Trainer:
 
     def __init__(
         self, inputs: Inputs, folder: Path, guard: Guard, limit: AbstractContextManager[None],
-        on_progress: Callable[[Progress], None] | None,
+        pace: Pace, on_progress: Callable[[Progress], None] | None,
     ) -> None:  # fmt: skip
         plan = inputs.plan
         assert plan.max_steps is not None and plan.warmup_steps is not None
@@ -87,6 +88,7 @@ class Trainer:
         self.max_steps, self.warmup_steps = plan.max_steps, plan.warmup_steps
         self.evaluate_every = max(1, plan.max_steps // EVALUATIONS)
         self.guard, self.meter, self.limit, self.on_progress = guard, guard.meter, limit, on_progress
+        self.pace = pace
         self.decoder = load_decoder(inputs.base)
         workspace = self.decoder.workspace
         workspace.tile_weights = plan.tile_weights
@@ -113,14 +115,24 @@ class Trainer:
         load_tensors(self.parameters, checkpoint.tensors("adapter"))
         self.optimizer.load(checkpoint.tensors("optim"), self.state.updates)
 
+    @property
+    def done(self) -> tuple[int, int]:
+        """Steps made, and the last one that was evaluated."""
+        return self.state.step, self.state.evaluated_step
+
+    def check(self) -> None:
+        """Raise `Stopped` where the run should not go on; called between blocks."""
+        self.guard.check()
+        self.pace.check(self.state.checkpoint_seconds)
+
     def run(self) -> str:
         """Train to the last step or to whatever stops the run before; returns how it ended."""
         write_json(self.folder / PLAN, self.plan.to_dict())
-        self.metrics.start(self.state.step)
+        self.metrics.start(*self.done)
         self.save()
         try:
             while True:
-                self.guard.check()
+                self.check()
                 if self.evaluation_is_due():
                     self.evaluate()
                     self.save()
@@ -145,15 +157,17 @@ class Trainer:
 
     def one_step(self) -> None:
         """One optimizer step over all its micro-batches, or none where loss or gradient is not finite."""
-        started = time.perf_counter()
+        self.pace.begin_step(self.state.checkpoint_seconds)
+        started = self.pace.clock()
         plan, step = self.plan, self.state.step
         batches, num_tokens = self.batches.of_step(step)
         key = (plan.seed, step)
         with self.limit:
             loss = self.rule.loss_and_gradients(
-                self.decoder, batches, self.walk, dropout_key=key, check=self.guard.check
+                self.decoder, batches, self.walk, dropout_key=key, check=self.check
             )  # fmt: skip
             norm = clip_gradients(self.parameters.values(), plan.max_grad_norm)
+        idle_seconds = self.pace.end_step(self.check)
         rate = learning_rate(
             step, peak=plan.learning_rate, warmup_steps=self.warmup_steps, max_steps=self.max_steps,
             schedule=plan.lr_scheduler_type,
@@ -169,23 +183,28 @@ class Trainer:
         self.state.updates += finite
         self.state.skipped += not finite
         self.state.skipped_in_a_row = 0 if finite else self.state.skipped_in_a_row + 1
-        seconds = time.perf_counter() - started
+        seconds = self.pace.clock() - started
         self.recent.append((num_tokens, seconds))
         self.metrics.append(
             step=self.state.step, loss=loss if finite else None, grad_norm=norm if finite else None, learning_rate=rate,
             tokens=num_tokens, seconds=seconds, now_bytes=self.meter.now_bytes,
+            **({} if idle_seconds is None else {"idle_seconds": idle_seconds}),
         )  # fmt: skip
         self.loss = loss if finite else self.loss
-        self.tell(None if finite else f"step {self.state.step}: loss or gradient is not finite, skipped")
+        late = self.pace.warning()
+        self.tell(late if finite else f"step {self.state.step}: loss or gradient is not finite, skipped")
 
     def evaluate(self) -> None:
         """Loss over the held-out rows; the best so far is remembered with its step, where a checkpoint follows."""
-        self.state.evaluated_step = self.state.step
         if not self.inputs.eval_windows:
+            self.state.evaluated_step = self.state.step
             return
+        started = self.pace.clock()
         batches = in_batches(self.inputs.eval_windows, self.plan.batch_size)
         with self.limit:
-            loss = evaluate(self.decoder, batches, check=self.guard.check)
+            loss = evaluate(self.decoder, batches, check=self.check)
+        self.pace.end_evaluation(started, self.check)
+        self.state.evaluated_step = self.state.step  # here, so that one that was stopped is made again
         self.metrics.append(step=self.state.step, eval_loss=loss if math.isfinite(loss) else None)
         if math.isfinite(loss) and (self.state.best_loss is None or loss < self.state.best_loss):
             self.state.best_step, self.state.best_loss = self.state.step, loss
@@ -200,7 +219,9 @@ class Trainer:
         about = {"identity": self.inputs.identity, "paths": self.inputs.paths, "versions": _versions()}
         state = {**asdict(self.state), **about}
         tensors = {"adapter": self.tensors(), "optim": self.optimizer.tensors()}
+        started = self.pace.clock()
         save_checkpoint(self.folder / CHECKPOINTS, state, tensors)
+        self.state.checkpoint_seconds = max(self.state.checkpoint_seconds, self.pace.clock() - started)
 
     def is_finite(self) -> bool:
         return all(np.isfinite(value).all() for value in self.tensors().values())
@@ -241,7 +262,8 @@ class Trainer:
             "signal": self.guard.signal,
             "steps": state.step,
             "skipped_steps": state.skipped,
-            **self.metrics.figures(),
+            "emulated": self.pace.emulates,
+            **self.metrics.figures(emulated=self.pace.emulates),
             "eval_loss": state.best_loss,
             "best_step": state.best_step,
             "trainable_parameters": sum(value.numel() for value in self.parameters.values()),
