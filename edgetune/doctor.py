@@ -4,7 +4,7 @@ Nothing that may crash runs in this process. torch and bitsandbytes are tried in
 newer cores imports and then dies of SIGILL at its first kernel; the child's end says so, and the report goes on. The
 NF4 result is compared with the plain numpy reading in `grids.nf4`.
 
-Left out: speed. `edgetune bench` measures that.
+Left out: speed. `calibration` measures that of this machine, `edgetune bench` that of a bundle.
 """
 
 from __future__ import annotations

@@ -459,6 +459,26 @@ def test_devices_lists_and_shows(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"^memory\.budget_mib +3686$", capsys.readouterr().out, re.MULTILINE)
 
 
+def test_doctor_calibrates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from edgetune import calibration
+    from edgetune.device import load_device
+
+    monkeypatch.chdir(tmp_path)
+    samples = {"products_gflops": {"a": {"forward": [9.0]}}, "copy_mb_s": [70.0], "decoded_weights_per_second": {}}
+    monkeypatch.setattr(calibration, "_samples", lambda threads, seconds: {**samples, "library": "torch"})
+    monkeypatch.setattr(calibration, "measure_floor", lambda engine, threads: 1 << 20)
+    assert call("doctor", "--calibrate", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["device"] == "host-calibrated.toml"
+    assert load_device("host-calibrated.toml").provenance.confidence == "measured"
+    assert call("doctor", "--calibrate") == 1
+    assert "host-calibrated.toml exists" in capsys.readouterr().err
+    assert call("doctor", "--calibrate", "--force", "--out", "host-calibrated.toml") == 0
+    assert "9 GFLOP/s sustained" in capsys.readouterr().out
+    assert call("doctor", "--force") == 2
+    assert call("doctor", "--out", "x.toml") == 2
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     from edgetune import __version__
 

@@ -78,7 +78,18 @@ def test_importing_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["cli.chat", "cli.launch", "cli.verbs", "runtime.evaluate", "benchmark", "planner", "doctor"]
+    "module",
+    [
+        "cli.chat",
+        "cli.launch",
+        "cli.verbs",
+        "runtime.evaluate",
+        "benchmark",
+        "planner",
+        "doctor",
+        "calibration",
+        "speed",
+    ],
 )
 def test_the_core_imports_no_extra(module: str) -> None:
     assert imported(f"import edgetune.{module}", [*extras.EXTRAS, "transformers", "peft"]) == []

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from edgetune import errors, planner
+from edgetune import errors, host, planner
 from edgetune.base import open_base
 from edgetune.checkpoint import newest_state
 from edgetune.cli.console import tell, tensor_progress
@@ -111,9 +111,7 @@ def start(job: dict[str, Any], **options: bool | str) -> NoReturn:
     text = json.dumps({"plan": job["plan"].to_dict(), **paths, **options})
     sys.stdout.flush()
     sys.stderr.flush()
-    # Threads that wait for each other spin for 300,000 rounds by default, and where another program takes a core they
-    # spin against it: 100 to 1,300 tokens/s on the packaged sample instead of 2,300. Alone it costs 3 %.
-    environment = {"GOMP_SPINCOUNT": "1000", **os.environ}
+    environment = {**host.THREAD_SETTINGS, **os.environ}
     os.execve(sys.executable, [sys.executable, "-m", "edgetune.cli.launch", "train", text], environment)
 
 

@@ -99,8 +99,36 @@ def devices(
 
 
 @app.command()
-def doctor(*, as_json: Json = False) -> None:
-    """Report this machine's libraries, kernels, instruction set and memory limits, and test that training works."""
+def doctor(
+    *,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine instead, and write it as a device profile.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            show_default=False,
+            help="The profile that --calibrate writes. (default: host-calibrated.toml)",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier calibration.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Report this machine's libraries, kernels, instruction set and memory limits, and test that training works.
+
+    Example: edgetune doctor --calibrate --out my-host.toml, then edgetune plan MODEL --device my-host.toml
+    """
+    if calibrate:
+        from edgetune import calibration
+
+        tell("measuring this machine for about 20 seconds; nothing else should run meanwhile")
+        measured = calibration.calibrate(out or "host-calibrated.toml", force=force)
+        answer(measured, calibration.explain(measured), as_json)
+        return
+    if out is not None or force:
+        raise typer.BadParameter("--out and --force go with --calibrate")
     from edgetune.doctor import examine, explain
 
     report = examine()

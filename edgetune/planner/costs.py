@@ -39,6 +39,13 @@ ROW_OBJECT_BYTES = 700
 # file. Measured with byte-level BPE of 2,048, 49,152 and 151,936 tokens.
 TOKENIZER_BYTES_PER_BYTE, LEFT_BYTES_PER_BYTE, LEFT_BYTES = 15, 0.7, 3 << 20
 
+# What `step_work` counts beside the products, per unit of the name. These and the measured speeds decide how long a
+# step is predicted to take: tune them with benchmarks/step_time.py, and with the samples of `doctor --calibrate`.
+DECODE_BYTES = 0.5625 + 2 * FLOAT_BYTES  # per weight and visit: codes and scales are read, a float32 written and read
+ACTIVATION_PASSES = 2  # an activation is written and read once in each pass over its block
+ATTENTION_BACKWARD = 2.5  # attention's backward over its forward: five products instead of two
+UPDATE_FLOATS = 7  # AdamW, per parameter: itself and two moments read and written, the gradient read
+
 
 @dataclass(frozen=True)
 class Job:
@@ -250,13 +257,13 @@ def step_work(job: Job) -> StepWork:
     weights = sum(n * k for n, k in model.linear_shapes.values())
     attention = 4 * job.max_seq_length * model.num_attention_heads * model.head_dim  # scores and values, per token
     forward_passes = below + job.path_layers + again
-    flops = job.tokens * (2.0 * weights * visits + attention * (forward_passes + 2.5 * job.path_layers))
+    flops = job.tokens * (2.0 * weights * visits + attention * (forward_passes + ATTENTION_BACKWARD * job.path_layers))
     trained = sum(slot.num_parameters for slot in job.slots)
     flops += job.tokens * 2.0 * trained * (3 + again / max(1, job.path_layers))
     head = model.vocab_size * model.hidden_size
     flops += 4.0 * head * job.supervised
     decoded = weights * visits + head
-    activations = 2 * activation_bytes(job) * (forward_passes + 2 * job.path_layers)
-    traffic = decoded * (0.5625 + 2 * FLOAT_BYTES) + activations
+    activations = ACTIVATION_PASSES * activation_bytes(job) * (forward_passes + 2 * job.path_layers)
+    traffic = decoded * DECODE_BYTES + activations
     times = job.gradient_accumulation_steps
-    return StepWork(flops * times, traffic * times + 7.0 * FLOAT_BYTES * trained)
+    return StepWork(flops * times, traffic * times + UPDATE_FLOATS * FLOAT_BYTES * trained)
