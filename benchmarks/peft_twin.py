@@ -145,13 +145,13 @@ def compare(
     from edgetune.models.decoder import load_decoder
     from edgetune.training.backprop import Path as Walk
     from edgetune.training.backprop import loss_and_gradients
-    from edgetune.training.optimizer import AdamW, clip_gradients, learning_rate
+    from edgetune.training.optimizer import Optimizer, clip_gradients, learning_rate
 
     decoder = load_decoder(folder)
     resolved = (config or LoraConfig(r=8)).resolved(decoder.config)
     parameters = attach(decoder, resolved, seed=1)
     peer = PeftTrainer(peft_model(folder, resolved, {name: v.detach().numpy() for name, v in parameters.items()}))
-    optimizer = AdamW(parameters, weight_decay=0.0)
+    optimizer = Optimizer("adamw", parameters, weight_decay=0.0)
     rows = []
     for step in range(steps):
         batches = batches_of(step)

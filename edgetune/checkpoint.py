@@ -35,6 +35,7 @@ from edgetune.weights import TensorInfo, sha256_file, write_atomic, write_safete
 __all__ = ["Checkpoint", "latest_checkpoint", "lock_run", "newest_state", "read_checkpoint", "save_checkpoint"]
 
 FORMAT_VERSION = 1
+_SAFETENSORS = {"float32": "F32", "uint8": "U8"}
 KEEP_LAST = 2
 _NAME = re.compile(r"ckpt-(\d{6,})")
 _MANIFEST = "MANIFEST.json"
@@ -64,7 +65,8 @@ def save_checkpoint(
     """Publish a checkpoint of `state["step"]` under `folder` and remove those no longer kept.
 
     `state` is JSON with an int `step` and `best_step` (int or None: the checkpoint that holds the best adapter so far);
-    `tensors` are fp32, by file name without suffix. A checkpoint of that step that is there already is left alone.
+    `tensors` are float32 or uint8, by file name without suffix. A checkpoint of that step that is there already is left
+    alone.
 
     Raises:
         CheckpointError: the disk is full or refuses to write. Older checkpoints are still valid.
@@ -93,7 +95,7 @@ def save_checkpoint(
 def _write(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     folder.mkdir()
     for name, group in tensors.items():
-        infos = {key: TensorInfo("F32", array.shape) for key, array in group.items()}
+        infos = {key: TensorInfo(_SAFETENSORS[array.dtype.name], array.shape) for key, array in group.items()}
         write_safetensors(folder / f"{name}.safetensors", infos, group.__getitem__)
     write_atomic(folder / "state.json", _json({"format_version": FORMAT_VERSION, **state}))
     files = {

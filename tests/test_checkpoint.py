@@ -24,7 +24,7 @@ def content(step: int) -> dict[str, dict[str, np.ndarray]]:
     rng = np.random.default_rng(step)
     return {
         "adapter": {"a": rng.standard_normal((5, 3)).astype(np.float32), "b": np.zeros((0,), np.float32)},
-        "optim": {"a.exp_avg": rng.standard_normal((5, 3)).astype(np.float32)},
+        "optim": {"exp_avg": rng.integers(0, 256, (2, 7), np.uint8), "exp_avg.absmax": rng.random(2, np.float32)},
     }
 
 
@@ -42,6 +42,7 @@ def assert_is(found: checkpoint.Checkpoint | None, step: int) -> None:
         tensors = found.tensors(name)
         assert tensors.keys() == group.keys()
         assert all(np.array_equal(tensors[key], group[key]) for key in group)
+        assert all(tensors[key].dtype == group[key].dtype for key in group)
 
 
 def test_the_newest_comes_back_and_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:

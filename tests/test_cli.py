@@ -518,7 +518,7 @@ ADAPTER_VALUES = {
 TRAIN_VALUES = {
     "batch_size": ("3", 3), "gradient_accumulation_steps": ("5", 5), "max_seq_length": ("48", 48),
     "recompute_layers": ("1", 1), "activation_offloading": (None, True), "num_epochs": ("2.5", 2.5),
-    "max_steps": ("17", 17), "learning_rate": ("3e-3", 0.003),
+    "max_steps": ("17", 17), "learning_rate": ("3e-3", 0.003), "optimizer": ("lion_8bit", "lion_8bit"),
     "lr_scheduler_type": ("linear", "linear"), "warmup_ratio": ("0.5", 0.5), "weight_decay": ("0.125", 0.125),
     "max_grad_norm": ("2", 2.0), "eval_fraction": ("0.25", 0.25), "seed": ("9", 9),
 }  # fmt: skip

@@ -25,9 +25,10 @@ from edgetune.device import load_device
 from edgetune.errors import BudgetError, ConfigError, DataError
 from edgetune.memory import MIB
 from edgetune.models import FAMILIES, load_config
+from edgetune.optimizers import OPTIMIZERS
 from edgetune.planner import Plan, TrainConfig, costs, plan
 from edgetune.planner.costs import Job, peak_parts
-from edgetune.planner.ladder import RUNGS
+from edgetune.planner.ladder import SETTINGS
 from edgetune.quantizer import quantize
 from edgetune.tokenizer import load_tokenizer
 
@@ -51,9 +52,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job(model: Any, **overrides: Any) -> Job:
     values: dict[str, Any] = {
-        "model": model, "method": "lora", "adapter": LoraConfig(r=4).resolved(model), "grid": "nf4", "batch_size": 2,
-        "gradient_accumulation_steps": 1, "max_seq_length": 32, "recompute_layers": 2, "tile_weights": 88 * 48,
-        "activation_offloading": False, "threads": 1, "supervised_per_window": 31,
+        "model": model, "method": "lora", "adapter": LoraConfig(r=4).resolved(model), "optimizer": "adamw",
+        "grid": "nf4", "batch_size": 2, "gradient_accumulation_steps": 1, "max_seq_length": 32, "recompute_layers": 2,
+        "tile_weights": 88 * 48, "activation_offloading": False, "threads": 1, "supervised_per_window": 31,
     }  # fmt: skip
     return Job(**(values | overrides))
 
@@ -165,6 +166,25 @@ def test_buffers_are_those_of_the_trainer(
         assert decoder.workspace.sizes == counted
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_optimizer_s_bytes_are_those_of_the_trainer(tmp_path: Path, optimizer: str) -> None:
+    from edgetune.adapters.attach import attach
+    from edgetune.models.decoder import load_decoder
+    from edgetune.training.optimizer import Optimizer
+
+    decoder = load_decoder(write_model(tmp_path, tiny_config("qwen3", num_hidden_layers=4), tokenizer=False))
+    adapter = LoraConfig(r=5, target_modules=("q_proj", "down_proj")).resolved(decoder.config)
+    made = Optimizer(optimizer, attach(decoder, adapter), weight_decay=0.0)
+    state = sum(value.nbytes for value in made.tensors().values())
+    counted = peak_parts(job(decoder.config, adapter=adapter, optimizer=optimizer), FLOOR)[1]["optimizer"]
+    sizes = [value.numel() for value in made.parameters.values()]
+    assert counted == state + OPTIMIZERS[optimizer].scratch_bytes(sizes)
+    # Codes, bounds and values of the largest tensor's blocks; then the tables of a moment with and without a sign.
+    tile = 4 * 256 * -(-max(sizes) // 256)
+    scratch = {"adamw_8bit": 4 * tile + 4 * 1024 + 49025 + 16257, "lion_8bit": 3 * tile + 2 * 1024 + 49025}
+    assert counted - state == scratch.get(optimizer, 0)
+
+
 class TestPlan:
     def test_everything_adds_up(self, model: Path) -> None:
         made = plan(model, "pixel-9")
@@ -236,6 +256,7 @@ class TestPlan:
             ({"budget": 12289}, "budget = 12289; .* to the 12288 of pixel-9"),
             ({"config": TrainConfig(batch_size=0)}, "batch_size: found 0; expected an integer from 1"),
             ({"config": TrainConfig(learning_rate=float("nan"))}, "learning_rate: found nan"),
+            ({"config": TrainConfig(optimizer="adamw8bit")}, "optimizer: found 'adamw8bit'.*did you mean 'adamw_8bit'"),
             ({"config": TrainConfig(lr_scheduler_type="cosin")}, "did you mean 'cosine'"),
             ({"config": TrainConfig(max_seq_length=257)}, "max_seq_length = 257; the model has 256 positions"),
             ({"config": TrainConfig(recompute_layers=9)}, "recompute_layers = 9; the gradient passes 8 blocks"),
@@ -250,9 +271,9 @@ class TestPlan:
         """No field of the configs may be read and forgotten."""
         other: dict[str, Any] = {
             "batch_size": 3, "gradient_accumulation_steps": 5, "max_seq_length": 100, "recompute_layers": 2,
-            "activation_offloading": True, "num_epochs": 1.5, "max_steps": 7, "learning_rate": 1e-3,
-            "lr_scheduler_type": "linear",
-            "warmup_ratio": 0.5, "weight_decay": 0.1, "max_grad_norm": 2.0, "eval_fraction": 0.2, "seed": 3,
+            "activation_offloading": True, "num_epochs": 1.5, "max_steps": 7, "optimizer": "lion",
+            "learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_ratio": 0.5, "weight_decay": 0.1,
+            "max_grad_norm": 2.0, "eval_fraction": 0.2, "seed": 3,
         }  # fmt: skip
         assert set(other) == {field.name for field in dataclasses.fields(TrainConfig)}
         before = plan(model, "rpi-5")
@@ -284,9 +305,11 @@ class TestLadder:
         seen = set()
         for made in plans_by_budget(model):
             conceded = [c.setting for c in made.concessions]
-            assert conceded == [name for name in RUNGS if name in conceded]
-            deepest = max(map(list(RUNGS).index, conceded), default=-1)
-            assert set(conceded) | {"recompute_layers"} >= set(list(RUNGS)[: deepest + 1])
+            assert conceded == [name for name in SETTINGS if name in conceded]
+            deepest = max(map(SETTINGS.index, conceded), default=-1)
+            assert set(conceded) | {"recompute_layers"} >= set(SETTINGS[: deepest + 1])
+            if made.optimizer in ("lion_8bit", "sgd"):
+                assert "layers_to_transform" in conceded
             seen.add(tuple(conceded))
         assert () in seen
         assert any("layers_to_transform" in conceded for conceded in seen)
@@ -297,6 +320,7 @@ class TestLadder:
                 {c.setting for c in made.concessions} - {"recompute_layers"}, -made.batch_size, -made.tile_weights,
                 -made.max_seq_length, -made.adapter.rank, -len(made.adapter.target_modules or ()),
                 -len(made.adapter.layers_to_transform or ()),
+                ["adamw", "adamw_8bit", "lion_8bit", "sgd"].index(made.optimizer),
             )  # fmt: skip
 
         made = [cost(p) for p in plans_by_budget(model)]
@@ -311,6 +335,7 @@ class TestLadder:
             "recompute_layers": ("0", "1"),
             "tile_weights": ("24576", "4096"),
             "activation_offloading": ("False", "True"),
+            "optimizer": ("adamw", "sgd"),
             "max_seq_length": ("256", "64"),
             "target_modules": ("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "q_proj,v_proj"),
             "r": ("8", "2"),
@@ -348,7 +373,8 @@ class TestLadder:
         ("setting", "value"),
         [
             ("batch_size", 4), ("recompute_layers", 1), ("max_seq_length", 128), ("r", 16),
-            ("target_modules", ("o_proj", "k_proj")), ("layers_to_transform", tuple(range(8))),
+            ("target_modules", ("o_proj", "k_proj")), ("layers_to_transform", tuple(range(8))), ("optimizer", "lion"),
+            ("learning_rate", 1e-3),
         ],
     )  # fmt: skip
     def test_what_was_set_is_never_conceded(self, model: Path, setting: str, value: Any) -> None:
@@ -359,6 +385,36 @@ class TestLadder:
         for made in plans_by_budget(model, **wishes):
             assert getattr(made.adapter if of_adapter else made, setting) == value
             assert setting not in {c.setting for c in made.concessions}
+
+    def test_eight_bits_come_before_anything_that_is_learned(self, model: Path) -> None:
+        large = plans_by_budget(model, adapter=LoraConfig(r=96))
+        made = next(p for p in large if p.optimizer == "adamw_8bit" and p.max_seq_length == 256)
+        assert made.learning_rate == plan(model, "pixel-9").learning_rate == 2e-4
+        assert [c.setting for c in made.concessions] in (
+            ["batch_size", "recompute_layers", "loss_tile_rows", "optimizer"],
+            ["batch_size", "loss_tile_rows", "optimizer"],
+        )
+
+    def test_another_rule_brings_its_rate_and_says_so(self, model: Path) -> None:
+        targets = plan(model, "pixel-9").adapter.target_modules
+        large = LoraConfig(r=96, target_modules=targets, layers_to_transform=tuple(range(8)))
+        least = plan(model, "pixel-9", budget="min", adapter=large)
+        assert (least.optimizer, least.learning_rate, least.parts["optimizer"]) == ("sgd", 0.1, 0)
+        (conceded,) = (c for c in least.concessions if c.setting == "optimizer")
+        assert re.fullmatch(r"adamw needs \d+ MiB .*; learning_rate 0\.1 is its own", conceded.reason)
+
+    def test_a_rate_that_was_set_keeps_its_rule(self, model: Path) -> None:
+        least = plan(model, "pixel-9", budget="min", config=TrainConfig(learning_rate=1e-3))
+        assert (least.optimizer, least.learning_rate) == ("adamw_8bit", 1e-3)
+        assert "learning_rate" not in least.concessions[3].reason
+
+    @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+    def test_an_optimizer_that_was_set_brings_its_own_rate(self, model: Path, optimizer: str) -> None:
+        config = TrainConfig(optimizer=optimizer)
+        made = plan(model, "pixel-9", config=config, budget="min")
+        assert (made.optimizer, made.learning_rate) == (optimizer, OPTIMIZERS[optimizer].learning_rate)
+        assert f"  optimizer   {optimizer}, learning rate {made.learning_rate:g}" in made.explain().splitlines()
+        assert plan(model, "pixel-9", config=dataclasses.replace(config, learning_rate=0.5)).learning_rate == 0.5
 
     def test_accumulation_that_was_set_stays(self, model: Path) -> None:
         made = plan(model, "pixel-9", budget="min", config=TrainConfig(gradient_accumulation_steps=2))
@@ -376,7 +432,7 @@ def wishes_from(flags: str, adapter: dict[str, Any], config: dict[str, Any]) -> 
             first, _, last = value.partition("-")
             adapter[name] = tuple(range(int(first), int(last or first) + 1))
         else:
-            (adapter if name == "r" else config)[name] = int(value)
+            (adapter if name == "r" else config)[name] = value if name == "optimizer" else int(value)
     return LoraConfig(**adapter), TrainConfig(**config)
 
 
@@ -386,6 +442,7 @@ class TestRefusal:
         ({"r": 8}, {"batch_size": 8}),
         ({"r": 64, "target_modules": ("q_proj", "v_proj", "down_proj")}, {"batch_size": 2, "max_seq_length": 128}),
         ({"layers_to_transform": tuple(range(8))}, {"recompute_layers": 0}),
+        ({"r": 96}, {"optimizer": "adamw", "batch_size": 1, "max_seq_length": 64}),
         ({}, {}),
     )
 
@@ -620,7 +677,16 @@ print(planner.plan({str(model)!r}, "pixel-9").explain())
     "flags",
     [
         ("--batch-size", "8", "--recompute-layers", "0"),
-        ("--batch-size", "16", "--recompute-layers", "4", "--gradient-accumulation-steps", "2"),
+        (
+            "--batch-size",
+            "16",
+            "--recompute-layers",
+            "4",
+            "--gradient-accumulation-steps",
+            "2",
+            "--optimizer",
+            "lion_8bit",
+        ),
     ],
     ids=["kept", "recomputed"],
 )

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from edgetune import adapters, graphs, grids, models, objectives, training
+from edgetune import adapters, graphs, grids, models, objectives, optimizers, training
 
 TABLES: list[tuple[ModuleType, dict[str, Any]]] = [
     (models, models.FAMILIES),
     (grids, grids.GRIDS),
     (adapters, adapters.METHODS),
     (objectives, objectives.OBJECTIVES),
+    (optimizers, {info.rule.NAME: info.rule for info in optimizers.OPTIMIZERS.values()}),
     (training, training.STEP_RULES),
     (graphs, graphs.FORMATS),
 ]

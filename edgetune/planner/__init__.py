@@ -25,8 +25,9 @@ from edgetune.errors import BudgetError, ConfigError
 from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
 from edgetune.memory import MIB, format_mib, give_back, measure_floor
+from edgetune.optimizers import OPTIMIZERS
 from edgetune.planner.costs import Job, copied_bytes, peak_parts, step_work, stored_bytes
-from edgetune.planner.ladder import RUNGS, Choice, descend
+from edgetune.planner.ladder import SETTINGS, Choice, descend
 from edgetune.planner.plans import FORMAT_VERSION, Concession, Plan, TrainConfig
 from edgetune.planner.wishes import RowFacts, Wishes
 from edgetune.tokenizer import load_tokenizer
@@ -34,7 +35,7 @@ from edgetune.tokenizer import load_tokenizer
 __all__ = ["Concession", "Plan", "TrainConfig", "plan"]
 
 ENGINES = ("torch",)
-METHOD, OPTIMIZER = "lora", "adamw"
+METHOD = "lora"
 DEFAULT_EPOCHS = 3.0
 # The prediction may be off by this share of what lies above the floor, and by this share of the whole.
 MARGIN_ABOVE_FLOOR, MARGIN = 0.05, 0.02
@@ -148,6 +149,7 @@ class _Costs:
             model=choice.model,
             method=METHOD,
             adapter=choice.resolved,
+            optimizer=choice.optimizer,
             grid=self.grid,
             batch_size=choice.batch_size,
             gradient_accumulation_steps=choice.gradient_accumulation_steps,
@@ -194,7 +196,7 @@ def _concessions(
 ) -> tuple[Concession, ...]:
     """What differs from the start, in the ladder's order, each with what was needed before it."""
     start, made = walked[0], []
-    for setting in RUNGS:
+    for setting in SETTINGS:
         wanted = start.value(setting)
         if given.value(setting) == wanted:
             continue
@@ -205,6 +207,8 @@ def _concessions(
         )
         if given.gradient_accumulation_steps != start.gradient_accumulation_steps and setting == "batch_size":
             reason += f"; gradient_accumulation_steps {given.gradient_accumulation_steps} keeps the effective batch"
+        if setting == "optimizer" and OPTIMIZERS[given.optimizer].rule != OPTIMIZERS[wanted].rule:
+            reason += f"; learning_rate {OPTIMIZERS[given.optimizer].learning_rate:g} is its own"
         made.append(Concession(setting, wanted, given.value(setting), reason))
     return tuple(made)
 
@@ -239,7 +243,7 @@ def _made(
         concessions=concessions,
         method=METHOD,
         adapter=choice.resolved,
-        optimizer=OPTIMIZER,
+        optimizer=choice.optimizer,
         batch_size=choice.batch_size,
         gradient_accumulation_steps=choice.gradient_accumulation_steps,
         max_seq_length=choice.max_seq_length,
@@ -250,7 +254,7 @@ def _made(
         num_epochs=config.num_epochs or DEFAULT_EPOCHS,
         warmup_steps=None,
         warmup_ratio=config.warmup_ratio,
-        learning_rate=config.learning_rate,
+        learning_rate=config.learning_rate or OPTIMIZERS[choice.optimizer].learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,

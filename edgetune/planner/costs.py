@@ -23,6 +23,7 @@ from edgetune.device import Compute
 from edgetune.grids import GRIDS, PIECE_CODES, tile_rows
 from edgetune.models.config import DecoderConfig
 from edgetune.objectives import sft
+from edgetune.optimizers import OPTIMIZERS
 
 FLOAT_BYTES = 4
 TILE_QUERIES = 128  # queries of a tile of attention
@@ -54,6 +55,7 @@ class Job:
     model: DecoderConfig
     method: str
     adapter: LoraConfig
+    optimizer: str
     grid: str
     batch_size: int
     gradient_accumulation_steps: int
@@ -92,6 +94,11 @@ class Job:
     def slots(self) -> list[Slot]:
         slots: list[Slot] = METHODS[self.method].slots(self.adapter, self.model)
         return slots
+
+    @property
+    def tensor_sizes(self) -> list[int]:
+        """Parameters of each tensor of the adapter."""
+        return [math.prod(shape) for slot in self.slots for shape in slot.tensors.values()]
 
     @property
     def supervised(self) -> int:
@@ -134,7 +141,7 @@ def _vector_bytes(model: DecoderConfig) -> int:
 def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
     """Parts that hardly change during a step."""
     slots = job.slots
-    parameters = FLOAT_BYTES * sum(slot.num_parameters for slot in slots)
+    trained, optimizer = job.tensor_sizes, OPTIMIZERS[job.optimizer]
     matrices = job.model.matrices().values()
     packed = min(max(tile_rows(shape, job.tile_weights) for shape in matrices), PACK_ROWS)
     packed *= PACK_BYTES_PER_ROW * job.threads
@@ -147,9 +154,9 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
     return {
         "floor": floor_bytes,
         "base": _vector_bytes(job.model) + job.base_copy_bytes + LINEAR_OBJECT_BYTES * len(job.model.matrices()),
-        "adapter": parameters + SLOT_OBJECT_BYTES * len(slots),
+        "adapter": FLOAT_BYTES * sum(trained) + SLOT_OBJECT_BYTES * len(slots),
         "gradients": 0,
-        "optimizer": 2 * parameters,
+        "optimizer": optimizer.state_bytes(trained) + optimizer.scratch_bytes(trained),
         "data": data_bytes(job),
         "kernels": packed,
         # What all blocks share: the attention mask, and the rotary tables of every position.
@@ -258,7 +265,7 @@ def step_work(job: Job) -> StepWork:
     attention = 4 * job.max_seq_length * model.num_attention_heads * model.head_dim  # scores and values, per token
     forward_passes = below + job.path_layers + again
     flops = job.tokens * (2.0 * weights * visits + attention * (forward_passes + ATTENTION_BACKWARD * job.path_layers))
-    trained = sum(slot.num_parameters for slot in job.slots)
+    trained = sum(job.tensor_sizes)
     flops += job.tokens * 2.0 * trained * (3 + again / max(1, job.path_layers))
     head = model.vocab_size * model.hidden_size
     flops += 4.0 * head * job.supervised
@@ -266,4 +273,6 @@ def step_work(job: Job) -> StepWork:
     activations = ACTIVATION_PASSES * activation_bytes(job) * (forward_passes + 2 * job.path_layers)
     traffic = decoded * DECODE_BYTES + activations
     times = job.gradient_accumulation_steps
-    return StepWork(flops * times, traffic * times + UPDATE_FLOATS * FLOAT_BYTES * trained)
+    # An update reads and writes parameters and moments, and reads gradients.
+    update = 3.0 * FLOAT_BYTES * trained + 2 * OPTIMIZERS[job.optimizer].state_bytes(job.tensor_sizes)
+    return StepWork(flops * times, traffic * times + update)

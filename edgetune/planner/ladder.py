@@ -3,14 +3,16 @@
     batch_size            the next smaller divisor of the effective batch; accumulation grows, so that batch stays
     recompute_layers      one block more is computed again in backward
     tile_weights          half as many weights are dequantized at once
+    optimizer             adamw_8bit: the same rule, its moments in 8 bits
     activation_offloading the inputs of the blocks lie in files, which every step writes
     max_seq_length        half the window, never below what the rows need
     target_modules        q_proj and v_proj alone
     r                     rank 4, then 2
     layers_to_transform   the upper half of the blocks, then of those, down to the last
+    optimizer             lion_8bit, then sgd: other rules, with learning rates of their own
 
-The first four cost time, the others cost what the adapter can learn, so they come later. A step is taken only when
-every step above it was not enough.
+The first five cost time or nothing that was seen to matter, the others cost what the adapter can learn, so they come
+later. A step is taken only when every step above it was not enough.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Choice:
     recompute_layers: int
     tile_weights: int
     activation_offloading: bool
+    optimizer: str
 
     @property
     def resolved(self) -> LoraConfig:
@@ -76,6 +79,8 @@ class Freedom:
     accumulation: bool
     """Whether accumulation may grow where the micro-batch shrinks."""
     shortest_window: int
+    rules: bool
+    """Whether another rule may take the optimizer's place: not where a learning rate was set for one."""
 
 
 def _smaller_batches(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
@@ -95,6 +100,10 @@ def _smaller_tiles(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
     while choice.tile_weights > SMALLEST_TILE:
         choice = replace(choice, tile_weights=max(SMALLEST_TILE, choice.tile_weights // 2))
         yield choice
+
+
+def _quantized_moments(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
+    yield replace(choice, optimizer="adamw_8bit")
 
 
 def _offloading(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
@@ -127,22 +136,31 @@ def _upper_layers(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
         kept //= 2
 
 
-RUNGS: dict[str, Callable[[Choice, Freedom], Iterator[Choice]]] = {
-    "batch_size": _smaller_batches,
-    "recompute_layers": _more_recomputation,
-    "tile_weights": _smaller_tiles,
-    "activation_offloading": _offloading,
-    "max_seq_length": _shorter_windows,
-    "target_modules": _fewer_targets,
-    "r": _smaller_ranks,
-    "layers_to_transform": _upper_layers,
-}
+def _fewer_moments(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
+    if freedom.rules:
+        yield replace(choice, optimizer="lion_8bit")
+        yield replace(choice, optimizer="sgd")
+
+
+RUNGS: tuple[tuple[str, Callable[[Choice, Freedom], Iterator[Choice]]], ...] = (
+    ("batch_size", _smaller_batches),
+    ("recompute_layers", _more_recomputation),
+    ("tile_weights", _smaller_tiles),
+    ("optimizer", _quantized_moments),
+    ("activation_offloading", _offloading),
+    ("max_seq_length", _shorter_windows),
+    ("target_modules", _fewer_targets),
+    ("r", _smaller_ranks),
+    ("layers_to_transform", _upper_layers),
+    ("optimizer", _fewer_moments),
+)
+SETTINGS = tuple(dict.fromkeys(setting for setting, _ in RUNGS))
 
 
 def descend(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
     """The choice itself, then each further concession, smaller and smaller; nothing is ever taken back."""
     yield choice
-    for setting, rung in RUNGS.items():
+    for setting, rung in RUNGS:
         if setting in freedom.settings:
             for smaller in rung(choice, freedom):
                 choice = smaller

@@ -13,6 +13,7 @@ from edgetune.adapters.lora import LoraConfig
 from edgetune.errors import ConfigError
 from edgetune.memory import format_mib
 from edgetune.models.config import DecoderConfig
+from edgetune.optimizers import OPTIMIZERS
 from edgetune.schema import Key, Reader
 
 __all__ = ["Concession", "Plan", "TrainConfig"]
@@ -31,10 +32,11 @@ class TrainConfig:
     activation_offloading: Annotated[bool | None, Key("keep the inputs of the blocks on disk, beside the run")] = None
     num_epochs: Annotated[float | None, Key("passes over the rows", 1e-6, 1e6)] = None
     max_steps: Annotated[int | None, Key("optimizer steps, whatever the epochs", 1, 1 << 40)] = None
-    learning_rate: Annotated[float, Key("peak of the schedule", 1e-12, 100)] = 2e-4
+    optimizer: Annotated[str | None, Key(f"one of {', '.join(OPTIMIZERS)}", choices=tuple(OPTIMIZERS))] = None
+    learning_rate: Annotated[float | None, Key("peak of the schedule; unset, the optimizer's own", 1e-12, 100)] = None
     lr_scheduler_type: Annotated[str, Key("after the warm-up", choices=("cosine", "linear", "constant"))] = "cosine"
     warmup_ratio: Annotated[float, Key("share of the steps over which the rate rises", 0, 1)] = 0.03
-    weight_decay: Annotated[float, Key("AdamW's decay", 0, 100)] = 0.0
+    weight_decay: Annotated[float, Key("decay of the adapter's weights", 0, 100)] = 0.0
     max_grad_norm: Annotated[float, Key("gradients are clipped to this norm", 1e-12, 1e12)] = 1.0
     eval_fraction: Annotated[float, Key("share of the rows held out where no other rows are given", 0, 0.9)] = 0.1
     seed: Annotated[int, Key("fixes the adapter's start, the order of the rows and dropout", 0, (1 << 63) - 1)] = 0
@@ -187,6 +189,7 @@ class Plan:
         again = f"{self.recompute_layers} blocks computed again"
         disk = ", inputs of the blocks on disk" if self.activation_offloading else ""
         yield f"  step        {windows}, {again}, {self.tile_weights:,} weights dequantized at once{disk}"
+        yield f"  optimizer   {self.optimizer}, learning rate {self.learning_rate:g}"
 
     def _peak(self) -> Iterator[str]:
         yield (

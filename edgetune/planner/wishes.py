@@ -11,9 +11,10 @@ from edgetune.adapters.lora import LoraConfig
 from edgetune.data import Row, pack
 from edgetune.errors import ConfigError
 from edgetune.models.config import DecoderConfig
-from edgetune.planner.ladder import RUNGS, Choice, Freedom
+from edgetune.planner.ladder import SETTINGS, Choice, Freedom
 from edgetune.planner.plans import TrainConfig
 
+DEFAULT_OPTIMIZER = "adamw"
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_WINDOW = 512  # for texts, which can be cut; other rows get the window that they need
 SHORTEST_WINDOW = 64
@@ -66,7 +67,7 @@ class Wishes:
     def fixed(self) -> tuple[str, ...]:
         """Settings of the ladder that the user set, in its order."""
         given = {**vars(self.config), **vars(self.adapter)}
-        return tuple(name for name in RUNGS if given.get(name) is not None)
+        return tuple(name for name in SETTINGS if given.get(name) is not None)
 
     def without(self, names: Iterable[str]) -> Wishes:
         """The same with these settings left open."""
@@ -80,7 +81,8 @@ class Wishes:
         facts = self.facts
         shortest = SHORTEST_WINDOW if facts.is_text else max(facts.longest, SHORTEST_WINDOW)
         accumulation = self.config.gradient_accumulation_steps is None
-        return Freedom(frozenset(RUNGS).difference(self.fixed), accumulation, shortest)
+        rules = self.config.learning_rate is None
+        return Freedom(frozenset(SETTINGS).difference(self.fixed), accumulation, shortest, rules)
 
     def window(self) -> int:
         """The default window: what the longest row needs."""
@@ -114,6 +116,7 @@ class Wishes:
             recompute_layers=config.recompute_layers or 0,
             tile_weights=model.largest_linear,
             activation_offloading=bool(config.activation_offloading),
+            optimizer=config.optimizer or DEFAULT_OPTIMIZER,
         )
         if choice.recompute_layers > choice.path_layers:
             raise ConfigError(

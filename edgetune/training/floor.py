@@ -23,7 +23,7 @@ from edgetune.models.decoder import load_decoder
 from edgetune.models.llama import config_from_hf
 from edgetune.training import backprop
 from edgetune.training import loop as _loop  # noqa: F401 - imported for what it costs
-from edgetune.training.optimizer import AdamW, clip_gradients
+from edgetune.training.optimizer import Optimizer, clip_gradients
 from edgetune.weights import TensorInfo, write_safetensors
 
 _HF = {
@@ -50,7 +50,7 @@ def first_step(folder: Path) -> None:
     walk = backprop.Path(first_block=0, recompute_layers=1)
     backprop.loss_and_gradients(decoder, [batch], walk, dropout_key=(0, 0), check=lambda: None)
     clip_gradients(parameters.values(), 1.0)
-    AdamW(parameters, weight_decay=0.0).step(1e-3)
+    Optimizer("adamw_8bit", parameters, weight_decay=0.0).step(1e-3)
 
 
 def main(threads: int) -> None:

@@ -1,9 +1,4 @@
-"""What turns gradients into updates: one class per optimizer, the clipping of gradients, the learning rate schedules.
-
-torch.optim is not used: its step imports torch._dynamo (and with it sympy: more memory than a small model's whole
-training), and it allocates two temporaries per tensor. The arithmetic is torch's own, operation by operation, so the
-results are bit-equal; a test compares them.
-"""
+"""One step of an optimizer over an adapter's tensors, the clipping of gradients, the learning rate schedules."""
 
 from __future__ import annotations
 
@@ -13,35 +8,44 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import torch
 
+from edgetune.optimizers import OPTIMIZERS, TILE
+from edgetune.optimizers.blockwise import BLOCK, num_blocks
+from edgetune.training.moments import BlockwiseMoment, Float32Moment
 
-class AdamW:
-    """Adam with decoupled weight decay (arXiv 1711.05101), fp32 moments: two values of state per parameter."""
 
-    BETAS = (0.9, 0.999)
-    EPSILON = 1e-8
+class Optimizer:
+    """Updates parameters by the rule of that name; `state_bytes` and `scratch_bytes` of its table say what it holds."""
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], *, weight_decay: float) -> None:
-        self.parameters, self.weight_decay = parameters, weight_decay
-        self.exp_avg = {name: torch.zeros_like(value) for name, value in parameters.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(value) for name, value in parameters.items()}
-        self.updates = 0
+    def __init__(self, name: str, parameters: Mapping[str, torch.nn.Parameter], *, weight_decay: float) -> None:
+        info = OPTIMIZERS[name]
+        self.rule, self.parameters, self.weight_decay, self.updates = info.rule, parameters, weight_decay, 0
+        sizes = [parameter.numel() for parameter in parameters.values()]
+        self.moments: dict[str, Float32Moment | BlockwiseMoment]
+        if info.quantized:
+            edges = torch.empty(num_blocks(min(TILE, max(sizes))), BLOCK)
+            codes = torch.empty(edges.shape, dtype=torch.int32)
+            self.moments = {
+                kind: BlockwiseMoment(sizes, signed, codes, edges) for kind, signed in self.rule.MOMENTS.items()
+            }
+        else:
+            self.moments = {kind: Float32Moment(sizes) for kind in self.rule.MOMENTS}
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """Update every parameter from its `.grad`, which is used as scratch and dropped."""
         self.updates += 1
-        beta1, beta2 = self.BETAS
-        step_size = learning_rate / (1 - beta1**self.updates)
-        correction = (1 - beta2**self.updates) ** 0.5
-        for name, parameter in self.parameters.items():
+        for index, (name, parameter) in enumerate(self.parameters.items()):
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None, name
-            mean, square = self.exp_avg[name], self.exp_avg_sq[name]
-            parameter.mul_(1 - learning_rate * self.weight_decay)
-            mean.lerp_(gradient, 1 - beta1)
-            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            denominator = torch.sqrt(square, out=gradient).div_(correction).add_(self.EPSILON)
-            parameter.addcdiv_(mean, denominator, value=-step_size)
+            values, slopes = parameter.data.view(-1), gradient.view(-1)
+            for at in range(0, len(values), TILE):
+                tile = slice(at, min(at + TILE, len(values)))
+                self.rule.update(
+                    values[tile], slopes[tile], *(moment.read(index, tile) for moment in self.moments.values()),
+                    learning_rate=learning_rate, weight_decay=self.weight_decay, updates=self.updates,
+                )  # fmt: skip
+                for moment in self.moments.values():
+                    moment.write(index, tile)
 
     def drop_gradients(self) -> None:
         """Leave this step out."""
@@ -50,17 +54,17 @@ class AdamW:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The moments, by name; views, not copies."""
-        moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        return {f"{name}.{kind}": value.numpy() for kind, group in moments.items() for name, value in group.items()}
+        return {
+            f"{kind}{suffix}": tensor.numpy()
+            for kind, moment in self.moments.items()
+            for suffix, tensor in moment.tensors.items()
+        }
 
     def load(self, tensors: Mapping[str, np.ndarray], updates: int) -> None:
         """Take back what `tensors` gave after that many updates."""
         self.updates = updates
-        for name, moment in self.tensors().items():
-            moment[...] = tensors[name]
-
-
-OPTIMIZERS = {"adamw": AdamW}
+        for name, kept in self.tensors().items():
+            kept[...] = tensors[name]
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from edgetune.training import STEP_RULES
 from edgetune.training.backprop import Path as Walk
 from edgetune.training.batches import Batches, in_batches
 from edgetune.training.forward import evaluate
-from edgetune.training.optimizer import OPTIMIZERS, clip_gradients, learning_rate
+from edgetune.training.optimizer import Optimizer, clip_gradients, learning_rate
 from edgetune.training.pace import Pace
 from edgetune.training.progress import Progress
 from edgetune.training.run import CHECKPOINTS, METRICS, PLAN, SUMMARY, Metrics, on_disk, write_json
@@ -94,7 +94,7 @@ class Trainer:
         workspace.tile_weights = plan.tile_weights
         workspace.offload_to = on_disk(folder) if plan.activation_offloading else None
         self.parameters = attach(self.decoder, plan.adapter, plan.seed, plan.method)
-        self.optimizer = OPTIMIZERS[plan.optimizer](self.parameters, weight_decay=plan.weight_decay)
+        self.optimizer = Optimizer(plan.optimizer, self.parameters, weight_decay=plan.weight_decay)
         self.rule = STEP_RULES["backprop"]
         first_block = min(plan.adapter.layers_to_transform or (0,))
         self.walk = Walk(first_block, plan.recompute_layers)

@@ -1,13 +1,12 @@
-"""The optimizer, the clipping and the schedules against torch and Hugging Face."""
+"""The clipping and the schedules against torch and Hugging Face; optimizers have a contract of their own."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from edgetune.training.optimizer import OPTIMIZERS, SCHEDULES, AdamW, clip_gradients, learning_rate
+from edgetune.training.optimizer import SCHEDULES, clip_gradients, learning_rate
 
 
 def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
@@ -19,38 +18,6 @@ def set_gradients(group: dict[str, nn.Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(1000 + step)
     for value in group.values():
         value.grad = 10 ** (step % 5 - 3) * torch.randn(value.shape, generator=generator)
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_adamw_has_the_bits_of_torch(weight_decay: float) -> None:
-    ours, theirs = parameters(), parameters()
-    optimizer = AdamW(ours, weight_decay=weight_decay)
-    reference = torch.optim.AdamW(theirs.values(), weight_decay=weight_decay, foreach=False)
-    for step in range(30):
-        rate = 0.01 / (1 + step)
-        set_gradients(ours, step)
-        set_gradients(theirs, step)
-        reference.param_groups[0]["lr"] = rate
-        optimizer.step(rate)
-        reference.step()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_state_goes_out_and_back_in() -> None:
-    group = parameters()
-    first = AdamW(group, weight_decay=0.1)
-    for step in range(3):
-        set_gradients(group, step)
-        first.step(0.01)
-    saved = {name: value.copy() for name, value in first.tensors().items()}
-    copies = {name: nn.Parameter(value.detach().clone()) for name, value in group.items()}
-    second = AdamW(copies, weight_decay=0.1)
-    second.load(saved, first.updates)
-    for optimizer, values in ((first, group), (second, copies)):
-        set_gradients(values, 9)
-        optimizer.step(0.01)
-    assert all(torch.equal(group[name], copies[name]) for name in group)
-    assert all(np.array_equal(value, second.tensors()[name]) for name, value in first.tensors().items())
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
@@ -93,7 +60,3 @@ def test_schedules_after_the_warm_up_are_those_of_transformers(schedule: str) ->
 
 def test_no_warm_up_begins_at_the_peak() -> None:
     assert learning_rate(0, peak=0.3, warmup_steps=0, max_steps=1, schedule="cosine") == 0.3
-
-
-def test_the_plan_s_optimizer_is_in_the_table() -> None:
-    assert OPTIMIZERS["adamw"] is AdamW
