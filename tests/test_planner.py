@@ -28,7 +28,8 @@ from edgetune.models import FAMILIES, load_config
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.planner import Plan, TrainConfig, costs, plan
 from edgetune.planner.costs import Job, peak_parts
-from edgetune.planner.ladder import SETTINGS
+from edgetune.planner.ladder import SETTINGS, descend
+from edgetune.planner.wishes import RowFacts, Wishes
 from edgetune.quantizer import quantize
 from edgetune.tokenizer import load_tokenizer
 
@@ -329,8 +330,9 @@ class TestLadder:
             assert all(b <= a for a, b in zip(smaller[1:], larger[1:], strict=True))
 
     def test_what_each_rung_does(self, model: Path) -> None:
-        least = plan(model, "pixel-9", budget="min")
-        assert {c.setting: (c.wanted, c.given) for c in least.concessions} == {
+        wishes = Wishes(load_config(model), LoraConfig(), TrainConfig(), RowFacts())
+        start, *_, end = descend(wishes.start(), wishes.freedom)
+        assert {setting: (start.value(setting), end.value(setting)) for setting in SETTINGS} == {
             "batch_size": ("8", "1"),
             "recompute_layers": ("0", "1"),
             "tile_weights": ("24576", "4096"),
@@ -341,7 +343,13 @@ class TestLadder:
             "r": ("8", "2"),
             "layers_to_transform": ("0-7", "7"),
         }
-        assert least.batch_size * least.gradient_accumulation_steps == 8
+        assert end.batch_size * end.gradient_accumulation_steps == 8
+
+    def test_min_concedes_what_its_number_of_mib_needs_and_no_more(self, model: Path) -> None:
+        least = plan(model, "pixel-9", budget="min")
+        given = plan(model, "pixel-9", budget=least.budget_bytes // MIB)
+        assert dataclasses.replace(given, budget_name="min", concessions=least.concessions) == least
+        assert [c.setting for c in given.concessions] == [c.setting for c in least.concessions]
         assert all("min takes the smallest" in c.reason for c in least.concessions)
         assert "gradient_accumulation_steps 8 keeps the effective batch" in least.concessions[0].reason
 

@@ -63,7 +63,7 @@ def plan(
         config: the training that is wanted; what it leaves open may be conceded.
         grid: "int4" or "nf4"; None is that of a base/ folder, else the device's.
         engine: "torch", the only one so far.
-        budget: "foreground", "background", MiB as an int, or "min": the smallest peak that this job can have.
+        budget: "foreground", "background", MiB as an int, or "min": the fewest MiB that this job fits.
         skip_bad: leave bad rows out, up to 1 %.
 
     Raises:
@@ -82,14 +82,13 @@ def plan(
     threads = min(profile.compute.threads, host.threads())
     costs = _Costs(_grid(grid, base, profile), threads, measure_floor(engine, threads), base, facts)
 
+    if budget_bytes is None:  # the least number of MiB; from here on as if that had been given
+        *_, smallest = descend(wishes.start(), wishes.freedom)
+        budget_bytes = -(-costs.needed_bytes(smallest) // MIB) * MIB
     walked = list(_walk(wishes, costs, budget_bytes))
-    choice = walked[-1]
-    if budget_bytes is None:
-        budget_bytes = -(-costs.needed_bytes(choice) // MIB) * MIB
-    elif costs.needed_bytes(choice) > budget_bytes:
+    if costs.needed_bytes(walked[-1]) > budget_bytes:
         raise BudgetError(_refusal(wishes, costs, budget_bytes, profile, budget_name, base.folder.name))
-    else:
-        choice = _less_recomputation(wishes, costs, choice, budget_bytes)
+    choice = _less_recomputation(wishes, costs, walked[-1], budget_bytes)
     concessions = _concessions(walked, choice, costs, budget_name, budget_bytes)
     return _made(str(model), base, profile, engine, wishes, costs, choice, budget_name, budget_bytes, concessions)
 
@@ -175,11 +174,11 @@ class _Costs:
         return math.ceil(peak + MARGIN * peak + MARGIN_ABOVE_FLOOR * (peak - self.floor_bytes))
 
 
-def _walk(wishes: Wishes, costs: _Costs, budget_bytes: int | None) -> Iterator[Choice]:
-    """Down the ladder: every choice to the first that fits, or to the end where there is none or no budget."""
+def _walk(wishes: Wishes, costs: _Costs, budget_bytes: int) -> Iterator[Choice]:
+    """Down the ladder: every choice to the first that fits, or to the end where there is none."""
     for choice in descend(wishes.start(), wishes.freedom):
         yield choice
-        if budget_bytes is not None and costs.needed_bytes(choice) <= budget_bytes:
+        if costs.needed_bytes(choice) <= budget_bytes:
             return
 
 
