@@ -30,7 +30,7 @@ ALL = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 def case(
     grid: str, budget: str | int, length: int | None = None, batch: int | None = 1, *, device: str = "pixel-9",
-    layers: str | None = None, r: int | None = None, targets: str | None = None, optimizer: str | None = None,
+    layers: str | None = None, r: int | None = None, targets: str | None = None, optimizer: str | None = "adamw",
 ) -> dict[str, Any]:  # fmt: skip
     """Flags of `edgetune train`; what is None is left to the plan."""
     settings = {
@@ -40,7 +40,7 @@ def case(
     return {name: value for name, value in settings.items() if value is not None}
 
 
-# With `layers` and `targets` set nothing of the adapter may be conceded; without them "min" takes all of it away.
+# With r, layers, targets and optimizer set nothing of what is learned may be conceded.
 CASES: dict[str, list[dict[str, Any]]] = {
     "sample": [
         case("int4", "foreground", batch=None, device="galaxy-watch-7"),

@@ -45,7 +45,6 @@ TOKENIZER_BYTES_PER_BYTE, LEFT_BYTES_PER_BYTE, LEFT_BYTES = 15, 0.7, 3 << 20
 DECODE_BYTES = 0.5625 + 2 * FLOAT_BYTES  # per weight and visit: codes and scales are read, a float32 written and read
 ACTIVATION_PASSES = 2  # an activation is written and read once in each pass over its block
 ATTENTION_BACKWARD = 2.5  # attention's backward over its forward: five products instead of two
-UPDATE_FLOATS = 7  # AdamW, per parameter: itself and two moments read and written, the gradient read
 
 
 @dataclass(frozen=True)
