@@ -21,9 +21,11 @@ from typing import Any
 import psutil
 
 from edgetune import __version__, host
+from edgetune.cgroup import cgroup_state, check_cgroup
 from edgetune.device import ISA
+from edgetune.errors import ConfigError
 from edgetune.extras import EXTRAS
-from edgetune.memory import cgroup_state, format_mib
+from edgetune.memory import format_mib, has_data_limit
 
 CORE = ("numpy", "onnxruntime", "tokenizers", "safetensors", "psutil", "jinja2", "typer", "rich")
 # Operators of the exported graphs that not every build of onnxruntime has.
@@ -80,6 +82,7 @@ def examine() -> dict[str, Any]:
         "platform": platform.platform(),
         "machine": _machine(),
         "limits": {"cgroup": cgroup_state(), "rlimit_data_bytes": _rlimit_data()},
+        "enforcement": _enforcement(),
         "libraries": libraries,
         "kernels": _kernels(),
         "self_tests": self_tests,
@@ -105,6 +108,12 @@ def explain(report: dict[str, Any]) -> str:
         f"{format_mib(machine['memory_total_bytes'])}, swap {format_mib(machine['swap_bytes'])}",
         f"  cgroup        {held}",
         f"  RLIMIT_DATA   {_size(soft)}; a run may lower it for itself",
+        "",
+        "  what can hold a run to its budget: train --enforce",
+        *(
+            f"    {level:<12}{'can' if why is None else f'CANNOT  {why}'}"
+            for level, why in report["enforcement"].items()
+        ),
         "",
         *(_library_line(name, library) for name, library in report["libraries"].items()),
         "",
@@ -158,6 +167,18 @@ def _rlimit_data() -> dict[str, int | None]:
         None if value == resource.RLIM_INFINITY else value for value in resource.getrlimit(resource.RLIMIT_DATA)
     )
     return {"soft": soft, "hard": hard}
+
+
+def _enforcement() -> dict[str, str | None]:
+    """Level -> why it cannot be had here; None where it can."""
+    found: dict[str, str | None] = {"governor": None, "rlimit": None, "cgroup": None}
+    if not has_data_limit():
+        found["rlimit"] = "this system has no RLIMIT_DATA that counts private memory"
+    try:
+        check_cgroup()
+    except ConfigError as error:
+        found["cgroup"] = str(error)
+    return found
 
 
 def _kernels() -> dict[str, bool] | None:

@@ -68,6 +68,10 @@ class Workspace:
         """As `take`, of x's shape."""
         return self.take(x.shape[0], x.shape[1], name)
 
+    def clear(self) -> None:
+        """Give every buffer back, once nobody holds a view of it; what is needed again is taken anew."""
+        self._buffers.clear()
+
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of every buffer."""

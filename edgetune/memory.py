@@ -22,7 +22,6 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TypedDict
 
 import psutil
 
@@ -140,12 +139,15 @@ def _descendants(pid: int) -> list[int]:
 class Meter:
     """Samples memory in a daemon thread while the `with` body runs.
 
-    `exceeded` is set at the first sample above `budget_bytes` and stays set; nothing is stopped.
+    `exceeded` is set at the first sample above `budget_bytes` and stays set; nothing is stopped. `near` is set at each
+    one above `near_bytes`: whoever then gave something up clears it.
     """
 
-    def __init__(self, budget_bytes: int | None = None, *, seconds: float = SAMPLE_SECONDS) -> None:
-        self.budget_bytes = budget_bytes
-        self.exceeded = threading.Event()
+    def __init__(
+        self, budget_bytes: int | None = None, *, near_bytes: int | None = None, seconds: float = SAMPLE_SECONDS
+    ) -> None:
+        self.budget_bytes, self.near_bytes = budget_bytes, near_bytes
+        self.exceeded, self.near = threading.Event(), threading.Event()
         self.num_samples = 0
         self._seconds = seconds
         self._tree = _Tree(None)
@@ -199,11 +201,18 @@ class Meter:
             )
         if self.budget_bytes is not None and sample.anonymous_bytes > self.budget_bytes:
             self.exceeded.set()
+        if self.near_bytes is not None and sample.anonymous_bytes > self.near_bytes:
+            self.near.set()
         return sample
 
     def _run(self) -> None:
         while not self._stop.wait(self._seconds):
             self._take()
+
+
+def has_data_limit() -> bool:
+    """Whether RLIMIT_DATA counts all private memory here: on Linux alone."""
+    return _PROC
 
 
 def set_data_limit(budget_bytes: int, slack_bytes: int = THREAD_SLACK_BYTES) -> bool:
@@ -215,7 +224,7 @@ def set_data_limit(budget_bytes: int, slack_bytes: int = THREAD_SLACK_BYTES) -> 
     Returns:
         Whether the limit holds now: False where the system has none.
     """
-    if not _PROC:
+    if not has_data_limit():
         return False
     import resource
 
@@ -227,53 +236,6 @@ def set_data_limit(budget_bytes: int, slack_bytes: int = THREAD_SLACK_BYTES) -> 
         limit = min(limit, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     return True
-
-
-class CgroupState(TypedDict):
-    """How a cgroup could hold this process: `version` 0 is not at all, `folder` is that of the memory controller."""
-
-    version: int
-    folder: str
-    writable: bool
-    limit_bytes: int | None
-
-
-_NO_CGROUP = CgroupState(version=0, folder="", writable=False, limit_bytes=None)
-
-
-def cgroup_state(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> CgroupState:
-    """The memory controller of this process, version 1 or 2; the other arguments are for tests."""
-    try:
-        lines = [line.split(":", 2) for line in proc.read_text().splitlines()]
-    except OSError:
-        return _NO_CGROUP
-    for controller, version, mount, file in (
-        ("memory", 1, root / "memory", "memory.limit_in_bytes"),
-        ("", 2, root, "memory.max"),
-    ):
-        paths = [path for _, names, path in lines if controller in names.split(",")]
-        # Inside a container the path may be the host's, which is not mounted: then the mount is our own group.
-        own = [folder for path in paths if (folder := mount / path.lstrip("/")).is_dir()]
-        folder = own[0] if own else mount
-        if paths and (_has_memory(folder) if version == 2 else (folder / file).exists()):
-            writable, limit_bytes = os.access(folder, os.W_OK), _limit(folder / file)
-            return CgroupState(version=version, folder=str(folder), writable=writable, limit_bytes=limit_bytes)
-    return _NO_CGROUP
-
-
-def _has_memory(folder: Path) -> bool:
-    try:
-        return "memory" in (folder / "cgroup.controllers").read_text().split()
-    except OSError:
-        return False
-
-
-def _limit(file: Path) -> int | None:
-    try:
-        value = int(file.read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
-    return value if value < 1 << 60 else None  # version 1 writes "no limit" as a huge number
 
 
 def trim_allocator(threshold_bytes: int = 1 << 17) -> bool:

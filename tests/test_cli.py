@@ -19,11 +19,13 @@ from typing import Any
 import pytest
 from conftest import tiny_config, write_model
 
+from edgetune import cgroup
 from edgetune.adapters.lora import LoraConfig
 from edgetune.cli import launch
 from edgetune.cli import verbs as cli
+from edgetune.cli.console import STOPPED_EARLY
 from edgetune.cli.flags import read_budget, read_settings
-from edgetune.cli.training import STOPPED_EARLY, exit_code
+from edgetune.cli.training import exit_code
 from edgetune.errors import EdgetuneError, MissingExtraError
 from edgetune.planner.plans import Plan, TrainConfig
 
@@ -350,6 +352,47 @@ def test_resume_of_a_run_whose_checkpoints_are_gone(way: Way, tmp_path: Path) ->
     said = answer("train", "--resume", run, code=1)
     assert said["error"] == "CheckpointError"
     assert "has no checkpoint that is whole" in said["message"]
+
+
+def test_a_run_in_a_cgroup(way: Way, tmp_path: Path) -> None:
+    try:
+        cgroup.check_cgroup()
+    except EdgetuneError as error:
+        pytest.skip(str(error))
+    job = ("--device", "galaxy-watch-7", "--data", way / "rows.jsonl", "--learning-rate", "0.01", "--max-steps", "4")
+    said = answer("train", way / "base", *job, "--out", tmp_path / "run", "--enforce", "cgroup")
+    assert (said["enforcement"], said["cgroup_oom_kills"], said["stopped"]) == ("cgroup", 0, "done")
+    assert said["measured_peak_bytes"] <= said["cgroup_peak_bytes"] <= said["budget_bytes"]
+    assert said["adapter_sha256"] == way.said["train"]["adapter_sha256"]
+
+
+def test_no_cgroup_is_said_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cgroup, "cgroup_state", lambda: cgroup._NO_CGROUP)
+    words = ("no-model", "--device", "host", "--data", "no-rows", "--out", tmp_path / "run", "--enforce", "cgroup")
+    assert call("train", *words) == 1
+    assert "ConfigError: enforce = 'cgroup': this system has no cgroup" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("enforce", "supervise", "module"),
+    [
+        ("governor", False, "edgetune.cli.launch"),
+        ("rlimit", True, "edgetune.cli.supervisor"),
+        ("cgroup", False, "edgetune.cli.supervisor"),
+    ],
+)
+def test_what_the_command_becomes(
+    way: Way, monkeypatch: pytest.MonkeyPatch, enforce: str, supervise: bool, module: str
+) -> None:
+    became: list[list[str]] = []
+    monkeypatch.setattr(os, "execve", lambda path, words, environment: became.append(words))
+    job = launch.old_run(way / "run", data=None, eval_data=None)
+    launch.start(job, supervise=supervise, resume=True, force=False, enforce=enforce, skip_bad=False, as_json=True)
+    (words,) = became
+    assert words[1:3] == ["-m", module]
+    assert json.loads(words[-1])["enforce"] == enforce
 
 
 def test_a_run_that_is_done_is_resumed_at_once(way: Way) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edgetune import __version__, doctor, host
+from edgetune import __version__, cgroup, doctor, host, memory
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,8 @@ def test_the_report_is_plain_json_and_says_what_is_here(report: dict[str, Any]) 
     assert 0 < report["machine"]["memory_available_bytes"] <= report["machine"]["memory_total_bytes"]
     assert set(report["limits"]["cgroup"]) == {"version", "folder", "writable", "limit_bytes"}
     assert report["limits"]["rlimit_data_bytes"].keys() == {"soft", "hard"}
+    assert report["enforcement"].keys() == {"governor", "rlimit", "cgroup"}
+    assert report["enforcement"]["governor"] is None
 
 
 def test_every_dependency_is_listed_with_its_version(report: dict[str, Any]) -> None:
@@ -113,6 +115,23 @@ def test_wrong_codes_fail_the_self_test(before: str, after: str, found: str) -> 
     result = doctor._self_test("bitsandbytes", code)
     assert not result["passed"]
     assert found in result["detail"]
+
+
+def test_levels_that_cannot_be_had_come_with_the_reason(
+    report: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system such as macOS: no /proc, no cgroups."""
+    monkeypatch.setattr(memory, "_PROC", False)
+    monkeypatch.setattr(cgroup, "cgroup_state", lambda: cgroup._NO_CGROUP)
+    found = doctor._enforcement()
+    assert found["governor"] is None
+    text = doctor.explain(report | {"enforcement": found})
+    for part in (
+        "governor    can\n",
+        "rlimit      CANNOT  this system has no RLIMIT_DATA that counts private memory\n",
+        "cgroup      CANNOT  enforce = 'cgroup': this system has no cgroup that limits memory. Use --enforce rlimit or",
+    ):
+        assert part in text
 
 
 def test_the_cgroup_s_limit_is_shown(report: dict[str, Any], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from edgetune import memory
-from edgetune.memory import MIB, Meter, anonymous_bytes, cgroup_state, format_mib, measure_floor, rss_bytes
+from edgetune.memory import MIB, Meter, anonymous_bytes, format_mib, measure_floor, rss_bytes
 
 CLOSE = 2 * MIB  # what Python itself may allocate meanwhile
 
@@ -153,6 +153,19 @@ class TestMeter:
             assert meter.now_bytes < budget
             assert meter.exceeded.is_set()
 
+    def test_says_that_the_budget_is_near_until_it_is_told_otherwise(self) -> None:
+        now = anonymous_bytes()
+        with Meter(now + 200 * MIB, near_bytes=now + 24 * MIB) as meter:
+            assert meter.now_bytes < meter.near_bytes
+            assert not meter.near.is_set()
+            block = touched(48 * MIB)
+            assert meter.near.wait(5)  # by the thread alone
+            block.close()
+            meter.near.clear()
+            assert meter.now_bytes < meter.near_bytes
+            assert not meter.near.is_set()
+            assert not meter.exceeded.is_set()
+
     def test_peak_rss_has_the_mapped_file(self, tmp_path: Path) -> None:
         path = tmp_path / "weights"
         path.write_bytes(b"w" * (64 * MIB))
@@ -223,42 +236,6 @@ print(len(bytearray(b'x') * (40 * MIB)))
 def test_no_limits_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_PROC", False)
     assert not memory.set_data_limit(1)
-
-
-class TestCgroup:
-    def test_version_1(self, tmp_path: Path) -> None:
-        own = tmp_path / "fs" / "memory" / "job"
-        own.mkdir(parents=True)
-        (own / "memory.limit_in_bytes").write_text("1048576\n", encoding="utf-8")
-        proc = tmp_path / "cgroup"
-        proc.write_text("5:cpu,cpuacct:/job\n4:memory:/job\n0::/job\n", encoding="utf-8")
-        state = cgroup_state(proc, tmp_path / "fs")
-        assert state == {"version": 1, "folder": str(own), "writable": True, "limit_bytes": MIB}
-
-    def test_version_1_unlimited(self, tmp_path: Path) -> None:
-        (tmp_path / "fs" / "memory").mkdir(parents=True)
-        (tmp_path / "fs" / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n", encoding="utf-8")
-        proc = tmp_path / "cgroup"
-        proc.write_text("4:memory:/not/mounted/here\n", encoding="utf-8")
-        state = cgroup_state(proc, tmp_path / "fs")
-        assert (state["version"], state["folder"], state["limit_bytes"]) == (1, str(tmp_path / "fs" / "memory"), None)
-
-    @pytest.mark.parametrize(("text", "limit"), [("max\n", None), ("2097152\n", 2 * MIB)])
-    def test_version_2(self, tmp_path: Path, text: str, limit: int | None) -> None:
-        own = tmp_path / "fs" / "user"
-        own.mkdir(parents=True)
-        (own / "cgroup.controllers").write_text("cpu memory pids\n", encoding="utf-8")
-        (own / "memory.max").write_text(text, encoding="utf-8")
-        proc = tmp_path / "cgroup"
-        proc.write_text("0::/user\n", encoding="utf-8")
-        state = cgroup_state(proc, tmp_path / "fs")
-        assert state == {"version": 2, "folder": str(own), "writable": True, "limit_bytes": limit}
-
-    def test_none(self, tmp_path: Path) -> None:
-        none = {"version": 0, "folder": "", "writable": False, "limit_bytes": None}
-        assert cgroup_state(tmp_path / "missing", tmp_path) == none
-        (tmp_path / "cgroup").write_text("0::/\n", encoding="utf-8")  # version 2 without the memory controller
-        assert cgroup_state(tmp_path / "cgroup", tmp_path) == none
 
 
 HOLES = """

@@ -10,6 +10,8 @@ from typing import Any
 
 from edgetune.errors import EdgetuneError
 
+STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: the same again later, or with more, may work
+
 
 def answer(result: Mapping[str, Any], text: str, as_json: bool) -> None:
     """Print what a verb found: text for people, or with --json that text on stderr and one object on stdout."""

@@ -3,7 +3,8 @@
 A run's peak counts against the device's budget, so the process that trains holds nothing else. A model that is on no
 grid yet is quantized in a child; its base lies beside the run, where the next run on it finds it. Then the process of
 the command line, with its parser, replaces itself by `python -m edgetune.cli.launch train JOB`: the same process id,
-terminal and signals, and the floor that the plan counted.
+terminal and signals, and the floor that the plan counted. Where the run is supervised, it becomes the supervisor
+instead, which starts that same process as its child.
 """
 
 from __future__ import annotations
@@ -99,8 +100,10 @@ def _quantized(model: Path, grid: str, base: Path) -> Path:
     return base
 
 
-def start(job: dict[str, Any], **options: bool | str) -> NoReturn:
-    """Become the process that trains. `job` is what `new_run` or `old_run` returned, `options` are others of `train`.
+def start(job: dict[str, Any], *, supervise: bool = False, **options: bool | str) -> NoReturn:
+    """Become the process that trains, or its supervisor, as `enforce = "cgroup"` always needs one.
+
+    `job` is what `new_run` or `old_run` returned, `options` are others of `train`.
 
     Raises:
         MissingExtraError: torch is not installed.
@@ -112,7 +115,9 @@ def start(job: dict[str, Any], **options: bool | str) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     environment = {**host.THREAD_SETTINGS, **os.environ}
-    os.execve(sys.executable, [sys.executable, "-m", "edgetune.cli.launch", "train", text], environment)
+    supervised = supervise or options["enforce"] == "cgroup"
+    words = ["edgetune.cli.supervisor", text] if supervised else ["edgetune.cli.launch", "train", text]
+    os.execve(sys.executable, [sys.executable, "-m", *words], environment)
 
 
 def brief(plan: Plan) -> str:

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgetune.cli.console import answer, fail
+from edgetune.cli.console import STOPPED_EARLY, answer, fail
 from edgetune.errors import EdgetuneError
 from edgetune.memory import format_mib
 from edgetune.planner.plans import Plan
 from edgetune.training.loop import Run, train
 from edgetune.training.progress import show_progress
-
-STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: the same again later, or with more, may work
 
 
 def exit_code(summary: Mapping[str, Any]) -> int:

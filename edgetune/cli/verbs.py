@@ -238,7 +238,7 @@ def train(
     adapter: Method = "lora",
     budget: Budget = "foreground",
     enforce: Annotated[
-        str, typer.Option("--enforce", help="What holds the run to its budget: none, governor or rlimit.")
+        str, typer.Option("--enforce", help="What holds the run to its budget: none, governor, rlimit or cgroup.")
     ] = "governor",
     emulate: Annotated[
         bool, typer.Option("--emulate", help="Take as long as the device would: slow this machine down to it.")
@@ -248,6 +248,10 @@ def train(
         typer.Option(
             "--one-slice", help="Stop when the device's system would, to go on in the next slice by --resume."
         ),
+    ] = False,
+    supervise: Annotated[
+        bool,
+        typer.Option("--supervise", help="Go on from the last checkpoint if the system kills the run; as with cgroup."),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier run in the folder.")] = False,
     skip_bad: SkipBad = False,
@@ -260,11 +264,24 @@ def train(
 
     Example: edgetune train base/ --device pixel-9 --data notes.jsonl --out run/
     """
+    from edgetune.cgroup import check_cgroup
     from edgetune.cli import launch
 
+    if enforce == "cgroup":
+        check_cgroup()  # before anything is planned or quantized
     if resume is not None:
         refuse_other_flags(
-            context, "resume", "data", "eval_data", "budget", "enforce", "emulate", "one_slice", "skip_bad", "as_json"
+            context,
+            "resume",
+            "data",
+            "eval_data",
+            "budget",
+            "enforce",
+            "supervise",
+            "emulate",
+            "one_slice",
+            "skip_bad",
+            "as_json",
         )
         given = read_budget(budget) if was_typed(context, "budget") else None
         job = launch.old_run(resume, data=data, eval_data=eval_data, budget=given)
@@ -282,8 +299,8 @@ def train(
             adapter=lora, config=config, grid=grid, engine=engine, budget=read_budget(budget), skip_bad=skip_bad,
         )  # fmt: skip
     launch.start(
-        job, resume=resume is not None, force=force, enforce=enforce, emulate=emulate, one_slice=one_slice,
-        skip_bad=skip_bad, as_json=as_json,
+        job, supervise=supervise, resume=resume is not None, force=force, enforce=enforce, emulate=emulate,
+        one_slice=one_slice, skip_bad=skip_bad, as_json=as_json,
     )  # fmt: skip
 
 

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
+from edgetune.cgroup import KERNEL_BYTES, Cgroup, holding_cgroup
 from edgetune.checkpoint import Checkpoint, latest_checkpoint
 from edgetune.data import pack, read_rows, split_eval
 from edgetune.errors import CheckpointError, ConfigError, DataError, ModelError
-from edgetune.memory import Meter, give_back, trim_allocator
+from edgetune.memory import Meter, give_back, has_data_limit, trim_allocator
 from edgetune.planner.plans import Plan
 from edgetune.quantizer import read_manifest
 from edgetune.tokenizer import load_tokenizer
@@ -36,7 +37,7 @@ __all__ = ["Run", "train"]
 
 ENGINE = "torch"
 WEIGHTS = "model.safetensors"
-ENFORCEMENTS = ("none", "governor", "rlimit")
+ENFORCEMENTS = ("none", "governor", "rlimit", "cgroup")
 # Fields of a plan that may differ when a run goes on. They say where it runs and what that costs; recomputation changes
 # no bit; the ratios are in the steps that follow from them.
 _CHANGES_NO_RESULT = frozenset(
@@ -76,7 +77,9 @@ def train(
         eval_data: rows to evaluate on; None takes the plan's `eval_fraction` of the data.
         resume: go on where the folder's last checkpoint stands; a run that is done is returned at once.
         force: replace what an earlier run left in the folder.
-        enforce: "governor" stops at the budget, "rlimit" also lets allocations beyond it fail, "none" only measures.
+        enforce: "governor" recomputes more where the budget is near and stops at the budget; "rlimit" also lets
+            allocations beyond it fail; "cgroup" also asks for a process that a cgroup of that size has held since it
+            started, as `edgetune train` starts one; "none" only measures.
         emulate: take as long as the plan's device would, on as many cores; where this machine is slower it says so.
         one_slice: stop at the end of the device's longest uninterrupted run; `resume` goes on with the next one.
         on_progress: called after every step.
@@ -87,7 +90,8 @@ def train(
         adapter.
 
     Raises:
-        ConfigError: the folder exists, plan and base do not go together, or no step ends inside a slice.
+        ConfigError: the folder exists, plan and base do not go together, no step ends inside a slice, or no cgroup
+            holds this process.
         DataError: rows cannot be used.
         ModelError: the base is missing or damaged.
         CheckpointError: the folder is in use, a checkpoint cannot be written, or what is resumed differs from the
@@ -97,11 +101,14 @@ def train(
         raise ConfigError(f"enforce = {enforce!r}; choose from {', '.join(ENFORCEMENTS)}.")
     base, folder = Path(base), Path(out)
     pace = Pace(plan, emulate=emulate, one_slice=one_slice)
+    group = holding_cgroup(plan.budget_bytes) if enforce == "cgroup" else None
+    # The kernel would kill a little earlier: it counts what it needs itself.
+    most_bytes = plan.budget_bytes - (KERNEL_BYTES if group else 0)
     trim_allocator()
     with (
         pinned(plan.threads) if emulate else contextlib.nullcontext(),
         _threads(plan.threads),
-        Meter(plan.budget_bytes) as meter,
+        Meter(most_bytes, near_bytes=most_bytes - plan.reserve_bytes // 2) as meter,
         Guard(meter, hold_budget=enforce != "none") as guard,
         open_run(folder, resume=resume, force=force),
     ):
@@ -112,16 +119,19 @@ def train(
             _check_identity(checkpoint, inputs.identity)
             if (folder / SUMMARY).exists() and Run(folder).stopped == "done":
                 return Run(folder)
-        limit = DataLimit(plan.budget_bytes) if enforce == "rlimit" else contextlib.nullcontext()
+        limit = DataLimit(plan.budget_bytes) if enforce == "rlimit" and has_data_limit() else contextlib.nullcontext()
         trainer = Trainer(inputs, folder, guard, limit, pace, on_progress)
+        if enforce == "rlimit" and not has_data_limit():
+            notes.append(
+                "This system has no RLIMIT_DATA that counts private memory: the governor alone holds the budget."
+            )
         for note in notes:
             trainer.tell(note)
         if checkpoint is not None:
             trainer.restore(checkpoint)
         before = trainer.done
         stopped = trainer.run()
-        held = isinstance(limit, DataLimit) and limit.holds
-        trainer.finish(stopped, "rlimit" if held else "governor" if enforce == "rlimit" else enforce)
+        trainer.finish(stopped, _enforcement(enforce, limit, group, plan.budget_bytes))
         if stopped == "slice" and trainer.done == before:
             raise ConfigError(
                 f"nothing of {folder} gets done in a slice of {plan.device}, {plan.slice_seconds} s: no step, or no "
@@ -129,6 +139,17 @@ def train(
                 "shorter steps (--batch-size, --gradient-accumulation-steps, --max-seq-length) or fewer held-out rows."
             )
     return Run(folder)
+
+
+def _enforcement(enforce: str, limit: object, group: Cgroup | None, budget_bytes: int) -> dict[str, Any]:
+    """What the certificate says of the level that held: the one that was asked for, or the governor alone."""
+    held = {"rlimit": isinstance(limit, DataLimit) and limit.holds, "cgroup": group and group.holds(budget_bytes)}
+    known = group if held["cgroup"] else None
+    return {
+        "enforcement": enforce if held.get(enforce, True) else "governor",
+        "cgroup_peak_bytes": known and known.peak_bytes,  # with pages of files, which the measured peak does not count
+        "cgroup_oom_kills": known and known.oom_kills,
+    }
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Why a run stops before its last step: a signal, the budget, or memory that the system refuses.
+"""Why a step is left: a signal, the budget, memory that the system refuses; or a budget that is near.
 
 Each of them only raises a flag; `Guard.check`, called between blocks, leaves the unfinished step. What was computed of
 it is dropped, so the run stands where its last completed step left it.
@@ -23,6 +23,10 @@ class Stopped(Exception):  # noqa: N818, for it is no error
         super().__init__(reason)
 
 
+class NearBudget(Exception):  # noqa: N818, for it is no error
+    """The step was left to give something up and to begin it again."""
+
+
 class Guard:
     """Catches SIGINT and SIGTERM while its body runs, where that is the main thread, and watches a meter's flag."""
 
@@ -31,6 +35,7 @@ class Guard:
     def __init__(self, meter: Meter, *, hold_budget: bool) -> None:
         self.meter, self.hold_budget = meter, hold_budget
         self.signal: int | None = None
+        self.may_shrink = False  # whether the run has something left to give up
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Guard:
@@ -50,11 +55,15 @@ class Guard:
         self.signal = number
 
     def check(self) -> None:
-        """Raise `Stopped` where the run should not go on."""
+        """Raise `Stopped` where the run should not go on, and `NearBudget` where it should not go on like this."""
         if self.signal is not None:
             raise Stopped("signal")
-        if self.hold_budget and self.meter.exceeded.is_set():
+        if not self.hold_budget:
+            return
+        if self.meter.exceeded.is_set():
             raise Stopped("budget")
+        if self.may_shrink and self.meter.near.is_set():
+            raise NearBudget
 
 
 class DataLimit:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 import statistics
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.base import MODEL, save_adapter
 from edgetune.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
 from edgetune.data import Window
-from edgetune.memory import format_mib
+from edgetune.memory import format_mib, give_back
 from edgetune.models.decoder import load_decoder
 from edgetune.planner.plans import Plan
 from edgetune.training import STEP_RULES
@@ -31,7 +32,7 @@ from edgetune.training.optimizer import Optimizer, clip_gradients, learning_rate
 from edgetune.training.pace import Pace
 from edgetune.training.progress import Progress
 from edgetune.training.run import CHECKPOINTS, METRICS, PLAN, SUMMARY, Metrics, on_disk, write_json
-from edgetune.training.stop import Guard, Stopped, is_out_of_memory
+from edgetune.training.stop import Guard, NearBudget, Stopped, is_out_of_memory
 from edgetune.weights import sha256_file
 
 MAX_SKIPPED_IN_A_ROW = 20
@@ -129,26 +130,66 @@ class Trainer:
         """Train to the last step or to whatever stops the run before; returns how it ended."""
         write_json(self.folder / PLAN, self.plan.to_dict())
         self.metrics.start(*self.done)
+        self.meter.near.clear()  # it may have been near while the rows were read
+        self.guard.may_shrink = self.kept_layers > 0
         self.save()
+        stopped = "budget"
         try:
             while True:
-                self.check()
-                if self.evaluation_is_due():
-                    self.evaluate()
-                    self.save()
-                if self.state.step >= self.max_steps:
-                    return "done"
-                self.one_step()
-                if self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                    return "nonfinite"
-                if self.state.step % CHECKPOINT_STEPS == 0 and not self.evaluation_is_due():
-                    self.save()
+                with contextlib.suppress(NearBudget):
+                    return self.to_the_end()
+                self.shrink(self.kept_layers // 2)
         except Stopped as stop:
-            return stop.reason
+            stopped = stop.reason
         except (MemoryError, RuntimeError, OSError) as error:
             if not is_out_of_memory(error):
                 raise
-            return "budget"
+        if stopped == "budget" and self.kept_layers:
+            self.shrink(0)  # so that it may fit when it goes on
+        return stopped
+
+    def to_the_end(self) -> str:
+        """Steps, evaluations and checkpoints."""
+        while True:
+            self.check()
+            if self.evaluation_is_due():
+                self.evaluate()
+                self.save()
+            if self.state.step >= self.max_steps:
+                return "done"
+            self.one_step()
+            if self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                return "nonfinite"
+            if self.state.step % CHECKPOINT_STEPS == 0 and not self.evaluation_is_due():
+                self.save()
+
+    @property
+    def kept_layers(self) -> int:
+        """Blocks of the gradient's path that keep their activations."""
+        return max(0, len(self.decoder.layers) - self.walk.first_block - self.walk.recompute_layers)
+
+    def shrink(self, kept_layers: int) -> None:
+        """Let only so many blocks keep their activations, which changes no bit; an unfinished step begins again.
+
+        The plan in the run's folder follows, so that a resumed run does not meet its budget again.
+        """
+        before = self.walk.recompute_layers
+        recompute_layers = before + self.kept_layers - kept_layers
+        self.walk = replace(self.walk, recompute_layers=recompute_layers)
+        self.plan = replace(self.plan, recompute_layers=recompute_layers)
+        self.optimizer.drop_gradients()
+        self.decoder.workspace.clear()
+        give_back()
+        self.meter.near.clear()
+        self.guard.may_shrink = kept_layers > 0
+        write_json(self.folder / PLAN, self.plan.to_dict())
+        self.metrics.append(
+            step=self.state.step, recompute_layers=recompute_layers, recompute_layers_before=before,
+            now_bytes=self.meter.now_bytes,
+        )  # fmt: skip
+        self.tell(
+            f"step {self.state.step}: no room left, from here on {recompute_layers} blocks run again, not {before}"
+        )
 
     def evaluation_is_due(self) -> bool:
         """Whether this step ends with an evaluation, and has not had it; the last one does."""
@@ -230,8 +271,11 @@ class Trainer:
         """The adapter as it is now; views, not copies."""
         return {name: value.detach().numpy() for name, value in self.parameters.items()}
 
-    def finish(self, stopped: str, enforcement: str) -> None:
-        """Write what is kept: the best adapter where one was evaluated, else the last finite one; then the summary."""
+    def finish(self, stopped: str, enforcement: Mapping[str, Any]) -> None:
+        """Write what is kept: the best adapter where one was evaluated, else the last finite one; then the summary.
+
+        `enforcement` is what the certificate says of it.
+        """
         checkpoints = self.folder / CHECKPOINTS
         finite = self.is_finite()
         if self.updating or not finite:
@@ -250,14 +294,15 @@ class Trainer:
                 f"(peak {format_mib(self.meter.peak_bytes)}); the adapter is the untrained one"
             )
 
-    def summary(self, stopped: str, enforcement: str) -> dict[str, Any]:
+    def summary(self, stopped: str, enforcement: Mapping[str, Any]) -> dict[str, Any]:
         """The certificate: the plan, and what was measured."""
         state = self.state
         return {
             **self.plan.to_dict(),
             "measured_peak_bytes": state.peak_bytes,
             "measured_peak_rss_bytes": state.peak_rss_bytes,
-            "enforcement": enforcement,
+            **enforcement,
+            "shrunk": [line for line in self.metrics.lines() if "recompute_layers" in line],
             "stopped": stopped,
             "signal": self.guard.signal,
             "steps": state.step,

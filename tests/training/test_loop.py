@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgetune import errors
+from edgetune import cgroup, errors, memory
 from edgetune.adapters.base import load_adapter
 from edgetune.checkpoint import lock_run, read_checkpoint
 from edgetune.memory import anonymous_bytes
@@ -168,6 +168,123 @@ def test_stopped_between_two_blocks_and_resumed(
     assert resumed.summary["adapter_sha256"] == whole.summary["adapter_sha256"]
 
 
+def test_stopped_in_an_evaluation_that_is_made_up_for(
+    job: tuple[Path, Path], whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, data = job
+    real, calls = trainer.evaluate, 0
+
+    def evaluate(*args: Any, check: Callable[[], None], **kwargs: Any) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            interrupt()
+            check()
+        return real(*args, check=check, **kwargs)
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    stopped = train(make_plan(base), base, data=data, out=tmp_path / "run")
+    assert (stopped.stopped, stopped.summary["steps"]) == ("signal", 3)
+    resumed = train(make_plan(base), base, data=data, out=tmp_path / "run", resume=True)
+    assert [line.get("eval_loss") for line in lines(resumed)] == [line.get("eval_loss") for line in lines(whole)]
+
+
+def shrinking(monkeypatch: pytest.MonkeyPatch, checks: int) -> list[trainer.Trainer]:
+    """Let the budget be near at this check between two blocks; the list gets the trainer."""
+    real, calls, seen = Guard.check, 0, []
+    shrink = trainer.Trainer.shrink
+
+    def check(self: Guard) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == checks:
+            self.meter.near.set()
+        real(self)
+
+    def noted(self: trainer.Trainer, kept_layers: int) -> None:
+        seen.append(self)
+        shrink(self, kept_layers)
+        assert self.decoder.workspace.sizes == {}
+        assert all(value.grad is None for value in self.parameters.values())
+
+    monkeypatch.setattr(Guard, "check", check)
+    monkeypatch.setattr(trainer.Trainer, "shrink", noted)
+    return seen
+
+
+@pytest.mark.parametrize("checks", [1, 3, 7, 20, 47, 100, 151])
+def test_what_was_given_up_changes_no_bit(
+    job: tuple[Path, Path], whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checks: int
+) -> None:
+    base, data = job
+    told: list[str | None] = []
+    seen = shrinking(monkeypatch, checks)
+    plan = make_plan(base, recompute_layers=1)
+    run = train(plan, base, data=data, out=tmp_path / "run", on_progress=lambda p: told.append(p.note))
+    assert run.stopped == "done"
+    for key in ("loss", "eval_loss"):
+        assert [x[key] for x in lines(run) if key in x] == [x[key] for x in lines(whole) if key in x]
+    assert run.summary["adapter_sha256"] == whole.summary["adapter_sha256"]
+    (trainer_,) = seen
+    assert {name.partition(".")[2][0] for name in trainer_.decoder.workspace.sizes if "slot" in name} == {"0"}
+    (line,) = run.summary["shrunk"]
+    assert (line["recompute_layers"], line["recompute_layers_before"]) == (2, 1)
+    assert (
+        run.summary["recompute_layers"] == json.loads((run.folder / "plan.json").read_text())["recompute_layers"] == 2
+    )
+    assert f"step {line['step']}: no room left, from here on 2 blocks run again, not 1" in told
+
+
+def test_nothing_is_given_up_where_nothing_holds_the_budget_or_nothing_is_left(
+    job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, data = job
+    for name, enforce, again in (("free", "none", 0), ("least", "governor", 2)):
+        seen = shrinking(monkeypatch, 20)
+        plan = make_plan(base, recompute_layers=again)
+        run = train(plan, base, data=data, out=tmp_path / name, enforce=enforce)
+        monkeypatch.undo()
+        assert (run.stopped, run.summary["shrunk"], seen) == ("done", [], [])
+
+
+def test_near_the_budget_before_the_first_step_is_forgotten(
+    job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading rows may take more than training does."""
+    base, data = job
+    real = loop._read_inputs
+    near: list[Any] = []
+    enter = Guard.__enter__
+    monkeypatch.setattr(Guard, "__enter__", lambda self: near.append(self.meter.near) or enter(self))
+    monkeypatch.setattr(loop, "_read_inputs", lambda *words: near[0].set() or real(*words))
+    run = train(make_plan(base, max_steps=1), base, data=data, out=tmp_path / "run")
+    assert (run.stopped, run.summary["shrunk"]) == ("done", [])
+
+
+def test_without_limits_of_the_kernel_the_governor_alone_holds(
+    job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system such as macOS: no /proc, so no RLIMIT_DATA, and no cgroups."""
+    base, data = job
+    monkeypatch.setattr(memory, "_PROC", False)
+    monkeypatch.setattr(cgroup, "cgroup_state", lambda: cgroup._NO_CGROUP)
+    told: list[str | None] = []
+    plan = make_plan(base, max_steps=1)
+    for enforce in ("governor", "rlimit"):
+        run = train(
+            plan, base, data=data, out=tmp_path / enforce, enforce=enforce, on_progress=lambda p: told.append(p.note)
+        )
+        assert run.summary["enforcement"] == "governor"
+        assert (run.summary["cgroup_peak_bytes"], run.summary["cgroup_oom_kills"]) == (None, None)
+    assert [note for note in told if note] == [
+        "This system has no RLIMIT_DATA that counts private memory: the governor alone holds the budget."
+    ]
+    with pytest.raises(errors.ConfigError, match="--enforce governor"):
+        train(plan, base, data=data, out=tmp_path / "cgroup", enforce="cgroup")
+    stopped = train(replace(plan, budget_bytes=1 << 20), base, data=data, out=tmp_path / "small")
+    assert stopped.stopped == "budget"
+
+
 def test_dropout_and_a_changed_recomputation_survive_resuming(job: tuple[Path, Path], tmp_path: Path) -> None:
     base, data = job
     plan = make_plan(base, adapter=loop_adapter(lora_dropout=0.2))
@@ -309,6 +426,7 @@ def test_stopped_at_the_budget_and_resumed_with_more(job: tuple[Path, Path], who
     run = train(plan, base, data=data, out=tmp_path / "run", on_progress=grow)
     hog.clear()
     assert run.stopped == "budget" and 4 <= run.summary["steps"] <= 5
+    assert json.loads((run.folder / "plan.json").read_text())["recompute_layers"] == 2, "for when it goes on"
     assert run.summary["measured_peak_bytes"] > plan.budget_bytes
     resumed = train(make_plan(base), base, data=data, out=tmp_path / "run", resume=True)
     assert resumed.summary["adapter_sha256"] == whole.summary["adapter_sha256"]
