@@ -1,8 +1,9 @@
 """The same model in transformers + PEFT + bitsandbytes: the peer that edgetune's training is compared with.
 
-It is given what edgetune has: the codes of the base (as bitsandbytes' own `Linear4bit`, or dequantized where the grid
-is not one of bitsandbytes'), the dequantized embedding and head, and the same initial adapter through its own files.
-Its optimizer and clipping are torch's, its checkpointing is off.
+To compare numbers it is given what edgetune has (`peft_model`): the codes of the base (as bitsandbytes' own
+`Linear4bit`, or dequantized where the grid is not one of bitsandbytes'), the dequantized embedding and head, and the
+same initial adapter through its own files. To compare cost it is what its users have (`qlora_model`). Its optimizer,
+clipping and checkpointing are torch's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +23,9 @@ from torch import nn
 from edgetune.adapters.base import save_adapter
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import Base, open_base
+
+if TYPE_CHECKING:
+    from edgetune.training.backprop import Path as Walk
 
 Batch = dict[str, np.ndarray]
 
@@ -77,6 +82,40 @@ def peft_model(folder: Path, config: LoraConfig, tensors: dict[str, np.ndarray])
         return PeftModel.from_pretrained(transformers_model(folder), adapter, is_trainable=True).train()
 
 
+def qlora_model(folder: Path, config: LoraConfig, *, checkpointing: bool) -> nn.Module:
+    """QLoRA as PEFT's users set it up, computed in float32; ready to be trained.
+
+    folder: an nf4 base/ with dense embeddings, which transformers loads as its own; its codes stay mapped.
+    checkpointing: every block runs again in backward, `use_reentrant=False`.
+
+    Checkpointing makes transformers ask for the gradient of the embedding's output, which nobody uses: that is undone.
+    """
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # as above
+        model = peft.prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+        model.disable_input_require_grads()
+        settings = peft.LoraConfig(
+            r=config.r, lora_alpha=config.lora_alpha, use_rslora=config.use_rslora, task_type="CAUSAL_LM",
+            target_modules=list(config.target_modules), layers_to_transform=list(config.layers_to_transform),
+        )  # fmt: skip
+        return peft.get_peft_model(model, settings).train()
+
+
+def take_embeddings(model: nn.Module, folder: Path) -> None:
+    """Overwrite the embedding and the head by those of a base/ folder, dequantized."""
+    base = open_base(folder)
+    with torch.no_grad():
+        for name in base.config.matrices().keys() - base.config.linears().keys():
+            weight = model.get_submodule(f"base_model.model.{name}").weight
+            weight.copy_(torch.from_numpy(base.dequantize(name)))
+
+
 def peft_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Its trainable tensors under edgetune's names."""
     return {
@@ -87,12 +126,18 @@ def peft_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Summed cross-entropy of a stacked micro-batch (labels already shifted), segments kept apart by a mask."""
+    """Summed cross-entropy of a stacked micro-batch (labels already shifted).
+
+    Where windows hold several segments or padding, a mask keeps those apart; whole windows need none.
+    """
     ids, labels, positions, segments = (
         torch.from_numpy(batch[key]) for key in ("input_ids", "labels", "position_ids", "segment_ids")
     )
-    mask = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]
-    logits: torch.Tensor = model(input_ids=ids, position_ids=positions, attention_mask=mask).logits
+    apart = {}
+    if segments.any():
+        mask = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]
+        apart = {"position_ids": positions, "attention_mask": mask}
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False, **apart).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
@@ -103,10 +148,13 @@ class PeftTrainer:
     model: nn.Module
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    fused: bool = False
 
     def __post_init__(self) -> None:
         self.parameters = peft_parameters(self.model)
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=self.weight_decay, foreach=False)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), weight_decay=self.weight_decay, foreach=False, fused=self.fused
+        )
 
     def gradients(self, batches: Sequence[Batch]) -> float:
         """Fill the gradients; returns the mean loss per supervised token over all micro-batches."""
@@ -132,6 +180,8 @@ def compare(
     steps: int,
     config: LoraConfig | None = None,
     same_adapter: bool = False,
+    model: nn.Module | None = None,
+    walk: Walk | None = None,
 ) -> list[dict[str, float]]:
     """Train edgetune and PEFT side by side; per step both losses and the largest relative difference of a gradient.
 
@@ -140,6 +190,9 @@ def compare(
 
     Each side goes its own way, and Adam's first updates make a step of full size even from a gradient that is nothing
     but rounding. `same_adapter` hands ours to PEFT before every step, so that the gradients alone are compared.
+
+    model: PEFT's model with the slots of this adapter; None makes the twin of the folder.
+    walk: how edgetune goes through the blocks; None computes one of them again, with small tiles of the loss.
     """
     from edgetune.adapters.attach import attach
     from edgetune.models.decoder import load_decoder
@@ -150,14 +203,16 @@ def compare(
     decoder = load_decoder(folder)
     resolved = (config or LoraConfig(r=8)).resolved(decoder.config)
     parameters = attach(decoder, resolved, seed=1)
-    peer = PeftTrainer(peft_model(folder, resolved, {name: v.detach().numpy() for name, v in parameters.items()}))
+    initial = {name: value.detach().numpy() for name, value in parameters.items()}
+    peer = PeftTrainer(peft_model(folder, resolved, initial) if model is None else model)
+    walk = walk or Walk(min(resolved.layers_to_transform or (0,)), 1)
     optimizer = Optimizer("adamw", parameters, weight_decay=0.0)
     rows = []
     for step in range(steps):
         batches = batches_of(step)
         for name in parameters if same_adapter else ():
             peer.parameters[name].data.copy_(parameters[name].data)
-        loss = loss_and_gradients(decoder, batches, Walk(0, 1), dropout_key=(0, step), check=lambda: None)
+        loss = loss_and_gradients(decoder, batches, walk, dropout_key=(0, step), check=lambda: None)
         theirs = peer.gradients(batches)
         difference = max(_relative(parameters[name].grad, peer.parameters[name].grad) for name in parameters)
         rows.append({"loss": loss, "peft_loss": theirs, "gradient_difference": difference})
