@@ -1,7 +1,7 @@
 """A Hugging Face folder in, a base/ folder on a 4-bit grid out, one tensor at a time.
 
-Memory stays at the largest single tensor in float32 plus what the grid's search needs. The folder appears under its
-name only when every file in it is complete.
+Memory stays at the codes of the largest tensor plus what the grid's search needs: weights are read, checked and
+converted in ranges of rows. The folder appears under its name only when every file in it is complete.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from edgetune.hub import model_folder
 from edgetune.models.config import read_hf_config
 from edgetune.output import folder_in_progress
 from edgetune.tokenizer import load_tokenizer
-from edgetune.weights import TensorInfo, sha256_file, write_safetensors
+from edgetune.weights import StoredMatrix, TensorInfo, sha256_file, write_safetensors
 
 MANIFEST = "manifest.json"
+CHECKED_ROWS = 4096  # of a tensor that is kept as it is, at once
 FORMAT_VERSION = 1
 # What a tokenizer or a generation loop may read; copied as they are.
 COPIED = (
@@ -107,7 +108,8 @@ def _write_weights(
 
     def produce(name: str) -> np.ndarray:
         if name not in origin:
-            _finite(source, name)
+            for start in range(0, source.weights[name].shape[0], CHECKED_ROWS):
+                StoredMatrix(source.weights, name)[start : start + CHECKED_ROWS]
             return source.weights.array(name)
         module, suffix = origin[name]
         if module not in current:
@@ -115,18 +117,11 @@ def _write_weights(
                 on_progress(module, len(done), len(on_grid))
             done.add(module)
             current.clear()
-            current[module] = GRIDS[grid].quantize(_finite(source, f"{module}.weight"), **options)
+            current[module] = GRIDS[grid].quantize(StoredMatrix(source.weights, f"{module}.weight"), **options)
         return current[module][suffix]
 
     done: set[str] = set()
     write_safetensors(folder / "model.safetensors", stored, produce)
-
-
-def _finite(source: Base, name: str) -> np.ndarray:
-    values = source.weights.float32(name)
-    if not np.isfinite(values).all():
-        raise ModelError(f"{source.folder}: {name} holds NaN or infinity. Fetch the model again.")
-    return values
 
 
 def _quantization_config(grid: str, double_quant: bool) -> dict[str, Any]:

@@ -18,13 +18,16 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from edgetune.errors import ModelError
 
-__all__ = ["TensorInfo", "Weights", "open_tensors", "open_weights", "sha256_file", "write_atomic", "write_safetensors"]
+__all__ = [
+    "Matrix", "StoredMatrix", "TensorInfo", "Weights", "open_tensors", "open_weights", "sha256_file", "write_atomic",
+    "write_safetensors",
+]  # fmt: skip
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors specification
 # BF16 has no numpy type: its bits are handed out as uint16 and widened in `float32`.
@@ -137,6 +140,32 @@ class Weights(Mapping[str, TensorInfo]):
         if self[name].dtype == "BF16":
             return (view.astype(np.uint32) << 16).view(np.float32)
         return view.astype(np.float32)
+
+
+class Matrix(Protocol):
+    """A weight [N, K] that is read in ranges of rows: an array, or a `StoredMatrix` that converts them on the way."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice, /) -> np.ndarray: ...
+
+
+class StoredMatrix:
+    """The float32 rows of a stored matrix, converted as they are read.
+
+    Raises:
+        ModelError: rows that are read hold NaN or infinity.
+    """
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self.weights, self.name, self.shape = weights, name, weights[name].shape
+
+    def __getitem__(self, rows: slice, /) -> np.ndarray:
+        values = self.weights.float32(self.name, rows)
+        if not np.isfinite(values).all():
+            raise ModelError(f"{self.weights.folder}: {self.name} holds NaN or infinity. Fetch the model again.")
+        return values
 
 
 def open_weights(folder: str | Path) -> Weights:

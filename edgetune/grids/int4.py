@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from edgetune.grids.pairs import decode_pairs, pair_table
-from edgetune.weights import TensorInfo
+from edgetune.weights import Matrix, TensorInfo
 
 NAME = "int4"
 BLOCK = 32
@@ -46,10 +46,10 @@ def nbytes(shape: tuple[int, int]) -> int:
     return sum(info.nbytes for info in stored(shape).values())
 
 
-def quantize(weight: np.ndarray) -> dict[str, np.ndarray]:
+def quantize(weight: Matrix) -> dict[str, np.ndarray]:
     """Codes and scales of a float32 weight [N, K]."""
     rows, columns = weight.shape
-    blocks = _num_blocks(weight.shape)
+    blocks = _num_blocks((rows, columns))
     codes = np.empty((rows, blocks, BLOCK // 2), np.uint8)
     scales = np.empty((rows, blocks), np.float16)
     step = max(1, _TILE // (blocks * BLOCK))

@@ -21,7 +21,7 @@ import numpy as np
 
 from edgetune.errors import ExportError, MissingExtraError
 from edgetune.grids.pairs import decode_pairs, pair_table, swapped
-from edgetune.weights import TensorInfo
+from edgetune.weights import Matrix, TensorInfo
 
 NAME = "nf4"
 BLOCK = 64
@@ -31,6 +31,7 @@ PIECE_BYTES = 16 << 20  # float32 weights that one MatMulBnb4 may dequantize at 
 Read = Callable[[], Mapping[str, np.ndarray]]
 
 _NESTED_BLOCK = 256
+_QUANTIZED_AT_ONCE = 1 << 20  # weights, or a block's worth of rows
 _STATE_BYTES = 256  # the state is JSON, padded with spaces so that a header can be written before its numbers are known
 # QLoRA, appendix E: quantiles of the normal distribution, normalized to [-1, 1], with an exact zero.
 LEVELS = np.array(
@@ -63,33 +64,40 @@ def nbytes(shape: tuple[int, int], *, double_quant: bool = False) -> int:
     return sum(info.nbytes for info in stored(shape, double_quant=double_quant).values())
 
 
-def quantize(weight: np.ndarray, *, double_quant: bool = False) -> dict[str, np.ndarray]:
-    """Codes and absmax of a float32 weight [N, K], bit-equal to bitsandbytes' `quantize_4bit`.
+def quantize(weight: Matrix, *, double_quant: bool = False) -> dict[str, np.ndarray]:
+    """Codes and absmax of a float32 weight [N, K], bit-equal to bitsandbytes' `quantize_4bit` of the whole.
+
+    The weight is read in ranges of rows that begin where a block does.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
     """
-    quantize_4bit, tensor = _import_bitsandbytes()
-    codes, state = quantize_4bit(
-        tensor(np.ascontiguousarray(weight)),
-        blocksize=BLOCK,
-        quant_type="nf4",
-        compress_statistics=double_quant,
-    )
-    about: dict[str, Any] = {
-        "quant_type": "nf4", "blocksize": BLOCK, "dtype": "float32", "shape": list(weight.shape),
-    }  # fmt: skip
-    arrays = {"": codes.numpy(), ".absmax": state.absmax.numpy(), ".quant_map": LEVELS}
+    tensor, quantize_4bit, quantize_blockwise = _import_bitsandbytes()
+    rows, columns = weight.shape
+    codes, absmax = np.empty((-(-rows * columns // 2), 1), np.uint8), np.empty(-(-rows * columns // BLOCK), np.float32)
+    unit = BLOCK // math.gcd(BLOCK, columns)
+    step = max(unit, _QUANTIZED_AT_ONCE // columns // unit * unit)
+    for start in range(0, rows, step):
+        piece = np.ascontiguousarray(weight[start : start + step])
+        found, state = quantize_4bit(tensor(piece), blocksize=BLOCK, quant_type="nf4")
+        first = start * columns
+        codes[first // 2 : first // 2 + len(found)] = found.numpy()
+        absmax[first // BLOCK : first // BLOCK + len(state.absmax)] = state.absmax.numpy()
+    about: dict[str, Any] = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": "float32", "shape": [rows, columns]}
+    arrays: dict[str, np.ndarray] = {"": codes, ".absmax": absmax, ".quant_map": LEVELS}
     if double_quant:
-        nested = state.state2
-        about |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": state.offset.item()}
-        arrays |= {".nested_absmax": nested.absmax.numpy(), ".nested_quant_map": nested.code.numpy()}
+        offset = tensor(absmax).mean()
+        nested, state = quantize_blockwise(tensor(absmax) - offset, blocksize=_NESTED_BLOCK)
+        about |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset.item()}
+        arrays |= {
+            ".absmax": nested.numpy(), ".nested_absmax": state.absmax.numpy(), ".nested_quant_map": state.code.numpy()
+        }  # fmt: skip
     text = json.dumps(about).encode().ljust(_STATE_BYTES)
     return arrays | {MARK: np.frombuffer(text, np.uint8)}
 
 
-def _import_bitsandbytes() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`quantize_4bit` and `torch.from_numpy`.
+def _import_bitsandbytes() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """`torch.from_numpy`, and bitsandbytes' `quantize_4bit` and `quantize_blockwise`.
 
     On some processors bitsandbytes fetches a kernel from the Hub while it is imported, and warns where it cannot. Only
     what was asked for may connect, so the package that fetches is hidden meanwhile.
@@ -102,14 +110,14 @@ def _import_bitsandbytes() -> tuple[Callable[..., Any], Callable[..., Any]]:
     logger.setLevel(logging.ERROR)
     try:
         import torch
-        from bitsandbytes.functional import quantize_4bit
+        from bitsandbytes.functional import quantize_4bit, quantize_blockwise
     except ImportError as error:
         raise MissingExtraError("bitsandbytes", "train") from error
     finally:
         logger.setLevel(level)
         if hidden:
             del sys.modules[fetcher]
-    return quantize_4bit, torch.from_numpy
+    return torch.from_numpy, quantize_4bit, quantize_blockwise
 
 
 def load(read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:

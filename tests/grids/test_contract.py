@@ -75,6 +75,19 @@ def test_nf4_is_bitsandbytes_bit_for_bit(shape: tuple[int, int], dtype: torch.dt
     np.testing.assert_array_equal(found, dequantize_4bit(codes, state).numpy())
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", [(301, 72), (130, 256), (7, 33), (300, 64)])
+def test_nf4_of_pieces_is_that_of_the_whole(
+    shape: tuple[int, int], double_quant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = nf4.quantize(weight(shape), double_quant=double_quant)
+    monkeypatch.setattr(nf4, "_QUANTIZED_AT_ONCE", 1000)
+    pieces = nf4.quantize(weight(shape), double_quant=double_quant)
+    assert pieces.keys() == whole.keys()
+    for suffix, array in whole.items():
+        np.testing.assert_array_equal(pieces[suffix], array)
+
+
 def test_bitsandbytes_is_imported_without_fetching_a_kernel(tmp_path: Path) -> None:
     (tmp_path / "kernels.py").write_text("print('fetching')", encoding="utf-8")
     code = (
