@@ -64,7 +64,8 @@ class _File:
                         "Download or convert it again; pickle files (.bin, .pt) are not read."
                     )
                 header = file.read(length)
-                self.data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[8 + length :]
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self.data = memoryview(self.map)[8 + length :]
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.") from error
         self.entries = _parse_header(path, header, len(self.data))
@@ -131,6 +132,11 @@ class Weights(Mapping[str, TensorInfo]):
         info, start, file = self._find(name)
         flat = np.frombuffer(file.data, dtype=_NUMPY[info.dtype], count=math.prod(info.shape), offset=start)
         return flat.reshape(info.shape)
+
+    def unmap(self) -> None:
+        """Drop all pages from this process; what is used afterwards is mapped again, and nothing else."""
+        for file in {id(file): file for file in self._where.values()}.values():
+            file.map.madvise(mmap.MADV_DONTNEED)
 
     def float32(self, name: str, rows: slice | None = None) -> np.ndarray:
         """A float32 copy of one tensor, or of a range of its rows."""

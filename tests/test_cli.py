@@ -287,6 +287,14 @@ def test_the_next_step_is_told_with_its_flags(summary: dict[str, Any], last: str
     assert ("3 steps took this machine longer than x would" in text) == ("late_steps" in summary)
 
 
+@pytest.mark.parametrize("flags", [(), ("--keep-cache",)], ids=["removed", "kept"])
+def test_the_feature_cache_is_kept_on_request(way: Way, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    words = ("--device", "host", "--data", way / "rows.jsonl", "--layers", "1", "--num-epochs", "2")
+    said = answer("train", way / "base", *words, *flags, "--out", tmp_path / "run")
+    assert said["feature_cache_bytes"] > 0 and said["stopped"] == "done"
+    assert (tmp_path / "run" / "features").exists() == bool(flags)
+
+
 def resumable(way: Way, folder: Path, *, summary: bool) -> Path:
     """A run of 8 steps that has made some, stopped by its budget; or killed, which leaves no summary."""
     job = launch.new_run(

@@ -569,6 +569,73 @@ class TestRows:
         assert more == 8 * rows.num_tokens + costs.ROW_OBJECT_BYTES * len(rows)
 
 
+class TestFeatureCache:
+    """Adapters in the top three of eight blocks, 30 rows of which three are held out: windows of 128 tokens."""
+
+    UPPER = LoraConfig(r=4, layers_to_transform=(5, 6, 7))
+
+    @pytest.fixture
+    def made(self, model: Path, tmp_path: Path) -> Any:
+        data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "p" * 60, "completion": "c" * 66}] * 30)
+
+        def make(device: Any = "rpi-5", *, adapter: LoraConfig = self.UPPER, rows: bool = True, **config: Any) -> Plan:
+            settings = TrainConfig(**{"max_seq_length": 128, "batch_size": 2} | config)
+            return plan(model, device, data=data if rows else None, adapter=adapter, config=settings)
+
+        return make
+
+    def test_it_holds_all_windows(self, made: Any) -> None:
+        assert made().feature_cache_bytes == 30 * 128 * 96 * 4
+        assert (
+            "cache       the 5 lowest blocks run once over all rows; what they give takes 1.4 MiB" in made().explain()
+        )
+
+    def test_where_there_is_none(self, made: Any) -> None:
+        whole = LoraConfig(r=4, layers_to_transform=(0, 7))
+        assert made(adapter=whole).feature_cache_bytes == 0, "the lowest block learns"
+        assert made(num_epochs=1).feature_cache_bytes == 0, "no row is seen again"
+        assert made(num_epochs=1.1).feature_cache_bytes > 0
+        assert made(max_steps=13).feature_cache_bytes == 0, "27 windows, two in a step"
+        assert made(max_steps=14).feature_cache_bytes > 0
+        assert made(rows=False, max_steps=100).feature_cache_bytes == 0
+        assert "cache" not in made(num_epochs=1).explain()
+
+    def test_it_leaves_half_of_the_storage(self, made: Any) -> None:
+        device, size = load_device("rpi-5"), made().feature_cache_bytes
+        for free_mib, cached in ((-(-2 * size // MIB), size), (2 * size // MIB, 0)):
+            storage = dataclasses.replace(device.storage, free_mib=free_mib)
+            assert made(dataclasses.replace(device, storage=storage)).feature_cache_bytes == cached
+
+    def test_it_takes_memory_for_its_names_alone(self, made: Any) -> None:
+        cached, plain = made(), made(num_epochs=1)
+        assert cached.parts["data"] - plain.parts["data"] == 30 * costs.FEATURE_OBJECT_BYTES
+        assert cached.parts | {"data": 0} == plain.parts | {"data": 0}
+
+    def test_lower_blocks_run_once(self, made: Any, model: Path) -> None:
+        tiny = load_config(model)
+        wanted = {"adapter": self.UPPER.resolved(tiny), "batch_size": 3, "gradient_accumulation_steps": 2}
+        cached, plain = (costs.step_work(job(tiny, cached_windows=count, **wanted)) for count in (9, 0))
+        weights = sum(n * k for n, k in tiny.linear_shapes.values())
+        below = 5 * 6 * 32 * (2 * weights + 4 * 32 * 72)
+        assert plain.flops - cached.flops == pytest.approx(below)
+        assert costs.lower_work(job(tiny, **wanted), 6).flops == pytest.approx(below)
+        one, three = (costs.step_work(job(tiny, **wanted | {"batch_size": n})).traffic_bytes for n in (1, 3))
+        above = [costs.step_work(job(tiny, cached_windows=9, **wanted | {"batch_size": n})) for n in (1, 3)]
+        assert three - above[1].traffic_bytes == pytest.approx(3 * (one - above[0].traffic_bytes))
+
+    def test_the_run_is_filling_and_its_steps(self, made: Any) -> None:
+        device, cached, plain = load_device("rpi-5"), made(), made(num_epochs=1)
+        storage = device.storage
+        assert cached.predicted_step_seconds < plain.predicted_step_seconds
+        fill = cached.predicted_run_seconds - cached.max_steps * cached.predicted_step_seconds
+        work = costs.lower_work(
+            job(cached.model_config, adapter=cached.adapter, grid=cached.grid, max_seq_length=128, tile_weights=24576),
+            30,
+        )
+        written = cached.feature_cache_bytes / (storage.write_mb_s * 1e6)
+        assert fill == pytest.approx(work.seconds(device.compute) + written)
+
+
 class TestTime:
     def test_run_energy_and_window(self, model: Path) -> None:
         watch = load_device("galaxy-watch-7")

@@ -39,6 +39,15 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(weights.float32("c.weight", slice(1, 3)), TENSORS["c.weight"][1:3].astype(np.float32))
 
 
+def test_unmapped_tensors_are_still_there(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    weights = open_weights(tmp_path)
+    view = weights.array("a.weight")
+    weights.unmap()
+    np.testing.assert_array_equal(view, TENSORS["a.weight"])
+    np.testing.assert_array_equal(weights.float32("b.weight"), TENSORS["b.weight"].astype(np.float32))
+
+
 def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
     infos = {"x": TensorInfo("F32", (5, 3)), "y": TensorInfo("U8", (7,)), "z": TensorInfo("F16", (0, 2))}
     values = {"x": TENSORS["a.weight"], "y": np.arange(7, dtype=np.uint8), "z": np.zeros((0, 2), np.float16)}

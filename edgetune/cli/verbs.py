@@ -253,6 +253,9 @@ def train(
         bool,
         typer.Option("--supervise", help="Go on from the last checkpoint if the system kills the run; as with cgroup."),
     ] = False,
+    keep_cache: Annotated[
+        bool, typer.Option("--keep-cache", help="Leave the feature cache of a plan that has one in the run folder.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier run in the folder.")] = False,
     skip_bad: SkipBad = False,
     as_json: Json = False,
@@ -271,18 +274,9 @@ def train(
         check_cgroup()  # before anything is planned or quantized
     if resume is not None:
         refuse_other_flags(
-            context,
-            "resume",
-            "data",
-            "eval_data",
-            "budget",
-            "enforce",
-            "supervise",
-            "emulate",
-            "one_slice",
-            "skip_bad",
-            "as_json",
-        )
+            context, "resume", "data", "eval_data", "budget", "enforce", "supervise", "emulate", "one_slice",
+            "keep_cache", "skip_bad", "as_json",
+        )  # fmt: skip
         given = read_budget(budget) if was_typed(context, "budget") else None
         job = launch.old_run(resume, data=data, eval_data=eval_data, budget=given)
     else:
@@ -300,7 +294,7 @@ def train(
         )  # fmt: skip
     launch.start(
         job, supervise=supervise, resume=resume is not None, force=force, enforce=enforce, emulate=emulate,
-        one_slice=one_slice, skip_bad=skip_bad, as_json=as_json,
+        one_slice=one_slice, keep_cache=keep_cache, skip_bad=skip_bad, as_json=as_json,
     )  # fmt: skip
 
 

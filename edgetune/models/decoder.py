@@ -115,6 +115,7 @@ class Decoder(nn.Module):
     def __init__(self, base: Base) -> None:
         super().__init__()
         self.config: DecoderConfig = base.config
+        self.weights = base.weights
         self.workspace = Workspace(base.config.largest_linear)
         self.embed_tokens = frozen_linear(base, "model.embed_tokens", self.workspace)
         self.layers = nn.ModuleList(

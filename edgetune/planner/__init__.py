@@ -6,7 +6,7 @@ down the ladder of concessions (`ladder`). What the user set is never conceded; 
 because it costs nothing but time.
 
 Step time and energy follow from the profile by a roofline (`costs.step_work`): they are predictions for the device, not
-for the machine that plans. Left out: the `ort` engine, zeroth-order steps, a cache for the frozen lower blocks.
+for the machine that plans. Left out: the `ort` engine, zeroth-order steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,16 @@ from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
 from edgetune.memory import MIB, format_mib, give_back, measure_floor
 from edgetune.optimizers import OPTIMIZERS
-from edgetune.planner.costs import Job, copied_bytes, peak_parts, step_work, stored_bytes
+from edgetune.planner.costs import (
+    FREE_SHARE,
+    Job,
+    copied_bytes,
+    feature_bytes,
+    lower_work,
+    peak_parts,
+    step_work,
+    stored_bytes,
+)
 from edgetune.planner.ladder import SETTINGS, Choice, descend
 from edgetune.planner.plans import FORMAT_VERSION, Concession, Plan, TrainConfig
 from edgetune.planner.wishes import RowFacts, Wishes
@@ -80,7 +89,8 @@ def plan(
     facts = _facts(data, base, config, skip_bad)
     wishes = Wishes(base.config, adapter or LoraConfig(), config, facts)
     threads = min(profile.compute.threads, host.threads())
-    costs = _Costs(_grid(grid, base, profile), threads, measure_floor(engine, threads), base, facts)
+    floor, storage = measure_floor(engine, threads), profile.storage
+    costs = _Costs(_grid(grid, base, profile), threads, floor, base, facts, config, storage.free_mib * MIB)
 
     if budget_bytes is None:  # the least number of MiB; from here on as if that had been given
         *_, smallest = descend(wishes.start(), wishes.freedom)
@@ -140,11 +150,14 @@ class _Costs:
     floor_bytes: int
     base: Base
     facts: RowFacts
+    config: TrainConfig
+    free_bytes: int
+    """Storage that an app may expect on the device."""
 
     def job(self, choice: Choice) -> Job:
         """A choice as the cost model wants it."""
         facts, length, tokenizer = self.facts, choice.max_seq_length, self.base.folder / "tokenizer.json"
-        return Job(
+        job = Job(
             model=choice.model,
             method=METHOD,
             adapter=choice.resolved,
@@ -163,6 +176,17 @@ class _Costs:
             tokenizer_file_bytes=tokenizer.stat().st_size if tokenizer.is_file() else 0,
             base_copy_bytes=copied_bytes(self.base),
         )
+        return replace(job, cached_windows=self._cached_windows(job))
+
+    def _cached_windows(self, job: Job) -> int:
+        """All windows, where the lowest blocks are frozen, rows are seen again and there is storage; else none."""
+        if not job.first_block or not self.facts.rows:
+            return 0
+        windows, steps = self.facts.windows(job.max_seq_length)[0], self.config.max_steps
+        per_step = job.batch_size * job.gradient_accumulation_steps
+        epochs = (self.config.num_epochs or DEFAULT_EPOCHS) if steps is None else steps * per_step / windows
+        count = self.facts.all_windows(job.max_seq_length)
+        return count if epochs > 1 and feature_bytes(job, count) <= FREE_SHARE * self.free_bytes else 0
 
     def parts(self, choice: Choice) -> tuple[str, dict[str, int]]:
         """The moment of the peak, and its parts."""
@@ -219,7 +243,13 @@ def _made(
     """The plan for a choice, with what it predicts for the device."""
     config, facts = wishes.config, wishes.facts
     moment, parts = costs.parts(choice)
-    step_seconds = step_work(costs.job(choice)).seconds(profile.compute)
+    job, storage = costs.job(choice), profile.storage
+    step_seconds = step_work(job).seconds(profile.compute)
+    cache_bytes = feature_bytes(job, job.cached_windows)
+    fill_seconds = lower_work(job, job.cached_windows).seconds(profile.compute) + cache_bytes / storage.write_mb_s / 1e6
+    if cache_bytes:
+        per_step = choice.batch_size * choice.gradient_accumulation_steps
+        step_seconds += feature_bytes(job, per_step) / storage.read_mb_s / 1e6
     made = Plan(
         format_version=FORMAT_VERSION,
         edgetune_version=__version__,
@@ -249,6 +279,7 @@ def _made(
         recompute_layers=choice.recompute_layers,
         tile_weights=choice.tile_weights,
         activation_offloading=choice.activation_offloading,
+        feature_cache_bytes=cache_bytes,
         max_steps=config.max_steps,
         num_epochs=config.num_epochs or DEFAULT_EPOCHS,
         warmup_steps=None,
@@ -272,14 +303,16 @@ def _made(
         return made
     made = made.with_steps(facts.windows(choice.max_seq_length)[0] if facts.rows else 0)
     assert made.max_steps is not None
-    run_seconds = made.max_steps * step_seconds
+    run_seconds = fill_seconds + made.max_steps * step_seconds
     steps_per_slice = int(profile.duty.slice_s // step_seconds)
     return replace(
         made,
         predicted_run_seconds=run_seconds,
         predicted_energy_mwh=run_seconds * profile.power.max_avg_mw / 3600,
         fits_training_window=run_seconds <= profile.duty.daily_s,
-        num_slices=math.ceil(made.max_steps / steps_per_slice) if steps_per_slice else None,
+        num_slices=math.ceil(fill_seconds / profile.duty.slice_s + made.max_steps / steps_per_slice)
+        if steps_per_slice
+        else None,
     )
 
 

@@ -35,6 +35,9 @@ SLOT_OBJECT_BYTES = 5200
 PACK_BYTES_PER_ROW, PACK_ROWS = 1900, 4096
 # A row of data as Python and numpy objects, beyond its tokens; measured.
 ROW_OBJECT_BYTES = 700
+# A window whose features are cached: its name and its place in a file, as Python objects; 520 measured.
+FEATURE_OBJECT_BYTES = 600
+FREE_SHARE = 0.5  # of free storage that the cache may take: base, checkpoints and bundle lie there too
 # A tokenizer in memory per byte of its tokenizer.json: 11 in a fresh heap, 15 where the plan was made in this process
 # and had loaded it before. What reading rows leaves behind even so (memory.give_back): 3 MiB, and 0.7 per byte of the
 # file. Measured with byte-level BPE of 2,048, 49,152 and 151,936 tokens.
@@ -68,6 +71,7 @@ class Job:
     num_rows: int = 0
     tokenizer_file_bytes: int = 0
     base_copy_bytes: int = 0
+    cached_windows: int = 0  # those whose way through the frozen lower blocks is cached: all, or none
 
     @property
     def tokens(self) -> int:
@@ -171,7 +175,8 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
 def data_bytes(job: Job) -> int:
     """Rows as int32 ids and labels, the windows of a step as four int64 arrays, and what reading leaves behind."""
     step = 4 * 8 * job.tokens * job.gradient_accumulation_steps
-    return _row_bytes(job) + step + LEFT_BYTES + int(LEFT_BYTES_PER_BYTE * job.tokenizer_file_bytes)
+    cached = FEATURE_OBJECT_BYTES * job.cached_windows
+    return _row_bytes(job) + step + cached + LEFT_BYTES + int(LEFT_BYTES_PER_BYTE * job.tokenizer_file_bytes)
 
 
 def _row_bytes(job: Job) -> int:
@@ -221,9 +226,9 @@ def buffers(job: Job) -> dict[str, int]:
 
 
 def num_slots(job: Job) -> int:
-    """Sets of activations: one for each block that keeps them, and one that all others take by turns."""
+    """Sets of activations: one for each block that keeps them, and one that those which run again take by turns."""
     kept = job.path_layers - job.recompute_layers
-    return kept + (1 if job.recompute_layers or job.first_block else 0)
+    return kept + (1 if job.recompute_layers else 0)
 
 
 def activation_bytes(job: Job) -> int:
@@ -257,12 +262,10 @@ def step_work(job: Job) -> StepWork:
     gradient of the block's input. The lowest adapted block asks for that gradient only above its first adapter; it is
     counted whole. Every visit decodes the weight: its codes are read, its float32 values written and read back.
     """
-    model = job.model
-    below, again = job.first_block, job.repeated_layers
-    visits = below + 2 * job.path_layers + again  # passes over one block's weights
-    weights = sum(n * k for n, k in model.linear_shapes.values())
-    attention = 4 * job.max_seq_length * model.num_attention_heads * model.head_dim  # scores and values, per token
-    forward_passes = below + job.path_layers + again
+    model, again = job.model, job.repeated_layers
+    visits = 2 * job.path_layers + again  # passes over one block's weights
+    weights, attention = _per_block(job)
+    forward_passes = job.path_layers + again
     flops = job.tokens * (2.0 * weights * visits + attention * (forward_passes + ATTENTION_BACKWARD * job.path_layers))
     trained = sum(job.tensor_sizes)
     flops += job.tokens * 2.0 * trained * (3 + again / max(1, job.path_layers))
@@ -271,7 +274,29 @@ def step_work(job: Job) -> StepWork:
     decoded = weights * visits + head
     activations = ACTIVATION_PASSES * activation_bytes(job) * (forward_passes + 2 * job.path_layers)
     traffic = decoded * DECODE_BYTES + activations
+    below = StepWork(0, 0) if job.cached_windows else lower_work(job, job.batch_size)
+    flops, traffic = flops + below.flops, traffic + below.traffic_bytes
     times = job.gradient_accumulation_steps
     # An update reads and writes parameters and moments, and reads gradients.
     update = 3.0 * FLOAT_BYTES * trained + 2 * OPTIMIZERS[job.optimizer].state_bytes(job.tensor_sizes)
     return StepWork(flops * times, traffic * times + update)
+
+
+def lower_work(job: Job, num_windows: int) -> StepWork:
+    """The blocks below the lowest adapter, forward over so many windows, one at a time: each decodes the weights."""
+    weights, attention = _per_block(job)
+    flops = job.max_seq_length * (2.0 * weights + attention)
+    traffic = weights * DECODE_BYTES + ACTIVATION_PASSES * activation_bytes(replace(job, batch_size=1))
+    return StepWork(flops * job.first_block * num_windows, traffic * job.first_block * num_windows)
+
+
+def feature_bytes(job: Job, num_windows: int) -> int:
+    """What so many windows take in the feature cache: the input of the lowest adapted block."""
+    return FLOAT_BYTES * num_windows * job.max_seq_length * job.model.hidden_size
+
+
+def _per_block(job: Job) -> tuple[int, int]:
+    """Weights of a block, and the operations of its attention per token: scores and values."""
+    model = job.model
+    weights = sum(n * k for n, k in model.linear_shapes.values())
+    return weights, 4 * job.max_seq_length * model.num_attention_heads * model.head_dim

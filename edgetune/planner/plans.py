@@ -106,6 +106,8 @@ class Plan:
     """Weights that are dequantized at once, of a block's matrix or of the head."""
     activation_offloading: bool
     """The inputs of the blocks lie in files beside the run: no anonymous memory, but written in every step."""
+    feature_cache_bytes: int
+    """The most storage that a cache of the frozen lower blocks' outputs takes; 0 is no cache."""
     max_steps: int | None
     """None until the rows are known: see `with_steps`."""
     num_epochs: float
@@ -190,6 +192,11 @@ class Plan:
         disk = ", inputs of the blocks on disk" if self.activation_offloading else ""
         yield f"  step        {windows}, {again}, {self.tile_weights:,} weights dequantized at once{disk}"
         yield f"  optimizer   {self.optimizer}, learning rate {self.learning_rate:g}"
+        if self.feature_cache_bytes:
+            yield (
+                f"  cache       the {min(layers)} lowest blocks run once over all rows; what they give takes "
+                f"{format_mib(self.feature_cache_bytes)} of storage while the run goes on"
+            )
 
     def _peak(self) -> Iterator[str]:
         yield (

@@ -42,16 +42,22 @@ class RowFacts:
     @lru_cache(maxsize=16)  # noqa: B019 - a plan asks for a handful of lengths, and its facts end with it
     def windows(self, length: int) -> tuple[int, int]:
         """How many windows of this length the rows fill, and the most supervised positions of any of them."""
-        windows = pack(self._cut(length), length)
+        windows = pack(_cut(self.rows, length), length)
         return len(windows), max(sum(row.num_supervised for row in window.rows) for window in windows)
 
-    def _cut(self, length: int) -> tuple[Row, ...]:
-        """The rows as they will be read for this window: longer texts are cut."""
-        return tuple(
-            Row(row.input_ids[at : at + length], row.labels[at : at + length], row.line)
-            for row in self.rows
-            for at in range(0, len(row), length)
-        )
+    @lru_cache(maxsize=16)  # noqa: B019 - as above
+    def all_windows(self, length: int) -> int:
+        """How many windows of this length the rows fill, those held out among them."""
+        return self.windows(length)[0] + len(pack(_cut(self.held_out, length), length))
+
+
+def _cut(rows: tuple[Row, ...], length: int) -> tuple[Row, ...]:
+    """The rows as they will be read for this window: longer texts are cut."""
+    return tuple(
+        Row(row.input_ids[at : at + length], row.labels[at : at + length], row.line)
+        for row in rows
+        for at in range(0, len(row), length)
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The exact gradient, one block at a time.
 
-    forward    embed, then the blocks below the lowest adapter: nothing is stored
+    forward    embed, then the blocks below the lowest adapter, or what a cache knows of them: nothing is stored
                every block from there on: its input is stored; the upper blocks keep what their backward needs too
     loss       in tiles, down to the gradient of the last hidden states (objectives.sft)
     backward   from the top: a block that kept nothing runs again from its stored input, then backward through it
@@ -21,17 +21,20 @@ from edgetune.adapters.attach import set_dropout
 from edgetune.models.decoder import Decoder
 from edgetune.objectives import sft
 from edgetune.training.blocks import Activations, normalize, normalize_backward
-from edgetune.training.forward import Batch, Check, below, num_supervised, start, targets
+from edgetune.training.forward import Batch, Check, Features, below, num_supervised, start, targets
 
 NAME = "backprop"
 
 
 @dataclass(frozen=True)
 class Path:
-    """How the blocks are walked: the lowest with an adapter, and how many from there on run again in backward."""
+    """How the blocks are walked: the lowest with an adapter, how many from there on run again in backward, and who
+    knows already what lies below.
+    """
 
     first_block: int
     recompute_layers: int
+    features: Features | None = None
 
 
 @torch.no_grad()
@@ -52,10 +55,10 @@ def loss_and_gradients(
 
 
 def _micro_batch(decoder: Decoder, batch: Batch, scale: float, path: Path, check: Check) -> float:
+    x = below(decoder, batch, path.first_block, check, path.features)
     walk = start(decoder, batch)
     blocks = decoder.blocks[path.first_block :]
-    x = below(decoder, walk, batch, path.first_block, check)
-    shared = 1 if path.recompute_layers or path.first_block else 0  # blocks that keep nothing take slot 0 by turns
+    shared = 1 if path.recompute_layers else 0  # blocks that run again take slot 0 by turns
     inputs: list[torch.Tensor] = []
     kept: list[Activations | None] = []
     for index, block in enumerate(blocks):

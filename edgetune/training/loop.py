@@ -26,9 +26,10 @@ from edgetune.memory import Meter, give_back, has_data_limit, trim_allocator
 from edgetune.planner.plans import Plan
 from edgetune.quantizer import read_manifest
 from edgetune.tokenizer import load_tokenizer
+from edgetune.training import features
 from edgetune.training.pace import Pace, pinned
 from edgetune.training.progress import Progress
-from edgetune.training.run import CHECKPOINTS, SUMMARY, Run, open_run
+from edgetune.training.run import CHECKPOINTS, FEATURES, SUMMARY, Run, open_run
 from edgetune.training.stop import DataLimit, Guard
 from edgetune.training.trainer import Inputs, Trainer
 from edgetune.weights import sha256_file
@@ -38,16 +39,16 @@ __all__ = ["Run", "train"]
 ENGINE = "torch"
 WEIGHTS = "model.safetensors"
 ENFORCEMENTS = ("none", "governor", "rlimit", "cgroup")
-# Fields of a plan that may differ when a run goes on. They say where it runs and what that costs; recomputation changes
-# no bit; the ratios are in the steps that follow from them.
+# Fields of a plan that may differ when a run goes on. They say where it runs and what that costs; recomputation and
+# the feature cache change no bit; the ratios are in the steps that follow from them.
 _CHANGES_NO_RESULT = frozenset(
     {
         "format_version", "edgetune_version", "device", "model", "simulated", "budget_name", "budget_bytes",
         "device_budget_bytes", "reserve_bytes",
         "floor_bytes", "parts", "peak_moment", "predicted_peak_bytes", "file_backed_bytes", "fits", "concessions",
-        "recompute_layers", "activation_offloading", "num_epochs", "warmup_ratio", "predicted_step_seconds",
-        "predicted_run_seconds", "predicted_energy_mwh", "fits_training_window", "slice_seconds", "grace_seconds",
-        "num_slices",
+        "recompute_layers", "activation_offloading", "feature_cache_bytes", "num_epochs", "warmup_ratio",
+        "predicted_step_seconds", "predicted_run_seconds", "predicted_energy_mwh", "fits_training_window",
+        "slice_seconds", "grace_seconds", "num_slices",
     }
 )  # fmt: skip
 
@@ -64,6 +65,7 @@ def train(
     enforce: str = "governor",
     emulate: bool = False,
     one_slice: bool = False,
+    keep_cache: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     skip_bad: bool = False,
 ) -> Run:
@@ -82,6 +84,7 @@ def train(
             started, as `edgetune train` starts one; "none" only measures.
         emulate: take as long as the plan's device would, on as many cores; where this machine is slower it says so.
         one_slice: stop at the end of the device's longest uninterrupted run; `resume` goes on with the next one.
+        keep_cache: leave the feature cache, where the plan has one, in the folder at the end.
         on_progress: called after every step.
         skip_bad: leave bad rows out, up to 1 %.
 
@@ -129,10 +132,14 @@ def train(
             trainer.tell(note)
         if checkpoint is not None:
             trainer.restore(checkpoint)
-        before = trainer.done
-        stopped = trainer.run()
+        before, stopped = trainer.done, "failed"
+        try:
+            stopped = trainer.run()
+        finally:
+            if not keep_cache and stopped in ("done", "nonfinite", "failed"):  # else the run may go on
+                features.remove(folder / FEATURES)
         trainer.finish(stopped, _enforcement(enforce, limit, group, plan.budget_bytes))
-        if stopped == "slice" and trainer.done == before:
+        if stopped == "slice" and trainer.done == before and not trainer.filled:
             raise ConfigError(
                 f"nothing of {folder} gets done in a slice of {plan.device}, {plan.slice_seconds} s: no step, or no "
                 f"evaluation. It stands at step {trainer.done[0]}. Go on without --one-slice, or train anew with "

@@ -1,6 +1,7 @@
 """A run folder: who may write it, what is in it, and what is read from it later.
 
     run/  adapter_config.json  adapter_model.safetensors  plan.json  metrics.jsonl  summary.json  checkpoints/
+          features/ while the run goes on, where its plan has a feature cache
 
 `summary.json` is written last, whenever a run ends in order: it is the certificate, and its `stopped` says how the run
 ended. A folder without one belongs to a run that goes on, or was killed and can be resumed.
@@ -26,6 +27,7 @@ from edgetune.weights import write_atomic
 
 FORMAT_VERSION = 1
 PLAN, METRICS, SUMMARY, CHECKPOINTS = "plan.json", "metrics.jsonl", "summary.json", "checkpoints"
+FEATURES = "features"
 TRAIN_LOSS_STEPS = 10  # the summary's train_loss is the mean of so many last steps
 
 
@@ -90,7 +92,8 @@ def _clear(folder: Path) -> None:
     """Remove what an earlier run wrote, and nothing else."""
     for name in (SUMMARY, PLAN, METRICS, CONFIG, MODEL):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    for name in (CHECKPOINTS, FEATURES):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def on_disk(folder: Path) -> Path:

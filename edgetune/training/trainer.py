@@ -27,11 +27,12 @@ from edgetune.planner.plans import Plan
 from edgetune.training import STEP_RULES
 from edgetune.training.backprop import Path as Walk
 from edgetune.training.batches import Batches, in_batches
+from edgetune.training.features import FeatureCache, remove
 from edgetune.training.forward import evaluate
 from edgetune.training.optimizer import Optimizer, clip_gradients, learning_rate
 from edgetune.training.pace import Pace
 from edgetune.training.progress import Progress
-from edgetune.training.run import CHECKPOINTS, METRICS, PLAN, SUMMARY, Metrics, on_disk, write_json
+from edgetune.training.run import CHECKPOINTS, FEATURES, METRICS, PLAN, SUMMARY, Metrics, on_disk, write_json
 from edgetune.training.stop import Guard, NearBudget, Stopped, is_out_of_memory
 from edgetune.weights import sha256_file
 
@@ -98,7 +99,12 @@ class Trainer:
         self.optimizer = Optimizer(plan.optimizer, self.parameters, weight_decay=plan.weight_decay)
         self.rule = STEP_RULES["backprop"]
         first_block = min(plan.adapter.layers_to_transform or (0,))
-        self.walk = Walk(first_block, plan.recompute_layers)
+        self.cache: FeatureCache | None = None
+        if plan.feature_cache_bytes and first_block:
+            self.cache = FeatureCache(
+                folder / FEATURES, self.decoder, first_block, plan.feature_cache_bytes, inputs.identity["base_sha256"]
+            )
+        self.walk = Walk(first_block, plan.recompute_layers, self.cache)
         self.batches = Batches(
             inputs.windows, batch_size=plan.batch_size,
             gradient_accumulation_steps=plan.gradient_accumulation_steps, seed=plan.seed,
@@ -121,6 +127,11 @@ class Trainer:
         """Steps made, and the last one that was evaluated."""
         return self.state.step, self.state.evaluated_step
 
+    @property
+    def filled(self) -> bool:
+        """Whether this process added to the feature cache."""
+        return self.cache is not None and self.cache.num_written > 0
+
     def check(self) -> None:
         """Raise `Stopped` where the run should not go on; called between blocks."""
         self.guard.check()
@@ -130,11 +141,12 @@ class Trainer:
         """Train to the last step or to whatever stops the run before; returns how it ended."""
         write_json(self.folder / PLAN, self.plan.to_dict())
         self.metrics.start(*self.done)
-        self.meter.near.clear()  # it may have been near while the rows were read
-        self.guard.may_shrink = self.kept_layers > 0
         self.save()
         stopped = "budget"
         try:
+            self.fill_cache()
+            self.meter.near.clear()  # it may have been near while the rows were read
+            self.guard.may_shrink = self.kept_layers > 0
             while True:
                 with contextlib.suppress(NearBudget):
                     return self.to_the_end()
@@ -191,6 +203,20 @@ class Trainer:
             f"step {self.state.step}: no room left, from here on {recompute_layers} blocks run again, not {before}"
         )
 
+    def fill_cache(self) -> None:
+        """Run the frozen lower blocks once over all rows, where the plan caches that and the storage takes it."""
+        if self.cache is None or self.state.step >= self.max_steps:
+            return
+        try:
+            with self.limit:
+                self.cache.fill([*self.inputs.windows, *self.inputs.eval_windows], self.check, self.tell)
+        except OSError as error:
+            if is_out_of_memory(error):
+                raise
+            remove(self.cache.folder)
+            self.cache, self.walk = None, replace(self.walk, features=None)
+            self.tell(f"no feature cache, the frozen blocks run in every step: {error.strerror}")
+
     def evaluation_is_due(self) -> bool:
         """Whether this step ends with an evaluation, and has not had it; the last one does."""
         step = self.state.step
@@ -243,7 +269,9 @@ class Trainer:
         started = self.pace.clock()
         batches = in_batches(self.inputs.eval_windows, self.plan.batch_size)
         with self.limit:
-            loss = evaluate(self.decoder, batches, check=self.check)
+            loss = evaluate(
+                self.decoder, batches, check=self.check, first_block=self.walk.first_block, features=self.walk.features
+            )  # fmt: skip
         self.pace.end_evaluation(started, self.check)
         self.state.evaluated_step = self.state.step  # here, so that one that was stopped is made again
         self.metrics.append(step=self.state.step, eval_loss=loss if math.isfinite(loss) else None)
