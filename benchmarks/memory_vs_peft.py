@@ -288,7 +288,7 @@ def step_flops(run: Path) -> float:
         gradient_accumulation_steps=plan.gradient_accumulation_steps, max_seq_length=plan.max_seq_length,
         recompute_layers=plan.recompute_layers, tile_weights=plan.tile_weights,
         activation_offloading=plan.activation_offloading, optimizer=plan.optimizer, threads=plan.threads,
-        supervised_per_window=plan.max_seq_length - 1,
+        step_rule=plan.step_rule, supervised_per_window=plan.max_seq_length - 1,
     )  # fmt: skip
     return step_work(job).flops
 

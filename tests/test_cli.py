@@ -572,6 +572,7 @@ TRAIN_VALUES = {
     "max_steps": ("17", 17), "learning_rate": ("3e-3", 0.003), "optimizer": ("lion_8bit", "lion_8bit"),
     "lr_scheduler_type": ("linear", "linear"), "warmup_ratio": ("0.5", 0.5), "weight_decay": ("0.125", 0.125),
     "max_grad_norm": ("2", 2.0), "eval_fraction": ("0.25", 0.25), "seed": ("9", 9),
+    "step_rule": ("mezo", "mezo"),
 }  # fmt: skip
 
 

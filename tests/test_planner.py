@@ -55,7 +55,8 @@ def job(model: Any, **overrides: Any) -> Job:
     values: dict[str, Any] = {
         "model": model, "method": "lora", "adapter": LoraConfig(r=4).resolved(model), "optimizer": "adamw",
         "grid": "nf4", "batch_size": 2, "gradient_accumulation_steps": 1, "max_seq_length": 32, "recompute_layers": 2,
-        "tile_weights": 88 * 48, "activation_offloading": False, "threads": 1, "supervised_per_window": 31,
+        "tile_weights": 88 * 48, "activation_offloading": False, "step_rule": "backprop", "threads": 1,
+        "supervised_per_window": 31,
     }  # fmt: skip
     return Job(**(values | overrides))
 
@@ -128,6 +129,25 @@ class TestCounts:
         assert (sizes["codes"], sizes["scales"]) == (4 * 39 * 128 // 2, 4 * 39 * 128 // 64)
         assert "codes" not in costs.buffers(job(FAMILIES["llama"].config_from_hf(TINY)))
 
+    def test_mezo(self, tiny: Any) -> None:
+        hidden, kept = 64 * 48 * 4, costs.activation_bytes(job(tiny))
+        mezo = {"step_rule": "mezo", "optimizer": "sgd"}
+        moment, parts = peak_parts(job(tiny, **mezo), FLOOR)
+        exact = peak_parts(job(tiny), FLOOR)[1]
+        assert moment == "forward"
+        assert (parts["gradients"], parts["optimizer"], parts["kept_activations"]) == (0, 0, 0)
+        assert parts["adapter"] == exact["adapter"] + exact["gradients"]  # one copy
+        assert parts["block_inputs"] == 2 * hidden
+        # The weight; h and the supervised rows; one of the MLP's width; half of q; a tile of queries and its scores.
+        floats = 88 * 48 + (64 + 62) * 48 + 64 * (88 + 24) + 32 * 48 + 6 * 32 * 32
+        assert parts["block_workspace"] == kept + 4 * floats
+        same = {"floor", "base", "data", "kernels", "context", "logits"}
+        assert {name: parts[name] for name in same} == {name: exact[name] for name in same}
+        deeper = peak_parts(job(tiny, **mezo, adapter=LoraConfig(layers_to_transform=(1,)).resolved(tiny)), 0)
+        assert deeper[1]["block_workspace"] == parts["block_workspace"] + 4 * 32 * 48  # one window of the lower block
+        dropped = LoraConfig(r=4, lora_dropout=0.1).resolved(tiny)
+        assert peak_parts(job(tiny, adapter=dropped, **mezo), FLOOR)[1]["dropout"] == 3 * 4 * 64 * 88
+
     def test_dropout(self, tiny: Any) -> None:
         dropped = LoraConfig(r=4, lora_dropout=0.1).resolved(tiny)
         moment, parts = peak_parts(job(tiny, adapter=dropped), FLOOR)
@@ -184,6 +204,36 @@ def test_the_optimizer_s_bytes_are_those_of_the_trainer(tmp_path: Path, optimize
     tile = 4 * 256 * -(-max(sizes) // 256)
     scratch = {"adamw_8bit": 4 * tile + 4 * 1024 + 49025 + 16257, "lion_8bit": 3 * tile + 2 * 1024 + 49025}
     assert counted - state == scratch.get(optimizer, 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", [(0, 1, 2), (2,)])
+def test_buffers_of_mezo_are_those_of_its_rule_and_of_evaluation(
+    tmp_path: Path, family: str, layers: tuple[int, ...]
+) -> None:
+    from edgetune.adapters.attach import attach
+    from edgetune.models.decoder import load_decoder
+    from edgetune.training import mezo
+    from edgetune.training.forward import evaluate
+    from tests.training.conftest import make_plan, random_batch
+
+    source = write_model(tmp_path / "model", tiny_config(family, num_hidden_layers=3, hidden_size=128), tokenizer=False)
+    base = quantize(source, "nf4", tmp_path / "base")
+    made = make_plan(base, adapter=LoraConfig(r=4, layers_to_transform=layers))
+    decoder, other = load_decoder(base), load_decoder(base)
+    rule = mezo.Rule(decoder, attach(decoder, made.adapter), made, None)
+    decoder.workspace.tile_weights = other.workspace.tile_weights = 3000
+    for batch, length in ((1, 24), (3, 150)):
+        rows = random_batch(301, batch, length)
+        rows["labels"] = np.tile(rows["labels"][:1], (batch, 1))
+        rule.gradient([rows], (0, 0), lambda: None)
+        evaluate(other, [rows], check=lambda: None, first_block=min(layers))
+        counted = job(
+            decoder.config, adapter=made.adapter, batch_size=batch, max_seq_length=length, tile_weights=3000,
+            step_rule="mezo", supervised_per_window=int((rows["labels"][0] != -100).sum()),
+        )  # fmt: skip
+        assert decoder.workspace.sizes == other.workspace.sizes == costs.buffers(counted)
+    assert peak_parts(counted, FLOOR)[0] == "forward"
 
 
 class TestPlan:
@@ -260,6 +310,7 @@ class TestPlan:
             ({"config": TrainConfig(optimizer="adamw8bit")}, "optimizer: found 'adamw8bit'.*did you mean 'adamw_8bit'"),
             ({"config": TrainConfig(lr_scheduler_type="cosin")}, "did you mean 'cosine'"),
             ({"config": TrainConfig(max_seq_length=257)}, "max_seq_length = 257; the model has 256 positions"),
+            ({"config": TrainConfig(step_rule="meso")}, "step_rule: found 'meso'.*did you mean 'mezo'"),
             ({"config": TrainConfig(recompute_layers=9)}, "recompute_layers = 9; the gradient passes 8 blocks"),
             ({"adapter": LoraConfig(r=0)}, "r = 0"),
         ],
@@ -274,7 +325,7 @@ class TestPlan:
             "batch_size": 3, "gradient_accumulation_steps": 5, "max_seq_length": 100, "recompute_layers": 2,
             "activation_offloading": True, "num_epochs": 1.5, "max_steps": 7, "optimizer": "lion",
             "learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_ratio": 0.5, "weight_decay": 0.1,
-            "max_grad_norm": 2.0, "eval_fraction": 0.2, "seed": 3,
+            "max_grad_norm": 2.0, "eval_fraction": 0.2, "seed": 3, "step_rule": "mezo",
         }  # fmt: skip
         assert set(other) == {field.name for field in dataclasses.fields(TrainConfig)}
         before = plan(model, "rpi-5")
@@ -344,6 +395,7 @@ class TestLadder:
             "target_modules": ("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "q_proj,v_proj"),
             "r": ("8", "2"),
             "layers_to_transform": ("0-7", "7"),
+            "step_rule": ("backprop", "mezo"),
         }
         assert end.batch_size * end.gradient_accumulation_steps == 8
 
@@ -384,7 +436,7 @@ class TestLadder:
     @pytest.mark.parametrize(
         ("setting", "value"),
         [
-            ("batch_size", 4), ("recompute_layers", 1), ("max_seq_length", 128), ("r", 16),
+            ("batch_size", 4), ("recompute_layers", 1), ("max_seq_length", 128), ("r", 16), ("step_rule", "backprop"),
             ("target_modules", ("o_proj", "k_proj")), ("layers_to_transform", tuple(range(8))), ("optimizer", "lion"),
             ("learning_rate", 1e-3),
         ],
@@ -410,7 +462,7 @@ class TestLadder:
     def test_another_rule_brings_its_rate_and_says_so(self, model: Path) -> None:
         targets = plan(model, "pixel-9").adapter.target_modules
         large = LoraConfig(r=96, target_modules=targets, layers_to_transform=tuple(range(8)))
-        least = plan(model, "pixel-9", budget="min", adapter=large)
+        least = plan(model, "pixel-9", budget="min", adapter=large, config=TrainConfig(step_rule="backprop"))
         assert (least.optimizer, least.learning_rate, least.parts["optimizer"]) == ("sgd", 0.1, 0)
         (conceded,) = (c for c in least.concessions if c.setting == "optimizer")
         assert re.fullmatch(r"adamw needs \d+ MiB .*; learning_rate 0\.1 is its own", conceded.reason)
@@ -428,6 +480,41 @@ class TestLadder:
         assert f"  optimizer   {optimizer}, learning rate {made.learning_rate:g}" in made.explain().splitlines()
         assert plan(model, "pixel-9", config=dataclasses.replace(config, learning_rate=0.5)).learning_rate == 0.5
 
+    def test_the_last_rung_says_what_it_means(self, model: Path) -> None:
+        targets = plan(model, "pixel-9").adapter.target_modules
+        large = LoraConfig(r=96, target_modules=targets, layers_to_transform=tuple(range(8)))
+        least = plan(model, "pixel-9", budget="min", adapter=large)
+        assert (least.step_rule, least.optimizer) == ("mezo", "sgd")
+        trained = 96 * 8 * sum(n + k for n, k in load_config(model).linear_shapes.values())
+        assert least.learning_rate == pytest.approx(trained**-0.5)
+        assert least.peak_moment == "forward" and "two forward passes" in least.explain()
+        last, optimizer = least.concessions[-1], next(c for c in least.concessions if c.setting == "optimizer")
+        assert last.setting == "step_rule"
+        assert last.reason.endswith("; it learns far more slowly; learning_rate 0.00089 is its own")
+        assert "learning_rate" not in optimizer.reason
+        exact = plan(model, "pixel-9", budget="min", adapter=large, config=TrainConfig(step_rule="backprop"))
+        assert exact.step_rule == "backprop" and least.predicted_peak_bytes < exact.predicted_peak_bytes
+
+    def test_mezo_is_an_sgd(self, model: Path) -> None:
+        """Another optimizer that was set keeps it away, sgd does not; and its state is never planned for."""
+        for optimizer, step_rule in (("lion", "backprop"), ("adamw", "backprop"), ("sgd", "mezo")):
+            wishes = Wishes(load_config(model), LoraConfig(), TrainConfig(optimizer=optimizer), RowFacts())
+            *_, last = descend(wishes.start(), wishes.freedom)
+            assert (last.optimizer, last.step_rule) == (optimizer, step_rule)
+        wishes = Wishes(load_config(model), LoraConfig(), TrainConfig(step_rule="mezo"), RowFacts())
+        assert {choice.optimizer for choice in descend(wishes.start(), wishes.freedom)} == {"sgd"}
+        with pytest.raises(ConfigError, match=r"optimizer = 'adamw'; mezo is an SGD\. Leave one of the two out"):
+            plan(model, "pixel-9", config=TrainConfig(optimizer="adamw", step_rule="mezo"))
+
+    def test_a_learning_rate_is_one_for_gradients(self, model: Path) -> None:
+        config = TrainConfig(learning_rate=1e-3)
+        least = plan(model, "pixel-9", budget="min", config=config)
+        assert (least.step_rule, least.learning_rate) == ("backprop", 1e-3)
+        asked = plan(model, "pixel-9", budget="min", config=dataclasses.replace(config, step_rule="mezo"))
+        assert (asked.step_rule, asked.learning_rate) == ("mezo", 1e-3) and "step_rule" not in {
+            c.setting for c in asked.concessions
+        }
+
     def test_accumulation_that_was_set_stays(self, model: Path) -> None:
         made = plan(model, "pixel-9", budget="min", config=TrainConfig(gradient_accumulation_steps=2))
         assert (made.batch_size, made.gradient_accumulation_steps) == (1, 2)
@@ -444,7 +531,7 @@ def wishes_from(flags: str, adapter: dict[str, Any], config: dict[str, Any]) -> 
             first, _, last = value.partition("-")
             adapter[name] = tuple(range(int(first), int(last or first) + 1))
         else:
-            (adapter if name == "r" else config)[name] = value if name == "optimizer" else int(value)
+            (adapter if name == "r" else config)[name] = value if name in ("optimizer", "step_rule") else int(value)
     return LoraConfig(**adapter), TrainConfig(**config)
 
 
@@ -455,6 +542,8 @@ class TestRefusal:
         ({"r": 64, "target_modules": ("q_proj", "v_proj", "down_proj")}, {"batch_size": 2, "max_seq_length": 128}),
         ({"layers_to_transform": tuple(range(8))}, {"recompute_layers": 0}),
         ({"r": 96}, {"optimizer": "adamw", "batch_size": 1, "max_seq_length": 64}),
+        ({"layers_to_transform": tuple(range(8))}, {"step_rule": "backprop", "batch_size": 1}),
+        ({}, {"learning_rate": 1e-3}),
         ({}, {}),
     )
 
@@ -482,8 +571,8 @@ class TestRefusal:
                 assert plan(model, "pixel-9", adapter=lora, config=training, budget=budget).fits
 
     def test_one_setting_before_several(self, model: Path) -> None:
-        config = TrainConfig(batch_size=8, max_seq_length=256)
-        with pytest.raises(BudgetError, match=r"with --batch-size 8 --max-seq-length 256 needs .*\n.*\nIt fits with --batch-size 1 or --budget \d+\.$"):  # fmt: skip  # noqa: E501
+        config = TrainConfig(batch_size=8, max_seq_length=256, step_rule="backprop")
+        with pytest.raises(BudgetError, match=r"with --batch-size 8 --max-seq-length 256 --step-rule backprop needs .*\n.*\nIt fits with --batch-size 1 or --budget \d+\.$"):  # fmt: skip  # noqa: E501
             plan(model, "pixel-9", config=config, budget=125)
 
     def test_the_foreground_budget_where_that_is_enough(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -665,8 +754,11 @@ class TestTime:
         # Two blocks forward, the lower one again, both backward; the head for 62 positions, two products.
         flops = 64 * (2 * weights * 5 + attention * (3 + 5) + 2 * trained * 3.5) + 4 * 301 * 48 * 62
         assert costs.step_work(job(tiny)).flops == pytest.approx(flops)
-        twice = costs.step_work(job(tiny, gradient_accumulation_steps=2))
-        assert twice.flops == pytest.approx(2 * flops)
+        # Two blocks forward, all of it twice.
+        flops = 2 * (64 * (2 * weights * 2 + attention * 2 + 2 * trained) + 2 * 301 * 48 * 62)
+        assert costs.step_work(job(tiny, step_rule="mezo")).flops == pytest.approx(flops)
+        twice, once = (costs.step_work(job(tiny, gradient_accumulation_steps=n)).flops for n in (2, 1))
+        assert twice == pytest.approx(2 * once)
 
     def test_a_faster_device_is_faster(self, model: Path) -> None:
         seconds = [plan(model, name).predicted_step_seconds for name in ("rpi-zero-2w", "rpi-4", "rpi-5")]
@@ -766,8 +858,9 @@ print(planner.plan({str(model)!r}, "pixel-9").explain())
             "--optimizer",
             "lion_8bit",
         ),
+        ("--batch-size", "24", "--step-rule", "mezo"),
     ],
-    ids=["kept", "recomputed"],
+    ids=["kept", "recomputed", "mezo"],
 )
 def test_the_peak_of_a_real_run(tmp_path: Path, flags: tuple[str, ...]) -> None:
     """In a process of its own, where the measured peak is the run's alone."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from edgetune import adapters, graphs, grids, models, objectives, optimizers, training
+from edgetune.planner.plans import STEP_RULES
 
 TABLES: list[tuple[ModuleType, dict[str, Any]]] = [
     (models, models.FAMILIES),
@@ -43,3 +44,7 @@ def test_every_file_is_in_its_table(package: ModuleType, table: dict[str, Any]) 
 @pytest.mark.parametrize(("package", "table"), TABLES, ids=lambda value: getattr(value, "__name__", ""))
 def test_every_key_is_the_name_of_its_module(package: ModuleType, table: dict[str, Any]) -> None:
     assert {key: module.NAME for key, module in table.items()} == {key: key for key in table}
+
+
+def test_every_step_rule_can_be_planned() -> None:
+    assert set(STEP_RULES) == training.STEP_RULES.keys()

@@ -6,7 +6,7 @@ down the ladder of concessions (`ladder`). What the user set is never conceded; 
 because it costs nothing but time.
 
 Step time and energy follow from the profile by a roofline (`costs.step_work`): they are predictions for the device, not
-for the machine that plans. Left out: the `ort` engine, zeroth-order steps.
+for the machine that plans. Left out: the `ort` engine.
 """
 
 from __future__ import annotations
@@ -169,6 +169,7 @@ class _Costs:
             recompute_layers=choice.recompute_layers,
             tile_weights=choice.tile_weights,
             activation_offloading=choice.activation_offloading,
+            step_rule=choice.step_rule,
             threads=self.threads,
             supervised_per_window=facts.windows(length)[1] if facts.rows else length,
             num_tokens=facts.num_tokens,
@@ -196,6 +197,12 @@ class _Costs:
         """The smallest budget for a choice: the predicted peak, and what the prediction may be off by."""
         peak = sum(self.parts(choice)[1].values())
         return math.ceil(peak + MARGIN * peak + MARGIN_ABOVE_FLOOR * (peak - self.floor_bytes))
+
+    def learning_rate(self, choice: Choice) -> float:
+        """The optimizer's own; that of mezo keeps the length of a step, which grows with the parameters."""
+        if choice.step_rule == "mezo":
+            return float(sum(self.job(choice).tensor_sizes) ** -0.5)
+        return OPTIMIZERS[choice.optimizer].learning_rate
 
 
 def _walk(wishes: Wishes, costs: _Costs, budget_bytes: int) -> Iterator[Choice]:
@@ -230,8 +237,11 @@ def _concessions(
         )
         if given.gradient_accumulation_steps != start.gradient_accumulation_steps and setting == "batch_size":
             reason += f"; gradient_accumulation_steps {given.gradient_accumulation_steps} keeps the effective batch"
-        if setting == "optimizer" and OPTIMIZERS[given.optimizer].rule != OPTIMIZERS[wanted].rule:
-            reason += f"; learning_rate {OPTIMIZERS[given.optimizer].learning_rate:g} is its own"
+        if given.step_rule == "backprop" and setting == "optimizer":
+            if OPTIMIZERS[given.optimizer].rule != OPTIMIZERS[wanted].rule:
+                reason += f"; learning_rate {costs.learning_rate(given):g} is its own"
+        elif setting == "step_rule":
+            reason += f"; it learns far more slowly; learning_rate {costs.learning_rate(given):.2g} is its own"
         made.append(Concession(setting, wanted, given.value(setting), reason))
     return tuple(made)
 
@@ -272,6 +282,7 @@ def _made(
         concessions=concessions,
         method=METHOD,
         adapter=choice.resolved,
+        step_rule=choice.step_rule,
         optimizer=choice.optimizer,
         batch_size=choice.batch_size,
         gradient_accumulation_steps=choice.gradient_accumulation_steps,
@@ -284,7 +295,7 @@ def _made(
         num_epochs=config.num_epochs or DEFAULT_EPOCHS,
         warmup_steps=None,
         warmup_ratio=config.warmup_ratio,
-        learning_rate=config.learning_rate or OPTIMIZERS[choice.optimizer].learning_rate,
+        learning_rate=config.learning_rate or costs.learning_rate(choice),
         lr_scheduler_type=config.lr_scheduler_type,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,

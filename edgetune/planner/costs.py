@@ -5,6 +5,7 @@ with their sizes, and a test holds that list against the trainer's own. The peak
 
     reading    before the model is loaded: the tokenizer is, and the rows are made
     backward   beside the buffers the gradients of the adapter, and masks where there is dropout
+    forward    in its place where the step rule is mezo: a second copy of the adapter, and neither gradients nor moments
 
 The larger one is the peak, and the parts are those of that moment, so they add up. Mapped codes are file-backed: they
 count as `file_backed_bytes`, not here. All arrays are float32 unless said otherwise.
@@ -65,6 +66,7 @@ class Job:
     recompute_layers: int
     tile_weights: int
     activation_offloading: bool
+    step_rule: str
     threads: int
     supervised_per_window: int
     num_tokens: int = 0
@@ -72,6 +74,11 @@ class Job:
     tokenizer_file_bytes: int = 0
     base_copy_bytes: int = 0
     cached_windows: int = 0  # those whose way through the frozen lower blocks is cached: all, or none
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a step goes backward."""
+        return self.step_rule == "backprop"
 
     @property
     def tokens(self) -> int:
@@ -116,7 +123,7 @@ def peak_parts(job: Job, floor_bytes: int) -> tuple[str, dict[str, int]]:
         "floor": floor_bytes,
         "data": _row_bytes(job) + LEFT_BYTES + TOKENIZER_BYTES_PER_BYTE * job.tokenizer_file_bytes,
     }
-    moments = {"reading": reading, "backward": _at_backward(job)}
+    moments = {"reading": reading, "backward" if job.has_gradients else "forward": _at_step(job)}
     totals = {name: sum((shared | parts).values()) for name, parts in moments.items()}
     peak = max(totals, key=totals.__getitem__)
     return peak, shared | moments[peak]
@@ -157,7 +164,7 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
     return {
         "floor": floor_bytes,
         "base": _vector_bytes(job.model) + job.base_copy_bytes + LINEAR_OBJECT_BYTES * len(job.model.matrices()),
-        "adapter": FLOAT_BYTES * sum(trained) + SLOT_OBJECT_BYTES * len(slots),
+        "adapter": FLOAT_BYTES * sum(trained) * (1 if job.has_gradients else 2) + SLOT_OBJECT_BYTES * len(slots),
         "gradients": 0,
         "optimizer": optimizer.state_bytes(trained) + optimizer.scratch_bytes(trained),
         "data": data_bytes(job),
@@ -198,25 +205,32 @@ def buffers(job: Job) -> dict[str, int]:
     floats = {
         "weight": max(tile_rows(shape, job.tile_weights) * shape[1] for shape in model.matrices().values()),
         "h": positions * hidden,
-        "d": positions * hidden,
-        "d_h": positions * hidden,
-        "inner": max(positions * max(inner, q), logits),
-        "d_inner": positions * (max(inner, q) if model.qk_norm else inner),
+        "d_h": job.supervised * hidden,  # the supervised rows, where those are not all
+        "inner": max(positions * inner, logits),
         "rotated": positions * q // 2,
-        "d_q": positions * q,
-        "d_k": positions * kv,
-        "d_v": positions * kv,
         "attention.q": queries * q,
-        "attention.d_o": queries * q,
         "attention.scores": model.num_attention_heads * scores,
-        "attention.d_scores": model.num_attention_heads * scores,
     }
+    if job.has_gradients:
+        floats |= {
+            "d": positions * hidden,
+            "d_h": positions * hidden,
+            "inner": max(positions * max(inner, q), logits),
+            "d_inner": positions * (max(inner, q) if model.qk_norm else inner),
+            "d_q": positions * q,
+            "d_k": positions * kv,
+            "d_v": positions * kv,
+            "attention.d_o": queries * q,
+            "attention.d_scores": model.num_attention_heads * scores,
+        }
+    elif job.first_block:
+        floats["d"] = job.max_seq_length * hidden  # the lower blocks' second buffer
     block = GRIDS[job.grid].BLOCK
     whole = [tile_rows((n, k), job.tile_weights) * k for n, k in model.matrices().values() if k % block == 0]
     if whole:
         codes = min(PIECE_CODES, max(whole) // 2)
         floats |= {"codes": codes, "scales": 2 * codes // block}
-    floats |= {f"input.{index}": positions * hidden for index in range(job.path_layers + 1)}
+    floats |= {f"input.{index}": positions * hidden for index in range(job.path_layers + 1 if job.has_gradients else 2)}
     widths = {"q": q, "k": kv, "v": kv, "o": q, "x2": hidden, "gate": inner, "up": inner}
     if model.qk_norm:
         widths |= {"q_raw": q, "k_raw": kv}
@@ -227,6 +241,8 @@ def buffers(job: Job) -> dict[str, int]:
 
 def num_slots(job: Job) -> int:
     """Sets of activations: one for each block that keeps them, and one that those which run again take by turns."""
+    if not job.has_gradients:
+        return 1
     kept = job.path_layers - job.recompute_layers
     return kept + (1 if job.recompute_layers else 0)
 
@@ -236,10 +252,12 @@ def activation_bytes(job: Job) -> int:
     return sum(size for name, size in buffers(replace(job, recompute_layers=job.path_layers)).items() if "slot" in name)
 
 
-def _at_backward(job: Job) -> dict[str, int]:
-    parts = {"gradients": FLOAT_BYTES * sum(slot.num_parameters for slot in job.slots)}
+def _at_step(job: Job) -> dict[str, int]:
+    parts = {"gradients": FLOAT_BYTES * sum(slot.num_parameters for slot in job.slots) if job.has_gradients else 0}
     if job.adapter.lora_dropout:  # random numbers, the mask, the dropped input and its gradient
-        parts["dropout"] = 4 * FLOAT_BYTES * job.tokens * max(slot.in_features for slot in job.slots)
+        parts["dropout"] = (
+            (4 if job.has_gradients else 3) * FLOAT_BYTES * job.tokens * max(slot.in_features for slot in job.slots)
+        )
     return parts
 
 
@@ -261,24 +279,31 @@ def step_work(job: Job) -> StepWork:
     A weight costs 2 operations per token in each visit: forward, again where the block is computed again, and for the
     gradient of the block's input. The lowest adapted block asks for that gradient only above its first adapter; it is
     counted whole. Every visit decodes the weight: its codes are read, its float32 values written and read back.
+    Without gradients a step is two forward passes.
     """
-    model, again = job.model, job.repeated_layers
-    visits = 2 * job.path_layers + again  # passes over one block's weights
+    model = job.model
+    if job.has_gradients:
+        losses, again, backward = 1, job.repeated_layers, job.path_layers
+    else:
+        losses, again, backward = 2, 0, 0
+    forward = losses * job.path_layers + again
+    visits = forward + backward  # passes over one block's weights
     weights, attention = _per_block(job)
-    forward_passes = job.path_layers + again
-    flops = job.tokens * (2.0 * weights * visits + attention * (forward_passes + ATTENTION_BACKWARD * job.path_layers))
+    flops = job.tokens * (2.0 * weights * visits + attention * (forward + ATTENTION_BACKWARD * backward))
     trained = sum(job.tensor_sizes)
-    flops += job.tokens * 2.0 * trained * (3 + again / max(1, job.path_layers))
+    flops += job.tokens * 2.0 * trained * (3 + again / max(1, job.path_layers) if job.has_gradients else 2)
     head = model.vocab_size * model.hidden_size
-    flops += 4.0 * head * job.supervised
-    decoded = weights * visits + head
-    activations = ACTIVATION_PASSES * activation_bytes(job) * (forward_passes + 2 * job.path_layers)
+    flops += 4.0 * head * job.supervised  # of one loss and its gradient, or of two losses
+    decoded = weights * visits + head * losses
+    activations = ACTIVATION_PASSES * activation_bytes(job) * (forward + 2 * backward)
     traffic = decoded * DECODE_BYTES + activations
     below = StepWork(0, 0) if job.cached_windows else lower_work(job, job.batch_size)
-    flops, traffic = flops + below.flops, traffic + below.traffic_bytes
+    flops, traffic = flops + losses * below.flops, traffic + losses * below.traffic_bytes
     times = job.gradient_accumulation_steps
-    # An update reads and writes parameters and moments, and reads gradients.
-    update = 3.0 * FLOAT_BYTES * trained + 2 * OPTIMIZERS[job.optimizer].state_bytes(job.tensor_sizes)
+    # An update reads and writes parameters and moments, and reads gradients; that of mezo, and its two shifts, draw
+    # numbers in the parameters' place and add them to the copy, which is made before and given back after.
+    update = (3.0 if job.has_gradients else 16.0) * FLOAT_BYTES * trained
+    update += 2 * OPTIMIZERS[job.optimizer].state_bytes(job.tensor_sizes)
     return StepWork(flops * times, traffic * times + update)
 
 

@@ -10,9 +10,10 @@
     r                     rank 4, then 2
     layers_to_transform   the upper half of the blocks, then of those, down to the last
     optimizer             lion_8bit, then sgd: other rules, with learning rates of their own
+    step_rule             mezo: no gradients, the memory of inference
 
 The first five cost time or nothing that was seen to matter, the others cost what the adapter can learn, so they come
-later. A step is taken only when every step above it was not enough.
+later, and the last one costs most of both. A step is taken only when every step above it was not enough.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Choice:
     tile_weights: int
     activation_offloading: bool
     optimizer: str
+    step_rule: str
 
     @property
     def resolved(self) -> LoraConfig:
@@ -80,7 +82,7 @@ class Freedom:
     """Whether accumulation may grow where the micro-batch shrinks."""
     shortest_window: int
     rules: bool
-    """Whether another rule may take the optimizer's place: not where a learning rate was set for one."""
+    """Whether another rule may take the optimizer's or the step's place: not where a learning rate was set for one."""
 
 
 def _smaller_batches(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
@@ -142,6 +144,11 @@ def _fewer_moments(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
         yield replace(choice, optimizer="sgd")
 
 
+def _no_gradients(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
+    if freedom.rules and choice.optimizer == "sgd":  # which mezo is
+        yield replace(choice, step_rule="mezo")
+
+
 RUNGS: tuple[tuple[str, Callable[[Choice, Freedom], Iterator[Choice]]], ...] = (
     ("batch_size", _smaller_batches),
     ("recompute_layers", _more_recomputation),
@@ -153,6 +160,7 @@ RUNGS: tuple[tuple[str, Callable[[Choice, Freedom], Iterator[Choice]]], ...] = (
     ("r", _smaller_ranks),
     ("layers_to_transform", _upper_layers),
     ("optimizer", _fewer_moments),
+    ("step_rule", _no_gradients),
 )
 SETTINGS = tuple(dict.fromkeys(setting for setting, _ in RUNGS))
 

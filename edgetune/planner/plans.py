@@ -19,6 +19,7 @@ from edgetune.schema import Key, Reader
 __all__ = ["Concession", "Plan", "TrainConfig"]
 
 FORMAT_VERSION = 1
+STEP_RULES = ("backprop", "mezo")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class TrainConfig:
     max_seq_length: Annotated[int | None, Key("tokens of a window", 2, 1 << 20)] = None
     recompute_layers: Annotated[int | None, Key("blocks computed again in backward", 0, 1 << 16)] = None
     activation_offloading: Annotated[bool | None, Key("keep the inputs of the blocks on disk, beside the run")] = None
+    step_rule: Annotated[
+        str | None, Key("backprop, or mezo: inference memory, but it learns slowly", choices=STEP_RULES)
+    ] = None
     num_epochs: Annotated[float | None, Key("passes over the rows", 1e-6, 1e6)] = None
     max_steps: Annotated[int | None, Key("optimizer steps, whatever the epochs", 1, 1 << 40)] = None
     optimizer: Annotated[str | None, Key(f"one of {', '.join(OPTIMIZERS)}", choices=tuple(OPTIMIZERS))] = None
@@ -96,6 +100,8 @@ class Plan:
     concessions: tuple[Concession, ...]
     method: str
     adapter: LoraConfig
+    step_rule: str
+    """backprop, or mezo, whose optimizer is sgd."""
     optimizer: str
     batch_size: int
     gradient_accumulation_steps: int
@@ -189,6 +195,8 @@ class Plan:
         )
         windows = f"{self.batch_size} x {self.gradient_accumulation_steps} windows of {self.max_seq_length} tokens"
         again = f"{self.recompute_layers} blocks computed again"
+        if self.step_rule == "mezo":
+            again = "two forward passes for each (mezo)"
         disk = ", inputs of the blocks on disk" if self.activation_offloading else ""
         yield f"  step        {windows}, {again}, {self.tile_weights:,} weights dequantized at once{disk}"
         yield f"  optimizer   {self.optimizer}, learning rate {self.learning_rate:g}"

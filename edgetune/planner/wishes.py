@@ -88,7 +88,10 @@ class Wishes:
         shortest = SHORTEST_WINDOW if facts.is_text else max(facts.longest, SHORTEST_WINDOW)
         accumulation = self.config.gradient_accumulation_steps is None
         rules = self.config.learning_rate is None
-        return Freedom(frozenset(SETTINGS).difference(self.fixed), accumulation, shortest, rules)
+        free = frozenset(SETTINGS).difference(self.fixed)
+        if self.config.step_rule == "mezo":
+            free -= {"optimizer"}
+        return Freedom(free, accumulation, shortest, rules)
 
     def window(self) -> int:
         """The default window: what the longest row needs."""
@@ -109,6 +112,8 @@ class Wishes:
         most = model.max_position_embeddings
         if length > most:
             raise ConfigError(f"max_seq_length = {length}; the model has {most} positions. Set it to at most that.")
+        if config.step_rule == "mezo" and config.optimizer not in (None, "sgd"):
+            raise ConfigError(f"optimizer = {config.optimizer!r}; mezo is an SGD. Leave one of the two out.")
         steps = config.gradient_accumulation_steps or 1
         batch = config.batch_size or max(1, DEFAULT_BATCH_SIZE // steps)
         if config.batch_size is None and self.facts.rows:
@@ -122,7 +127,8 @@ class Wishes:
             recompute_layers=config.recompute_layers or 0,
             tile_weights=model.largest_linear,
             activation_offloading=bool(config.activation_offloading),
-            optimizer=config.optimizer or DEFAULT_OPTIMIZER,
+            optimizer=config.optimizer or ("sgd" if config.step_rule == "mezo" else DEFAULT_OPTIMIZER),
+            step_rule=config.step_rule or "backprop",
         )
         if choice.recompute_layers > choice.path_layers:
             raise ConfigError(

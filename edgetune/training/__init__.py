@@ -1,13 +1,57 @@
 """Training on the torch engine: the loop, and one file per step rule.
 
-A step rule is a module with `NAME` and `loss_and_gradients(decoder, batches, path, dropout_key=..., check=...)`, which
-fills `.grad` of the adapter's parameters and returns the step's mean loss.
+A step rule is a module with `NAME` and a class `Rule(decoder, parameters, plan, features)` that follows `StepRule`: how
+a step finds its update from the loss, and what has to be kept from one step to the next for that. `features` stand in
+for the blocks below the lowest adapter.
 """
 
 from __future__ import annotations
 
-from edgetune.training import backprop
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
-STEP_RULES = {"backprop": backprop}
+import numpy as np
 
-__all__ = ["STEP_RULES"]
+from edgetune.training import backprop, mezo
+from edgetune.training.forward import Batch, Check
+
+STEP_RULES = {"backprop": backprop, "mezo": mezo}
+
+__all__ = ["STEP_RULES", "StepRule"]
+
+
+class StepRule(Protocol):
+    """One step is `gradient` and then either `update` or `drop`."""
+
+    def gradient(self, batches: Sequence[Batch], key: tuple[int, int], check: Check) -> tuple[float, float]:
+        """The step's mean loss and its gradient's norm before clipping; either may be not finite.
+
+        `key` is (seed, step) and decides all that is random. What `check` or an allocation raises leaves the parameters
+        as they were, to the bit.
+        """
+        ...
+
+    @property
+    def kept_layers(self) -> int:
+        """Blocks that keep their activations for a backward pass."""
+        ...
+
+    def keep_layers(self, count: int) -> None:
+        """Let only so many keep them, from the next step on."""
+        ...
+
+    def update(self, learning_rate: float) -> None:
+        """Change the parameters. Where this breaks off they are of no step."""
+        ...
+
+    def drop(self) -> None:
+        """Leave the step out."""
+        ...
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """What a checkpoint keeps beside the parameters."""
+        ...
+
+    def load(self, tensors: Mapping[str, np.ndarray], updates: int) -> None:
+        """Take back what `tensors` gave after that many updates."""
+        ...

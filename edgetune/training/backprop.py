@@ -12,16 +12,19 @@ a run can stop. How many blocks run again is the plan's choice; the gradients do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from edgetune.adapters.attach import set_dropout
 from edgetune.models.decoder import Decoder
 from edgetune.objectives import sft
+from edgetune.planner.plans import Plan
 from edgetune.training.blocks import Activations, normalize, normalize_backward
 from edgetune.training.forward import Batch, Check, Features, below, num_supervised, start, targets
+from edgetune.training.optimizer import Optimizer, clip_gradients
 
 NAME = "backprop"
 
@@ -35,6 +38,48 @@ class Path:
     first_block: int
     recompute_layers: int
     features: Features | None = None
+
+
+class Rule:
+    """See `StepRule`: the exact gradient, clipped, and the plan's optimizer."""
+
+    def __init__(
+        self, decoder: Decoder, parameters: Mapping[str, torch.nn.Parameter], plan: Plan, features: Features | None
+    ) -> None:
+        self.decoder, self.parameters, self.max_grad_norm = decoder, parameters, plan.max_grad_norm
+        self.path = Path(min(plan.adapter.layers_to_transform or (0,)), plan.recompute_layers, features)
+        self.optimizer = Optimizer(plan.optimizer, parameters, weight_decay=plan.weight_decay)
+
+    def gradient(self, batches: Sequence[Batch], key: tuple[int, int], check: Check) -> tuple[float, float]:
+        """Leaves the clipped gradients in `.grad`."""
+        loss = loss_and_gradients(self.decoder, batches, self.path, dropout_key=key, check=check)
+        return loss, clip_gradients(self.parameters.values(), self.max_grad_norm)
+
+    @property
+    def kept_layers(self) -> int:
+        """Of the gradient's path."""
+        return max(0, len(self.decoder.layers) - self.path.first_block - self.path.recompute_layers)
+
+    def keep_layers(self, count: int) -> None:
+        """Which changes no bit."""
+        more = self.kept_layers - count
+        self.path = replace(self.path, recompute_layers=self.path.recompute_layers + more)
+
+    def update(self, learning_rate: float) -> None:
+        """The optimizer's step."""
+        self.optimizer.step(learning_rate)
+
+    def drop(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.drop_gradients()
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The optimizer's state."""
+        return self.optimizer.tensors()
+
+    def load(self, tensors: Mapping[str, np.ndarray], updates: int) -> None:
+        """Give it back to the optimizer."""
+        self.optimizer.load(tensors, updates)
 
 
 @torch.no_grad()

@@ -88,6 +88,12 @@ class FeatureCache:
             tell(f"{len(self._known)} of {total} windows are in the feature cache")
         self.decoder.weights.unmap()  # the lower blocks' codes were read for the last time
 
+    def forget(self) -> None:
+        """Remove the folder: from here on nothing is known."""
+        self._files.clear()
+        self._known.clear()
+        remove(self.folder)
+
     def _read_folder(self, check: Check) -> None:
         """Take what an earlier part of this run left, every byte of it checked, and remove all else."""
         hashes = _read_manifest(self.folder, self._key)

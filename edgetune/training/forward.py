@@ -71,22 +71,34 @@ def lower_blocks(decoder: Decoder, window: Batch, stop: int, check: Check) -> to
 
 
 @torch.no_grad()
+def loss_sum(
+    decoder: Decoder, batch: Batch, check: Check, first_block: int = 0, features: Features | None = None
+) -> float:
+    """Sum of the loss over the supervised tokens, in nats; `features` are of `first_block`.
+
+    The blocks from there on run by turns in two buffers and one slot.
+    """
+    x = below(decoder, batch, first_block, check, features)
+    walk = start(decoder, batch)
+    for index, block in enumerate(decoder.blocks[first_block:]):
+        y = decoder.workspace.like(x, f"input.{(index + 1) % 2}")
+        walk.forward(block, x, y, "slot.0")
+        x = y
+        check()
+    hidden = normalize(x, decoder.norm, decoder.workspace.like(x, "h"))
+    total = sft.loss(hidden, targets(batch), decoder.lm_head, decoder.workspace)
+    check()
+    return total
+
+
+@torch.no_grad()
 def evaluate(
     decoder: Decoder, batches: Iterable[Batch], *, check: Check, first_block: int = 0, features: Features | None = None
 ) -> float:
     """Mean loss per supervised token, in nats; NaN where nothing is supervised. `features` are of `first_block`."""
     set_dropout(decoder, None)
-    loss_sum, supervised = 0.0, 0
+    total, supervised = 0.0, 0
     for batch in batches:
-        x = below(decoder, batch, first_block, check, features)
-        walk = start(decoder, batch)
-        for index, block in enumerate(decoder.blocks[first_block:]):
-            y = decoder.workspace.like(x, f"input.{(index + 1) % 2}")
-            walk.forward(block, x, y, "slot.0")
-            x = y
-            check()
-        hidden = normalize(x, decoder.norm, decoder.workspace.like(x, "h"))
-        loss_sum += sft.loss(hidden, targets(batch), decoder.lm_head, decoder.workspace)
+        total += loss_sum(decoder, batch, check, first_block, features)
         supervised += num_supervised(batch)
-        check()
-    return loss_sum / supervised if supervised else float("nan")
+    return total / supervised if supervised else float("nan")

@@ -1,11 +1,9 @@
 """A run from its plan to its adapter: step, evaluate, checkpoint, stop in good order, go on to the bit.
 
 Everything random is a function of (seed, step): the first adapter, the order of the windows, dropout. So a checkpoint
-is the adapter, the optimizer's moments and a few numbers, and a resumed run ends with the same bytes as one that was
+is the adapter, what the step rule keeps and a few numbers, and a resumed run ends with the same bytes as one that was
 never stopped. Between any two blocks the run may stop, for a signal or at the budget; it then stands at its last
 completed step. Steps whose loss or gradient is not finite change nothing and are counted.
-
-Left out: other step rules (see `STEP_RULES`).
 """
 
 from __future__ import annotations

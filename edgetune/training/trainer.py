@@ -24,12 +24,11 @@ from edgetune.data import Window
 from edgetune.memory import format_mib, give_back
 from edgetune.models.decoder import load_decoder
 from edgetune.planner.plans import Plan
-from edgetune.training import STEP_RULES
-from edgetune.training.backprop import Path as Walk
+from edgetune.training import STEP_RULES, StepRule
 from edgetune.training.batches import Batches, in_batches
-from edgetune.training.features import FeatureCache, remove
+from edgetune.training.features import FeatureCache
 from edgetune.training.forward import evaluate
-from edgetune.training.optimizer import Optimizer, clip_gradients, learning_rate
+from edgetune.training.optimizer import learning_rate
 from edgetune.training.pace import Pace
 from edgetune.training.progress import Progress
 from edgetune.training.run import CHECKPOINTS, FEATURES, METRICS, PLAN, SUMMARY, Metrics, on_disk, write_json
@@ -96,15 +95,14 @@ class Trainer:
         workspace.tile_weights = plan.tile_weights
         workspace.offload_to = on_disk(folder) if plan.activation_offloading else None
         self.parameters = attach(self.decoder, plan.adapter, plan.seed, plan.method)
-        self.optimizer = Optimizer(plan.optimizer, self.parameters, weight_decay=plan.weight_decay)
-        self.rule = STEP_RULES["backprop"]
-        first_block = min(plan.adapter.layers_to_transform or (0,))
+        self.first_block = min(plan.adapter.layers_to_transform or (0,))
         self.cache: FeatureCache | None = None
-        if plan.feature_cache_bytes and first_block:
+        if plan.feature_cache_bytes and self.first_block:
             self.cache = FeatureCache(
-                folder / FEATURES, self.decoder, first_block, plan.feature_cache_bytes, inputs.identity["base_sha256"]
-            )
-        self.walk = Walk(first_block, plan.recompute_layers, self.cache)
+                folder / FEATURES, self.decoder, self.first_block, plan.feature_cache_bytes,
+                inputs.identity["base_sha256"],
+            )  # fmt: skip
+        self.rule: StepRule = STEP_RULES[plan.step_rule].Rule(self.decoder, self.parameters, plan, self.cache)
         self.batches = Batches(
             inputs.windows, batch_size=plan.batch_size,
             gradient_accumulation_steps=plan.gradient_accumulation_steps, seed=plan.seed,
@@ -120,7 +118,7 @@ class Trainer:
         known = {name: checkpoint.state[name] for name in asdict(self.state)}
         self.state = _State(**known)
         load_tensors(self.parameters, checkpoint.tensors("adapter"))
-        self.optimizer.load(checkpoint.tensors("optim"), self.state.updates)
+        self.rule.load(checkpoint.tensors("optim"), self.state.updates)
 
     @property
     def done(self) -> tuple[int, int]:
@@ -146,17 +144,17 @@ class Trainer:
         try:
             self.fill_cache()
             self.meter.near.clear()  # it may have been near while the rows were read
-            self.guard.may_shrink = self.kept_layers > 0
+            self.guard.may_shrink = self.rule.kept_layers > 0
             while True:
                 with contextlib.suppress(NearBudget):
                     return self.to_the_end()
-                self.shrink(self.kept_layers // 2)
+                self.shrink(self.rule.kept_layers // 2)
         except Stopped as stop:
             stopped = stop.reason
         except (MemoryError, RuntimeError, OSError) as error:
             if not is_out_of_memory(error):
                 raise
-        if stopped == "budget" and self.kept_layers:
+        if stopped == "budget" and self.rule.kept_layers:
             self.shrink(0)  # so that it may fit when it goes on
         return stopped
 
@@ -175,21 +173,16 @@ class Trainer:
             if self.state.step % CHECKPOINT_STEPS == 0 and not self.evaluation_is_due():
                 self.save()
 
-    @property
-    def kept_layers(self) -> int:
-        """Blocks of the gradient's path that keep their activations."""
-        return max(0, len(self.decoder.layers) - self.walk.first_block - self.walk.recompute_layers)
-
     def shrink(self, kept_layers: int) -> None:
         """Let only so many blocks keep their activations, which changes no bit; an unfinished step begins again.
 
         The plan in the run's folder follows, so that a resumed run does not meet its budget again.
         """
-        before = self.walk.recompute_layers
-        recompute_layers = before + self.kept_layers - kept_layers
-        self.walk = replace(self.walk, recompute_layers=recompute_layers)
+        before = self.plan.recompute_layers
+        recompute_layers = before + self.rule.kept_layers - kept_layers
+        self.rule.keep_layers(kept_layers)
+        self.rule.drop()
         self.plan = replace(self.plan, recompute_layers=recompute_layers)
-        self.optimizer.drop_gradients()
         self.decoder.workspace.clear()
         give_back()
         self.meter.near.clear()
@@ -213,8 +206,7 @@ class Trainer:
         except OSError as error:
             if is_out_of_memory(error):
                 raise
-            remove(self.cache.folder)
-            self.cache, self.walk = None, replace(self.walk, features=None)
+            self.cache.forget()
             self.tell(f"no feature cache, the frozen blocks run in every step: {error.strerror}")
 
     def evaluation_is_due(self) -> bool:
@@ -223,17 +215,13 @@ class Trainer:
         return self.state.evaluated_step < step and (step % self.evaluate_every == 0 or step >= self.max_steps)
 
     def one_step(self) -> None:
-        """One optimizer step over all its micro-batches, or none where loss or gradient is not finite."""
+        """One step over all its micro-batches, or none where loss or gradient is not finite."""
         self.pace.begin_step(self.state.checkpoint_seconds)
         started = self.pace.clock()
         plan, step = self.plan, self.state.step
         batches, num_tokens = self.batches.of_step(step)
-        key = (plan.seed, step)
         with self.limit:
-            loss = self.rule.loss_and_gradients(
-                self.decoder, batches, self.walk, dropout_key=key, check=self.check
-            )  # fmt: skip
-            norm = clip_gradients(self.parameters.values(), plan.max_grad_norm)
+            loss, norm = self.rule.gradient(batches, (plan.seed, step), self.check)
         idle_seconds = self.pace.end_step(self.check)
         rate = learning_rate(
             step, peak=plan.learning_rate, warmup_steps=self.warmup_steps, max_steps=self.max_steps,
@@ -242,10 +230,10 @@ class Trainer:
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self.updating = True
-            self.optimizer.step(rate)
+            self.rule.update(rate)
             self.updating = False
         else:
-            self.optimizer.drop_gradients()
+            self.rule.drop()
         self.state.step += 1
         self.state.updates += finite
         self.state.skipped += not finite
@@ -270,7 +258,7 @@ class Trainer:
         batches = in_batches(self.inputs.eval_windows, self.plan.batch_size)
         with self.limit:
             loss = evaluate(
-                self.decoder, batches, check=self.check, first_block=self.walk.first_block, features=self.walk.features
+                self.decoder, batches, check=self.check, first_block=self.first_block, features=self.cache
             )  # fmt: skip
         self.pace.end_evaluation(started, self.check)
         self.state.evaluated_step = self.state.step  # here, so that one that was stopped is made again
@@ -287,7 +275,7 @@ class Trainer:
         self.state.peak_rss_bytes = max(self.state.peak_rss_bytes, self.meter.peak_rss_bytes)
         about = {"identity": self.inputs.identity, "paths": self.inputs.paths, "versions": _versions()}
         state = {**asdict(self.state), **about}
-        tensors = {"adapter": self.tensors(), "optim": self.optimizer.tensors()}
+        tensors = {"adapter": self.tensors(), "optim": self.rule.tensors()}
         started = self.pace.clock()
         save_checkpoint(self.folder / CHECKPOINTS, state, tensors)
         self.state.checkpoint_seconds = max(self.state.checkpoint_seconds, self.pace.clock() - started)

@@ -462,7 +462,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
 def test_gradients_that_are_not_finite_are_not_applied(
     job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "clip_gradients", lambda *_: float("nan"))
+    monkeypatch.setattr(backprop, "clip_gradients", lambda *_: float("nan"))
     plan = make_plan(job[0], eval_fraction=0.0)
     run = train(plan, job[0], data=job[1], out=tmp_path / "run")
     assert run.summary["skipped_steps"] == 12
