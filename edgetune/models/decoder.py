@@ -131,9 +131,9 @@ class Decoder(nn.Module):
         """The layers, by their type."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
-    def embed(self, input_ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Ids [B, T] -> [B, T, hidden]; into `out` where given."""
-        return self.embed_tokens.lookup(input_ids, out)
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Ids [B, T] -> [B, T, hidden]."""
+        return self.embed_tokens.lookup(input_ids)
 
     def context(
         self, length: int, position_ids: torch.Tensor | None = None, segment_ids: torch.Tensor | None = None

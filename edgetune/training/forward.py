@@ -48,7 +48,7 @@ def below(
     count, length = batch["input_ids"].shape
     x = decoder.workspace.take(count * length, decoder.config.hidden_size, "input.0")
     if not first_block:
-        return decoder.embed(torch.from_numpy(batch["input_ids"]), out=x)
+        return decoder.embed_tokens.lookup(torch.from_numpy(batch["input_ids"]), x)
     for index in range(count):
         window = {key: value[index : index + 1] for key, value in batch.items()}
         rows = x[index * length : (index + 1) * length]
@@ -62,7 +62,7 @@ def lower_blocks(decoder: Decoder, window: Batch, stop: int, check: Check) -> to
     walk = start(decoder, window)
     x = decoder.workspace.take(walk.positions, decoder.config.hidden_size, "input.1")
     y = decoder.workspace.like(x, "d")
-    decoder.embed(torch.from_numpy(window["input_ids"]), out=x)
+    decoder.embed_tokens.lookup(torch.from_numpy(window["input_ids"]), x)
     for block in decoder.blocks[:stop]:
         walk.forward(block, x, y, "slot.0")
         x, y = y, x
