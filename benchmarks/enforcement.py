@@ -45,7 +45,9 @@ def make_plan(base: Path, rows: Path, steps: int, budget: str | int) -> Plan:
     """LoRA r 8 on all linears of all blocks, 256 tokens: nothing but time is conceded."""
     blocks = json.loads((base / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
     adapter = LoraConfig(r=8, target_modules=MODULES, layers_to_transform=tuple(range(blocks)))
-    config = TrainConfig(batch_size=1, gradient_accumulation_steps=1, max_seq_length=256, max_steps=steps)
+    config = TrainConfig(
+        batch_size=1, gradient_accumulation_steps=1, max_seq_length=256, max_steps=steps, optimizer="adamw"
+    )
     return planner.plan(base, "host", data=rows, adapter=adapter, config=config, budget=budget)
 
 

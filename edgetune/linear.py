@@ -8,12 +8,12 @@ float32 weights alive at any time are one matrix, whatever the model's size.
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -30,13 +30,14 @@ LOOKUP_ROWS = 16  # rows of an embedding read at once
 class Workspace:
     """Named float32 buffers, each as large as its largest request so far; a request overwrites the one before.
 
-    `tile_weights` is how many weights may be dequantized at once. `offload_to` is a folder on a disk: the buffers
-    whose names start with "input." then lie in nameless files there, whose pages are no anonymous memory.
+    `tile_weights` is how many weights may be dequantized at once. `offload_to` is a folder on a disk: `put` and `get`
+    then move tensors to a nameless file there and back.
     """
 
     def __init__(self, tile_weights: int = 1 << 20, offload_to: Path | None = None) -> None:
         self.tile_weights, self.offload_to = tile_weights, offload_to
         self._buffers: dict[str, torch.Tensor] = {}
+        self._file: IO[bytes] | None = None
 
     def take(self, rows: int, columns: int, name: str = "weight") -> torch.Tensor:
         """An uninitialized [rows, columns] view."""
@@ -44,25 +45,8 @@ class Workspace:
         if buffer is None or buffer.numel() < rows * columns:
             self._buffers.pop(name, None)
             del buffer  # give the old one back before the new one is taken
-            buffer = self._buffers[name] = self._made(name, rows * columns)
+            buffer = self._buffers[name] = torch.empty(rows * columns)
         return buffer[: rows * columns].view(rows, columns)
-
-    def _made(self, name: str, count: int) -> torch.Tensor:
-        if self.offload_to is None or not name.startswith("input."):
-            return torch.empty(count)
-        size = 4 * count
-        try:
-            with tempfile.TemporaryFile(dir=self.offload_to) as file:  # never has a name: the rows' traces end with it
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)  # on a full disk a sparse file would end in SIGBUS
-                else:
-                    file.truncate(size)
-                return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(count,)))
-        except OSError as error:
-            raise ConfigError(
-                f"activation_offloading needs {format_mib(size)} more in {self.offload_to}: {error.strerror}. "
-                "Free some, choose another --out, or train without it."
-            ) from error
 
     def like(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """As `take`, of x's shape."""
@@ -71,6 +55,34 @@ class Workspace:
     def clear(self) -> None:
         """Give every buffer back, once nobody holds a view of it; what is needed again is taken anew."""
         self._buffers.clear()
+
+    def put(self, index: int, x: torch.Tensor) -> None:
+        """Write a contiguous tensor as the file's entry of this index; all entries are of one size.
+
+        Raises:
+            ConfigError: the disk refuses.
+        """
+        assert self.offload_to is not None
+        content = x.numpy().data.cast("B")
+        try:
+            if self._file is None:  # it never has a name: what it tells of the rows ends with the process
+                self._file = tempfile.TemporaryFile(dir=self.offload_to, buffering=0)  # noqa: SIM115 - see finalize
+                weakref.finalize(self, self._file.close)
+            self._file.seek(index * len(content))
+            self._file.write(content)
+        except OSError as error:
+            raise ConfigError(
+                f"activation_offloading cannot write {format_mib(len(content))} to {self.offload_to}: "
+                f"{error.strerror}. Free some storage, choose another --out, or train without it."
+            ) from error
+
+    def get(self, index: int, out: torch.Tensor) -> torch.Tensor:
+        """Read the entry of this index back, into a contiguous tensor of its shape."""
+        assert self._file is not None
+        content = out.numpy().data.cast("B")
+        self._file.seek(index * len(content))
+        self._file.readinto(content)  # type: ignore[attr-defined]  # a raw file has it
+        return out
 
     @property
     def sizes(self) -> dict[str, int]:

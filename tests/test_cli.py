@@ -336,6 +336,15 @@ def test_resume_takes_a_budget_that_holds_the_run(way: Way, tmp_path: Path) -> N
             launch.old_run(run, data=None, eval_data=None, budget=budget)
 
 
+def test_resume_of_a_run_for_a_profile_of_the_user_s_own_takes_mib(way: Way, tmp_path: Path) -> None:
+    run = resumable(way, tmp_path / "run", summary=False)
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+    (run / "plan.json").write_text(json.dumps(plan | {"device": "mine"}), encoding="utf-8")
+    assert launch.old_run(run, data=None, eval_data=None, budget=500)["plan"].budget_bytes == 500 << 20
+    with pytest.raises(EdgetuneError, match=r"--budget foreground is of a profile.* planned for mine.* number of MiB"):
+        launch.old_run(run, data=None, eval_data=None, budget="foreground")
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [(("--learning-rate", "0.1"), "--learning-rate"), (("some/base",), "MODEL"), (("--r", "4"), "--r")],

@@ -665,7 +665,7 @@ class TestFeatureCache:
 
     @pytest.fixture
     def made(self, model: Path, tmp_path: Path) -> Any:
-        data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "p" * 60, "completion": "c" * 66}] * 30)
+        data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "p" * 60, "completion": "c" * 67}] * 30)
 
         def make(device: Any = "rpi-5", *, adapter: LoraConfig = self.UPPER, rows: bool = True, **config: Any) -> Plan:
             settings = TrainConfig(**{"max_seq_length": 128, "batch_size": 2} | config)

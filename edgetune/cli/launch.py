@@ -23,9 +23,9 @@ from edgetune.base import open_base
 from edgetune.checkpoint import newest_state
 from edgetune.cli.console import tell, tensor_progress
 from edgetune.device import load_device
-from edgetune.errors import BudgetError, CheckpointError, ConfigError, EdgetuneError, MissingExtraError
+from edgetune.errors import BudgetError, CheckpointError, ConfigError, DeviceError, EdgetuneError, MissingExtraError
 from edgetune.hub import model_folder
-from edgetune.memory import format_mib
+from edgetune.memory import MIB, format_mib
 from edgetune.planner import Plan, TrainConfig
 from edgetune.quantizer import quantize
 
@@ -38,9 +38,7 @@ def new_run(
     Raises:
         BudgetError, ConfigError, DeviceError, ModelError, DataError: as `plan` and `quantize` raise them.
     """
-    if eval_data is not None:  # then no row of `data` is held out, and the plan should count all of them
-        config = replace(config, eval_fraction=0.0)
-    plan = planner.plan(model, device, data=data, config=config, **wishes)
+    plan = planner.plan(model, device, data=data, eval_data=eval_data, config=config, **wishes)
     tell(brief(plan))
     folder = model_folder(model)
     if open_base(folder).grid is None:
@@ -69,7 +67,7 @@ def old_run(run: Path, *, data: Path | None, eval_data: Path | None, budget: str
     if not Path(known["base"]).is_dir():
         raise CheckpointError(f"{run} was trained on {known['base']}, which is not there. Move that base back.")
     if budget is not None:
-        name, size = planner.read_budget(budget, load_device(plan.device))
+        name, size = _budget_of(plan, budget)
         if size is None or size < plan.predicted_peak_bytes:
             raise BudgetError(
                 f"{run} was planned with a peak of {format_mib(plan.predicted_peak_bytes)}, which --budget {budget} "
@@ -80,6 +78,19 @@ def old_run(run: Path, *, data: Path | None, eval_data: Path | None, budget: str
         "plan": plan, "base": Path(known["base"]), "data": data or Path(known["data"]), "out": run,
         "eval_data": eval_data or (None if known["eval_data"] is None else Path(known["eval_data"])),
     }  # fmt: skip
+
+
+def _budget_of(plan: Plan, budget: str | int) -> tuple[str, int | None]:
+    """As `planner.read_budget`; a run planned for a profile of the user's own, which has no id, takes MiB alone."""
+    try:
+        return planner.read_budget(budget, load_device(plan.device))
+    except DeviceError as error:
+        if isinstance(budget, int) and budget > 0:
+            return "given", budget * MIB
+        raise ConfigError(
+            f"--budget {budget} is of a profile, and the run was planned for {plan.device}, which is none of "
+            "`edgetune devices`. Give a number of MiB."
+        ) from error
 
 
 def _quantized(model: Path, grid: str, base: Path) -> Path:

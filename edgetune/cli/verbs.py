@@ -142,6 +142,7 @@ def plan(
     *,
     device: Device,
     data: Rows = None,
+    eval_data: EvalRows = None,
     grid: Grid = None,
     engine: Engine = "torch",
     adapter: Method = "lora",
@@ -160,8 +161,8 @@ def plan(
 
     lora, config = read_settings(adapter, settings)
     made = planner.plan(
-        model, device, data=data, adapter=lora, config=config, grid=grid, engine=engine, budget=read_budget(budget),
-        skip_bad=skip_bad,
+        model, device, data=data, eval_data=eval_data, adapter=lora, config=config, grid=grid, engine=engine,
+        budget=read_budget(budget), skip_bad=skip_bad,
     )  # fmt: skip
     answer(
         made.to_dict(),

@@ -38,7 +38,7 @@ from edgetune.planner.costs import (
 )
 from edgetune.planner.ladder import SETTINGS, Choice, descend
 from edgetune.planner.plans import FORMAT_VERSION, Concession, Plan, TrainConfig
-from edgetune.planner.wishes import RowFacts, Wishes
+from edgetune.planner.wishes import RowFacts, Windows, Wishes
 from edgetune.tokenizer import load_tokenizer
 
 __all__ = ["Concession", "Plan", "TrainConfig", "plan"]
@@ -55,6 +55,7 @@ def plan(
     device: str | Path | DeviceProfile,
     *,
     data: str | Path | Rows | None = None,
+    eval_data: str | Path | None = None,
     adapter: LoraConfig | None = None,
     config: TrainConfig | None = None,
     grid: str | None = None,
@@ -68,6 +69,7 @@ def plan(
         model: a model folder, a base/ folder or a Hub id.
         device: a profile, its id or its TOML file.
         data: rows to learn from; with them the window, the number of steps and the time of the run are known.
+        eval_data: rows to evaluate on; None is the `eval_fraction` of the data.
         adapter: the adapter that is wanted; what it leaves open may be conceded.
         config: the training that is wanted; what it leaves open may be conceded.
         grid: "int4" or "nf4"; None is that of a base/ folder, else the device's.
@@ -86,7 +88,9 @@ def plan(
     base = open_base(model_folder(model))
     budget_name, budget_bytes = read_budget(budget, profile)
     config = (config or TrainConfig()).checked()
-    facts = _facts(data, base, config, skip_bad)
+    if eval_data is not None:  # then all of `data` is learned
+        config = replace(config, eval_fraction=0.0)
+    facts = _facts(data, eval_data, base, config, skip_bad)
     wishes = Wishes(base.config, adapter or LoraConfig(), config, facts)
     threads = min(profile.compute.threads, host.threads())
     floor, storage = measure_floor(engine, threads), profile.storage
@@ -129,15 +133,23 @@ def read_budget(budget: str | int, profile: DeviceProfile) -> tuple[str, int | N
     raise ConfigError(f"budget = {budget!r}; expected foreground, background, min, or MiB from 1 to {most}.")
 
 
-def _facts(data: str | Path | Rows | None, base: Base, config: TrainConfig, skip_bad: bool) -> RowFacts:
+def _facts(
+    data: str | Path | Rows | None, eval_data: str | Path | None, base: Base, config: TrainConfig, skip_bad: bool
+) -> RowFacts:
     """The rows to learn from and those held out, divided as training will divide them."""
     if data is None:
         return RowFacts()
     length = config.max_seq_length or base.config.max_position_embeddings
-    if not isinstance(data, Rows):
-        data = read_rows(data, load_tokenizer(base.folder), length, skip_bad=skip_bad)
-        give_back()
-    rows, held_out = split_eval(data, config.eval_fraction, config.seed)
+
+    def read(file: str | Path | Rows) -> Rows:
+        if isinstance(file, Rows):
+            return file
+        return read_rows(file, load_tokenizer(base.folder), length, skip_bad=skip_bad)
+
+    rows, held_out = split_eval(read(data), config.eval_fraction, config.seed)
+    if eval_data is not None:
+        held_out = read(eval_data)
+    give_back()
     return RowFacts(rows.rows, held_out.rows, rows.kind == "text")
 
 
@@ -157,6 +169,7 @@ class _Costs:
     def job(self, choice: Choice) -> Job:
         """A choice as the cost model wants it."""
         facts, length, tokenizer = self.facts, choice.max_seq_length, self.base.folder / "tokenizer.json"
+        windows = facts.windows(length) if facts.rows else None
         job = Job(
             model=choice.model,
             method=METHOD,
@@ -165,28 +178,28 @@ class _Costs:
             grid=self.grid,
             batch_size=choice.batch_size,
             gradient_accumulation_steps=choice.gradient_accumulation_steps,
-            max_seq_length=length,
+            max_seq_length=windows.length if windows else length,
             recompute_layers=choice.recompute_layers,
             tile_weights=choice.tile_weights,
             activation_offloading=choice.activation_offloading,
             step_rule=choice.step_rule,
             threads=self.threads,
-            supervised_per_window=facts.windows(length)[1] if facts.rows else length,
+            supervised_per_window=windows.supervised if windows else length,
             num_tokens=facts.num_tokens,
             num_rows=len(facts.rows) + len(facts.held_out),
             tokenizer_file_bytes=tokenizer.stat().st_size if tokenizer.is_file() else 0,
             base_copy_bytes=copied_bytes(self.base),
         )
-        return replace(job, cached_windows=self._cached_windows(job))
+        return replace(job, cached_windows=self._cached_windows(job, windows)) if windows else job
 
-    def _cached_windows(self, job: Job) -> int:
+    def _cached_windows(self, job: Job, windows: Windows) -> int:
         """All windows, where the lowest blocks are frozen, rows are seen again and there is storage; else none."""
-        if not job.first_block or not self.facts.rows:
+        if not job.first_block:
             return 0
-        windows, steps = self.facts.windows(job.max_seq_length)[0], self.config.max_steps
+        steps = self.config.max_steps
         per_step = job.batch_size * job.gradient_accumulation_steps
-        epochs = (self.config.num_epochs or DEFAULT_EPOCHS) if steps is None else steps * per_step / windows
-        count = self.facts.all_windows(job.max_seq_length)
+        epochs = (self.config.num_epochs or DEFAULT_EPOCHS) if steps is None else steps * per_step / windows.learned
+        count = windows.learned + windows.held_out
         return count if epochs > 1 and feature_bytes(job, count) <= FREE_SHARE * self.free_bytes else 0
 
     def parts(self, choice: Choice) -> tuple[str, dict[str, int]]:
@@ -312,7 +325,7 @@ def _made(
     )
     if config.max_steps is None and not facts.rows:
         return made
-    made = made.with_steps(facts.windows(choice.max_seq_length)[0] if facts.rows else 0)
+    made = made.with_steps(facts.windows(choice.max_seq_length).learned if facts.rows else 0)
     assert made.max_steps is not None
     run_seconds = fill_seconds + made.max_steps * step_seconds
     steps_per_slice = int(profile.duty.slice_s // step_seconds)

@@ -171,7 +171,7 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         "kernels": packed,
         # What all blocks share: the attention mask, and the rotary tables of every position.
         "context": FLOAT_BYTES * job.tokens * (job.max_seq_length + job.model.head_dim),
-        "block_inputs": 0 if job.activation_offloading else inputs,
+        "block_inputs": inputs,
         "kept_activations": slots_ - one_slot,
         "block_workspace": work + one_slot,
         # Their tiles lie in the workspace; left are a few numbers for each supervised position.
@@ -230,7 +230,8 @@ def buffers(job: Job) -> dict[str, int]:
     if whole:
         codes = min(PIECE_CODES, max(whole) // 2)
         floats |= {"codes": codes, "scales": 2 * codes // block}
-    floats |= {f"input.{index}": positions * hidden for index in range(job.path_layers + 1 if job.has_gradients else 2)}
+    by_turns = job.activation_offloading or not job.has_gradients
+    floats |= {f"input.{index}": positions * hidden for index in range(2 if by_turns else job.path_layers + 1)}
     widths = {"q": q, "k": kv, "v": kv, "o": q, "x2": hidden, "gate": inner, "up": inner}
     if model.qk_norm:
         widths |= {"q_raw": q, "k_raw": kv}

@@ -4,7 +4,7 @@
     recompute_layers      one block more is computed again in backward
     tile_weights          half as many weights are dequantized at once
     optimizer             adamw_8bit: the same rule, its moments in 8 bits
-    activation_offloading the inputs of the blocks lie in files, which every step writes
+    activation_offloading the inputs of the blocks go to a file, which every step writes
     max_seq_length        half the window, never below what the rows need
     target_modules        q_proj and v_proj alone
     r                     rank 4, then 2
@@ -26,7 +26,7 @@ from edgetune.models.config import DecoderConfig
 
 FEWER_TARGETS = ("q_proj", "v_proj")  # the pair that the LoRA paper settles on
 SMALLER_RANKS = (4, 2)
-SMALLEST_TILE = 1 << 18  # weights: smaller matrix products lose speed
+SMALLEST_TILE = 1 << 20  # weights, 4 MiB: smaller matrix products lose speed
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class Plan:
     tile_weights: int
     """Weights that are dequantized at once, of a block's matrix or of the head."""
     activation_offloading: bool
-    """The inputs of the blocks lie in files beside the run: no anonymous memory, but written in every step."""
+    """The inputs of the blocks go to a file beside the run, in every step."""
     feature_cache_bytes: int
     """The most storage that a cache of the frozen lower blocks' outputs takes; 0 is no cache."""
     max_steps: int | None

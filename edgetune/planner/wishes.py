@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgetune.adapters.lora import LoraConfig
 from edgetune.data import Row, pack
@@ -19,6 +19,17 @@ DEFAULT_BATCH_SIZE = 8
 DEFAULT_WINDOW = 512  # for texts, which can be cut; other rows get the window that they need
 SHORTEST_WINDOW = 64
 WINDOW_STEP = 16
+
+
+class Windows(NamedTuple):
+    """The rows of a file as windows."""
+
+    learned: int
+    held_out: int
+    supervised: int
+    """The most supervised positions of any window that is learned."""
+    length: int
+    """The fullest one's tokens: all are as long as that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,15 +51,11 @@ class RowFacts:
         return sum(map(len, self.rows + self.held_out))
 
     @lru_cache(maxsize=16)  # noqa: B019 - a plan asks for a handful of lengths, and its facts end with it
-    def windows(self, length: int) -> tuple[int, int]:
-        """How many windows of this length the rows fill, and the most supervised positions of any of them."""
-        windows = pack(_cut(self.rows, length), length)
-        return len(windows), max(sum(row.num_supervised for row in window.rows) for window in windows)
-
-    @lru_cache(maxsize=16)  # noqa: B019 - as above
-    def all_windows(self, length: int) -> int:
-        """How many windows of this length the rows fill, those held out among them."""
-        return self.windows(length)[0] + len(pack(_cut(self.held_out, length), length))
+    def windows(self, length: int) -> Windows:
+        """What the rows fill where a window may have so many tokens."""
+        learned, held_out = (pack(_cut(rows, length), length) for rows in (self.rows, self.held_out))
+        supervised = max(sum(row.num_supervised for row in window.rows) for window in learned)
+        return Windows(len(learned), len(held_out), supervised, max(window.length for window in learned + held_out))
 
 
 def _cut(rows: tuple[Row, ...], length: int) -> tuple[Row, ...]:
@@ -117,7 +124,7 @@ class Wishes:
         steps = config.gradient_accumulation_steps or 1
         batch = config.batch_size or max(1, DEFAULT_BATCH_SIZE // steps)
         if config.batch_size is None and self.facts.rows:
-            batch = min(batch, self.facts.windows(length)[0])
+            batch = min(batch, self.facts.windows(length).learned)
         choice = Choice(
             model=model,
             adapter=self.adapter,

@@ -104,21 +104,29 @@ def _micro_batch(decoder: Decoder, batch: Batch, scale: float, path: Path, check
     walk = start(decoder, batch)
     blocks = decoder.blocks[path.first_block :]
     shared = 1 if path.recompute_layers else 0  # blocks that run again take slot 0 by turns
-    inputs: list[torch.Tensor] = []
+    offloads = decoder.workspace.offload_to is not None
     kept: list[Activations | None] = []
+
+    def buffer(index: int) -> torch.Tensor:
+        """For what block `index` gets: one of its own, or one of two by turns where inputs are kept on disk."""
+        return decoder.workspace.like(x, f"input.{index % 2 if offloads else index}")
+
     for index, block in enumerate(blocks):
         keep = index >= path.recompute_layers or index == len(blocks) - 1  # nothing overwrites those of the last one
-        inputs.append(x)
-        x = decoder.workspace.like(x, f"input.{index + 1}")
+        y = buffer(index + 1)
         slot = max(0, index - path.recompute_layers + shared)
-        made = walk.forward(block, inputs[-1], x, f"slot.{slot}")
+        made = walk.forward(block, x, y, f"slot.{slot}")
         kept.append(made if keep else None)
+        if offloads:
+            decoder.workspace.put(index, x)
+        x = y
         check()
     loss_sum, d = _head(decoder, x, targets(batch), scale)
     check()
     for index in reversed(range(len(blocks))):
-        made = kept[index] or walk.forward(blocks[index], inputs[index], None, "slot.0")
-        walk.backward(blocks[index], inputs[index], made, d, to_input=index > 0)
+        x = decoder.workspace.get(index, buffer(index)) if offloads else buffer(index)
+        made = kept[index] or walk.forward(blocks[index], x, None, "slot.0")
+        walk.backward(blocks[index], x, made, d, to_input=index > 0)
         check()
     return loss_sum
 

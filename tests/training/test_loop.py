@@ -239,9 +239,11 @@ def test_nothing_is_given_up_where_nothing_holds_the_budget_or_nothing_is_left(
     job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, data = job
-    for name, enforce, again in (("free", "none", 0), ("least", "governor", 2)):
+    for name, enforce, again, rule in (
+        ("free", "none", 0, "backprop"), ("least", "governor", 2, "backprop"), ("mezo", "governor", 0, "mezo"),
+    ):  # fmt: skip
         seen = shrinking(monkeypatch, 20)
-        plan = make_plan(base, recompute_layers=again)
+        plan = make_plan(base, recompute_layers=again, step_rule=rule)
         run = train(plan, base, data=data, out=tmp_path / name, enforce=enforce)
         monkeypatch.undo()
         assert (run.stopped, run.summary["shrunk"], seen) == ("done", [], [])
