@@ -24,7 +24,7 @@ from machine import about
 from plan_accuracy import write_rows
 from shapes import SHAPES, write_shape
 
-from edgetune import planner
+from edgetune import host, planner
 from edgetune.adapters.lora import LoraConfig
 from edgetune.cgroup import Cgroup, make_cgroup
 from edgetune.checkpoint import latest_checkpoint
@@ -69,7 +69,7 @@ def measure(plan: Plan, rows: Path, run: Path, enforce: str, around: Cgroup | No
     words = ["edgetune.cli.supervisor"] if enforce == "cgroup" else ["edgetune.cli.launch", "train"]
     done = subprocess.run(
         [sys.executable, "-m", *words, json.dumps(job)], preexec_fn=around and around.enter,
-        env={"GOMP_SPINCOUNT": "1000", **os.environ}, capture_output=True, text=True,
+        env={**host.THREAD_SETTINGS, **os.environ}, capture_output=True, text=True,
     )  # fmt: skip
     if not done.stdout:
         sys.exit(f"{enforce} at {plan.budget_bytes} bytes ended with {done.returncode} and no answer:\n{done.stderr}")
