@@ -18,7 +18,7 @@ MIB = 1 << 20
 CPUINFO_NAMES = {"asimd": "neon", "asimdhp": "fp16", "asimddp": "dotprod"}
 # Of a process that trains. Threads that wait for each other spin for 300,000 rounds by default, and where another
 # program takes a core they spin against it. Seconds of a step on the SmolLM2-135M shape, 2 cores, alone and beside one
-# busy process: 1.34 and 6.9 with 10,000 rounds, 1.33 and 3.8 with 3,000, 1.41 and 3.1 with 1,000; alone by default 1.28.
+# busy process: 1.34 and 6.9 with 10,000 rounds, 1.33 and 3.8 with 3,000, 1.41 and 3.1 with 1,000; by default 1.28 alone
 THREAD_SETTINGS = {"GOMP_SPINCOUNT": "3000"}
 
 
