@@ -98,7 +98,7 @@ CASES = {
     "smollm2-135m": Case("smollm2-135m", {"peak_ratio": 0.35}, {"speed_ratio": 1.15}),
     "qwen2.5-0.5b": Case("qwen2.5-0.5b", {"peak_ratio": 0.20}, {"speed_ratio": 1.15}, steps=5, warmup_steps=2),
     "llama-3.2-1b": Case("llama-3.2-1b", {"peak_bytes": 1024 * MIB}, steps=3, warmup_steps=2, pairs=1),
-    # The second epoch and those after it. The flag of the cache of features goes into `flags`.
+    # The second epoch and those after it, from the feature cache.
     "top-third": Case(
         "smollm2-135m", {"peak_ratio": 0.35}, {"speed_ratio": 1.5}, share_of_blocks=1 / 3, checkpointing=False,
         windows=8, warmup_steps=8, steps=24,
@@ -288,7 +288,8 @@ def step_flops(run: Path) -> float:
         gradient_accumulation_steps=plan.gradient_accumulation_steps, max_seq_length=plan.max_seq_length,
         recompute_layers=plan.recompute_layers, tile_weights=plan.tile_weights,
         activation_offloading=plan.activation_offloading, optimizer=plan.optimizer, threads=plan.threads,
-        step_rule=plan.step_rule, supervised_per_window=plan.max_seq_length - 1,
+        step_rule=plan.step_rule, cached_windows=int(plan.feature_cache_bytes > 0),
+        supervised_per_window=plan.max_seq_length - 1,
     )  # fmt: skip
     return step_work(job).flops
 

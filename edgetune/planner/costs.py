@@ -31,9 +31,8 @@ TILE_QUERIES = 128  # queries of a tile of attention
 # Python and torch objects of a frozen linear with its mapped arrays, and of an adapted one; measured on 210 of each.
 LINEAR_OBJECT_BYTES = 4400
 SLOT_OBJECT_BYTES = 5200
-# Buffers that MKL packs matrices into and keeps, per thread: about 1,900 bytes for each row of the largest weight, up
-# to 4,096 rows (measured on x86-64; other libraries take less).
-PACK_BYTES_PER_ROW, PACK_ROWS = 1900, 4096
+# Buffers that MKL packs matrices into and keeps, per thread; measured on x86-64 with weights of 455 to 4,864 rows.
+PACK_BYTES = 1 << 20
 # A row of data as Python and numpy objects, beyond its tokens; measured.
 ROW_OBJECT_BYTES = 700
 # A window whose features are cached: its name and its place in a file, as Python objects; 520 measured.
@@ -152,9 +151,6 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
     """Parts that hardly change during a step."""
     slots = job.slots
     trained, optimizer = job.tensor_sizes, OPTIMIZERS[job.optimizer]
-    matrices = job.model.matrices().values()
-    packed = min(max(tile_rows(shape, job.tile_weights) for shape in matrices), PACK_ROWS)
-    packed *= PACK_BYTES_PER_ROW * job.threads
     sizes = buffers(job)
     inputs, slots_, work = (
         sum(size for name, size in sizes.items() if name.partition(".")[0] in prefixes)
@@ -168,7 +164,7 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         "gradients": 0,
         "optimizer": optimizer.state_bytes(trained) + optimizer.scratch_bytes(trained),
         "data": data_bytes(job),
-        "kernels": packed,
+        "kernels": PACK_BYTES * job.threads,
         # What all blocks share: the attention mask, and the rotary tables of every position.
         "context": FLOAT_BYTES * job.tokens * (job.max_seq_length + job.model.head_dim),
         "block_inputs": inputs,
