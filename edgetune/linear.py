@@ -7,7 +7,9 @@ float32 weights alive at any time are one matrix, whatever the model's size.
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import tempfile
 import warnings
 import weakref
@@ -69,7 +71,8 @@ class Workspace:
                 self._file = tempfile.TemporaryFile(dir=self.offload_to, buffering=0)  # noqa: SIM115 - see finalize
                 weakref.finalize(self, self._file.close)
             self._file.seek(index * len(content))
-            self._file.write(content)
+            if self._file.write(content) != len(content):  # a raw file writes what there is room for
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise ConfigError(
                 f"activation_offloading cannot write {format_mib(len(content))} to {self.offload_to}: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 from edgetune.adapters.attach import attach
 from edgetune.adapters.lora import LoraConfig
 from edgetune.errors import ConfigError
+from edgetune.linear import Workspace
 from edgetune.models.decoder import Decoder, load_decoder
 from edgetune.training.backprop import Path as Walk
 from edgetune.training.backprop import loss_and_gradients
@@ -187,3 +189,14 @@ def test_a_disk_that_refuses_is_said(tmp_path: Path) -> None:
     decoder.workspace.offload_to = tmp_path / "gone"
     with pytest.raises(ConfigError, match=r"activation_offloading cannot write .* to .*gone: No such file"):
         gradients(decoder, parameters, [random_batch(301, 2, 30)], Walk(0, 2))
+
+
+def test_a_disk_with_room_for_a_part_is_said(tmp_path: Path) -> None:
+    class Full(io.BytesIO):
+        def write(self, content: object) -> int:
+            return 7
+
+    workspace = Workspace(offload_to=tmp_path)
+    workspace._file = Full()
+    with pytest.raises(ConfigError, match=r"cannot write .*: No space left on device\. Free some storage"):
+        workspace.put(0, torch.ones(3, 5))
