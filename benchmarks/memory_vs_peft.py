@@ -300,7 +300,7 @@ def equality(subject: Subject, recompute_layers: int) -> dict[str, float]:
 
     peer = qlora_model(subject.dense, subject.adapter, checkpointing=subject.case.checkpointing)
     take_embeddings(peer, subject.base)
-    walk = Walk(min(subject.adapter.layers_to_transform or (0,)), recompute_layers)
+    walk = Walk(subject.adapter.first_block, recompute_layers)
     rows = compare(
         subject.base, lambda step: [dict(batch) for batch in subject.batches.of_step(step)[0]], steps=2,
         config=subject.adapter, same_adapter=True, model=peer, walk=walk,

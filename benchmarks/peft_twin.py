@@ -205,7 +205,7 @@ def compare(
     parameters = attach(decoder, resolved, seed=1)
     initial = {name: value.detach().numpy() for name, value in parameters.items()}
     peer = PeftTrainer(peft_model(folder, resolved, initial) if model is None else model)
-    walk = walk or Walk(min(resolved.layers_to_transform or (0,)), 1)
+    walk = walk or Walk(resolved.first_block, 1)
     optimizer = Optimizer("adamw", parameters, weight_decay=0.0)
     rows = []
     for step in range(steps):

@@ -79,6 +79,11 @@ class LoraConfig:
         return self.lora_alpha
 
     @property
+    def first_block(self) -> int:
+        """The lowest adapted block of a resolved config: below it no gradient is asked for."""
+        return min(self.layers_to_transform or (0,))
+
+    @property
     def rank(self) -> int:
         """R of a resolved config."""
         assert self.r is not None, "resolve the config first"

@@ -87,7 +87,7 @@ class Job:
     @property
     def first_block(self) -> int:
         """The lowest block with an adapter: below it nothing is stored and no gradient is asked for."""
-        return min(self.adapter.layers_to_transform or (0,))
+        return self.adapter.first_block
 
     @property
     def path_layers(self) -> int:

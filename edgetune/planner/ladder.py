@@ -52,7 +52,7 @@ class Choice:
     @property
     def path_layers(self) -> int:
         """Blocks from the lowest adapted one to the top."""
-        return self.model.num_hidden_layers - min(self.resolved.layers_to_transform or (0,))
+        return self.model.num_hidden_layers - self.resolved.first_block
 
     def value(self, setting: str) -> str:
         """A setting as it is typed on the command line."""

@@ -47,7 +47,7 @@ class Rule:
         self, decoder: Decoder, parameters: Mapping[str, torch.nn.Parameter], plan: Plan, features: Features | None
     ) -> None:
         self.decoder, self.parameters, self.max_grad_norm = decoder, parameters, plan.max_grad_norm
-        self.path = Path(min(plan.adapter.layers_to_transform or (0,)), plan.recompute_layers, features)
+        self.path = Path(plan.adapter.first_block, plan.recompute_layers, features)
         self.optimizer = Optimizer(plan.optimizer, parameters, weight_decay=plan.weight_decay)
 
     def gradient(self, batches: Sequence[Batch], key: tuple[int, int], check: Check) -> tuple[float, float]:

@@ -48,7 +48,7 @@ class Rule:
         self, decoder: Decoder, parameters: Mapping[str, torch.nn.Parameter], plan: Plan, features: Features | None
     ) -> None:
         self.decoder, self.features = decoder, features
-        self.first_block = min(plan.adapter.layers_to_transform or (0,))
+        self.first_block = plan.adapter.first_block
         self.max_grad_norm, self.weight_decay = plan.max_grad_norm, plan.weight_decay
         self.pairs = [(value.detach(), value.detach().clone()) for value in parameters.values()]  # in use, and theta
         self.generator = torch.Generator()

@@ -95,7 +95,7 @@ class Trainer:
         workspace.tile_weights = plan.tile_weights
         workspace.offload_to = on_disk(folder) if plan.activation_offloading else None
         self.parameters = attach(self.decoder, plan.adapter, plan.seed, plan.method)
-        self.first_block = min(plan.adapter.layers_to_transform or (0,))
+        self.first_block = plan.adapter.first_block
         self.cache: FeatureCache | None = None
         if plan.feature_cache_bytes and self.first_block:
             self.cache = FeatureCache(
