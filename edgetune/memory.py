@@ -14,11 +14,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,9 +29,11 @@ import psutil
 
 MIB = 1 << 20
 SAMPLE_SECONDS = 0.004
+WHOLE_EVERY = 5  # samples: swap and child processes are read every 20 ms
 # Stacks of threads that start later count towards RLIMIT_DATA, 8 MiB each.
 THREAD_SLACK_BYTES = 32 * MIB
 _PROC = Path("/proc/self/status").exists()
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if _PROC else 0
 _PROC_CHILDREN = Path("/proc/thread-self/children").exists()  # some kernels, Android's among them, leave it out
 _FIELDS = re.compile(rb"^(VmHWM|VmRSS|RssAnon|VmData|VmSwap):\s+(\d+) kB$", re.MULTILINE)
 
@@ -68,23 +72,38 @@ class _Tree:
     def __init__(self, pid: int | None) -> None:
         self.pid = os.getpid() if pid is None else pid
         self.highest_rss_bytes = 0  # of the root, as the kernel remembers it
-        self._status = -1
+        self._rest = Sample(0, 0)  # beside the root's resident pages: its swap and its descendants
+        self._files: list[int] = []
         if _PROC:
             try:
-                self._status = os.open(f"/proc/{self.pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+                for name in ("status", "statm"):
+                    self._files.append(os.open(f"/proc/{self.pid}/{name}", os.O_RDONLY | os.O_CLOEXEC))
             except FileNotFoundError as error:
                 raise ProcessLookupError(f"there is no process {self.pid}") from error
 
     def read(self) -> Sample:
+        """All of it."""
         if not _PROC:
             return self._read_psutil()
-        fields = _status_fields(os.pread(self._status, 4096, 0))
-        self.highest_rss_bytes = fields.get(b"VmHWM", 0)
-        anonymous, rss = _anonymous(fields), fields.get(b"VmRSS", 0)
+        status, _ = self._files
+        root = _status_fields(os.pread(status, 4096, 0))
+        self.highest_rss_bytes = root.get(b"VmHWM", 0)
+        anonymous, rss = root.get(b"VmSwap", 0), 0
         for child in _descendants(self.pid):
             fields = _fields_of(child)
             anonymous, rss = anonymous + _anonymous(fields), rss + fields.get(b"VmRSS", 0)
-        return Sample(anonymous, rss)
+        self._rest = Sample(anonymous, rss)
+        return Sample(root.get(b"RssAnon", 0) + anonymous, root.get(b"VmRSS", 0) + rss)
+
+    def glance(self) -> Sample:
+        """The root's resident pages now, and the rest as `read` found it: two microseconds instead of fifty."""
+        if not _PROC:
+            return self._read_psutil()
+        _, statm = self._files
+        _, resident, shared, *_ = os.pread(statm, 256, 0).split()
+        pages = int(resident)
+        anonymous = (pages - int(shared)) * _PAGE_BYTES
+        return Sample(anonymous + self._rest.anonymous_bytes, pages * _PAGE_BYTES + self._rest.rss_bytes)
 
     def _read_psutil(self) -> Sample:
         anonymous = rss = 0
@@ -98,8 +117,8 @@ class _Tree:
         return Sample(anonymous, rss)
 
     def __del__(self) -> None:
-        if self._status >= 0:
-            os.close(self._status)
+        for file in self._files:
+            os.close(file)
 
 
 def _status_fields(text: bytes) -> dict[bytes, int]:
@@ -164,14 +183,14 @@ class Meter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._take()
+        self._take(self._tree.read)
         self._stop.set()
         self._thread.join()
 
     @property
     def now_bytes(self) -> int:
         """Anonymous + swap bytes at this moment."""
-        return self._take().anonymous_bytes
+        return self._take(self._tree.read).anonymous_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -189,9 +208,9 @@ class Meter:
             self._peak = self._tree.read()
             self._highest_rss_before = self._tree.highest_rss_bytes
 
-    def _take(self) -> Sample:
+    def _take(self, read: Callable[[], Sample]) -> Sample:
         with self._lock:
-            sample = self._tree.read()
+            sample = read()
             self.num_samples += 1
             highest = self._tree.highest_rss_bytes
             seen = highest if highest > self._highest_rss_before else 0
@@ -206,8 +225,10 @@ class Meter:
         return sample
 
     def _run(self) -> None:
-        while not self._stop.wait(self._seconds):
-            self._take()
+        for index in itertools.count(1):
+            if self._stop.wait(self._seconds):
+                return
+            self._take(self._tree.glance if index % WHOLE_EVERY else self._tree.read)
 
 
 def has_data_limit() -> bool:

@@ -454,10 +454,9 @@ class TestLadder:
         large = plans_by_budget(model, adapter=LoraConfig(r=96))
         made = next(p for p in large if p.optimizer == "adamw_8bit" and p.max_seq_length == 256)
         assert made.learning_rate == plan(model, "pixel-9").learning_rate == 2e-4
-        assert [c.setting for c in made.concessions] in (
-            ["batch_size", "recompute_layers", "tile_weights", "optimizer"],
-            ["batch_size", "tile_weights", "optimizer"],
-        )
+        conceded = [c.setting for c in made.concessions]
+        harmless = ("batch_size", "recompute_layers", "tile_weights", "optimizer", "activation_offloading")
+        assert "optimizer" in conceded and conceded == [name for name in harmless if name in conceded]
 
     def test_another_rule_brings_its_rate_and_says_so(self, model: Path) -> None:
         targets = plan(model, "pixel-9").adapter.target_modules

@@ -27,7 +27,7 @@ from edgetune.objectives import sft
 from edgetune.optimizers import OPTIMIZERS
 
 FLOAT_BYTES = 4
-TILE_QUERIES = 128  # queries of a tile of attention
+TILE_QUERIES = 64  # queries of a tile of attention
 # Python and torch objects of a frozen linear with its mapped arrays, and of an adapted one; measured on 210 of each.
 LINEAR_OBJECT_BYTES = 4400
 SLOT_OBJECT_BYTES = 5200

@@ -24,6 +24,9 @@ from edgetune.planner.costs import TILE_QUERIES
 
 Linear = FrozenLinear | AdaptedLinear
 
+# Both take each row before they write it, so what is read and what is written may be the same memory.
+softmax, softmax_backward = torch.ops.aten._softmax.out, torch.ops.aten._softmax_backward_data.out
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -195,8 +198,7 @@ class BlockPass:
                 torch.bmm(part, keys.transpose(1, 2), out=scores)
                 by_query = scores.view(kv_heads, stop - start, rep, stop)
                 by_query.add_(self.context.mask[window, :, start:stop, None, :stop])
-                scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-                scores.div_(scores.sum(-1, keepdim=True))
+                softmax(scores, -1, False, out=scores)
                 yield _Tile(window, slice(start, stop), part, scores, keys, values)
 
     def _attend(self, made: Activations, kv_heads: int, head_dim: int) -> None:
@@ -216,7 +218,7 @@ class BlockPass:
             take(batch * kv_heads * length, head_dim, name).zero_().view(batch, kv_heads, length, head_dim)
             for name in ("d_k", "d_v")
         )
-        o, d_o = (x.view(batch, length, kv_heads, -1, head_dim) for x in (made.o, d_o))
+        d_o = d_o.view(batch, length, kv_heads, -1, head_dim)
         for window, at, part, scores, keys, values in self._tiles(made, kv_heads, head_dim):
             count = at.stop - at.start
             d_part = take(part.shape[0] * part.shape[1], head_dim, "attention.d_o").view(part.shape)
@@ -225,8 +227,7 @@ class BlockPass:
             d_scores = take(scores.shape[0] * scores.shape[1], scores.shape[2], "attention.d_scores").view(scores.shape)
             torch.bmm(d_part, values.transpose(1, 2), out=d_scores)
             d_v[window, :, : at.stop].baddbmm_(scores.transpose(1, 2), d_part)
-            inside = (by_head * o[window, at].transpose(0, 1)).sum(-1).view(kv_heads, -1, 1)
-            d_scores.sub_(inside).mul_(scores)
+            softmax_backward(d_scores, scores, -1, torch.float32, grad_input=d_scores)
             d_k[window, :, : at.stop].baddbmm_(d_scores.transpose(1, 2), part)
             found = torch.bmm(d_scores, keys, out=d_part)
             torch.mul(found.view(by_head.shape).transpose(0, 1), head_dim**-0.5, out=d_q[window, at])
@@ -246,15 +247,12 @@ def normalize_backward(x: torch.Tensor, norm: RMSNorm, d_out: torch.Tensor, d_x:
     dx = r g - x r^3 (g . x) / D   with g = d_out * weight and r = 1 / rms(x)
     """
     inverse = _inverse_rms(x, norm.eps)
-    d_out.mul_(norm.weight)
-    along = _dot(d_out, x).mul_(inverse**3).div_(-x.shape[1])
-    d_x.addcmul_(d_out, inverse).addcmul_(x, along)
+    d_x.addcmul_(d_out.mul_(norm.weight), inverse)
+    along = d_out.mul_(x).sum(1, keepdim=True).mul_(inverse**3).div_(-x.shape[1])
+    d_x.addcmul_(x, along)
 
 
 def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
-    return _dot(x, x).div_(x.shape[1]).add_(eps).rsqrt_()
-
-
-def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """[M, 1], without a temporary of the inputs' size."""
-    return torch.bmm(x[:, None], y[:, :, None])[:, 0]
+    """1 / rms(x) of every row, [M, 1]."""
+    norm: torch.Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return norm.square_().div_(x.shape[1]).add_(eps).rsqrt_()
