@@ -39,7 +39,9 @@ from edgetune.runtime.session import CHUNK, Session, open_session
 from edgetune.tokenizer import load_tokenizer
 
 # Bytes in the data file per weight: the codes, and an fp32 scale per block of 32 (int4, int8) or 64 (nf4).
-BYTES_PER_WEIGHT = {"int4": 0.625, "nf4": 0.5625, "int8": 1.125, "fp32": 4.0}
+BYTES_PER_WEIGHT = {"int4": 0.625, "nf4": 0.5625, "int8": 1.125, "fp16": 2.0, "fp32": 4.0}
+# What a kernel reads and writes beside the file: nf4 an fp32 copy of each weight, fp16 what was widened at load.
+WIDENED_BYTES = {"nf4": 8, "fp16": 2}
 # Cycles that onnxruntime spends on a layer's nodes beside their arithmetic: 25 us a layer at 2.6 GHz on x86-64, one
 # thread, a decoder of 48 hidden units with 1 to 32 layers.
 DISPATCH_CYCLES_PER_LAYER = 65_000
@@ -99,10 +101,11 @@ def predict_latency(
 
         max(bytes / bandwidth, 2 W n / burst fp32 FLOP/s) + layers * 65,000 cycles / clock
 
-    where bytes are the weights file and the KV cache, and for nf4 also 8 W, since its kernel writes and reads an fp32
-    copy of each weight on every call; the cycles go into dispatching nodes. A prompt goes through in pieces, as in the
-    session. It is the least time: attention, adapters and heat are left out. Unknown: 4- and 8-bit weights where the
-    profile has no kernel for them (the fallback is tens of times slower), and loading, which repacks the weights.
+    where bytes are the weights file and the KV cache, for nf4 also 8 W, since its kernel writes and reads an fp32 copy
+    of each weight on every call, and for fp16 2 W; the cycles go into dispatching nodes. A prompt goes through in
+    pieces, as in the session. It is the least time: attention, adapters and heat are left out. Unknown: 4- and 8-bit
+    weights where the profile has no kernel for them (the fallback is tens of times slower), and loading, which repacks
+    the weights.
     """
     kind, model = bundle.manifest["weights"], bundle.model
     has_kernel = kind not in ("int4", "int8") or device.runtime.int4_kernel
@@ -116,7 +119,7 @@ def predict_latency(
     dispatch_s = model.num_hidden_layers * DISPATCH_CYCLES_PER_LAYER / clock_hz
 
     def seconds(tokens: int, past: float) -> float:
-        num_bytes = file_bytes + past * cache_bytes_per_token + (8 * weights if kind == "nf4" else 0)
+        num_bytes = file_bytes + past * cache_bytes_per_token + WIDENED_BYTES.get(kind, 0) * weights
         compute_s = 2 * weights * tokens / (device.compute.gflops_fp32_burst * 1e9)
         return max(num_bytes / (device.compute.mem_bw_mb_s * 1e6), compute_s) + dispatch_s
 

@@ -126,10 +126,17 @@ def explain(summary: Mapping[str, Any]) -> str:
         lines.append(f"  held out  loss {losses}")
     if rounding is not None:
         ratio = rounding["max_error_over_delta"]
-        verdict = "MORE than training changed it" if ratio > 1 else "less than training changed it"
+        if ratio is not None:
+            verdict = "MORE than training changed it" if ratio > 1 else "less than training changed it"
+            lines.append(
+                f"  rounding  moved {rounding['worst_layer']} {ratio:.2f} times as far as training did, {verdict}; "
+                f"{rounding['mean_error_over_delta']:.2f} times on average"
+            )
+        else:
+            lines.append(f"  rounding  moved weights by {rounding['mean_relative_error']:.2%} on average")
         lines.append(
-            f"  rounding  moved {rounding['worst_layer']} {ratio:.2f} times as far as training did, {verdict}; "
-            f"{rounding['mean_error_over_delta']:.2f} times on average"
+            f"            logits changed by up to {rounding['max_abs_logit']:.2g}, the likeliest token agrees at "
+            f"{rounding['top1_agreement']:.2%}, KL {rounding['kl']:.1e}"
         )
         if rounding["loss_before"] is not None:
             lines.append(f"            held-out loss {rounding['loss_before']:.4f} -> {rounding['loss_after']:.4f}")

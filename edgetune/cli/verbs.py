@@ -311,10 +311,15 @@ def export(
     out: Out,
     weights: Annotated[
         str | None,
-        typer.Option("--weights", help="fp32, int8, int4 or nf4. (default: as the base has them)", show_default=False),
+        typer.Option(
+            "--weights", help="fp32, fp16, int8, int4 or nf4. (default: as the base has them)", show_default=False
+        ),
     ] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Fold the adapter in and round again; the cost is measured.")
+    ] = False,
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="Write it even if rounding moves a weight further than training did.")
     ] = False,
     eval_data: EvalRows = None,
     force: Force = False,
@@ -326,7 +331,9 @@ def export(
     """
     from edgetune import bundle, exporter
 
-    result = exporter.export(source, out=out, weights=weights, merge=merge, eval_data=eval_data, force=force).summary()
+    result = exporter.export(
+        source, out=out, weights=weights, merge=merge, accept_loss=accept_loss, eval_data=eval_data, force=force
+    ).summary()
     answer(result, bundle.explain(result), as_json)
 
 

@@ -1,10 +1,10 @@
 """A run, a base or a model in; a bundle folder for stock onnxruntime out, whole or not at all.
 
 The graph is built over the base's mapped bytes and streamed to disk tensor by tensor. Unmerged, the codes in the file
-are the codes that the adapter was trained around, and any adapter of that base fits the graph. The parity gate of
-`parity` then decides whether the folder may appear.
+are the codes that the adapter was trained around, unless another format is asked for, and any adapter of that base
+fits the graph. The parity gate of `parity` then decides whether the folder may appear.
 
-Left out: rounding an unmerged adapter's base onto another grid, several adapters in one bundle, training graphs.
+Left out: several adapters in one bundle, training graphs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from edgetune.bundle import (
 )
 from edgetune.exporter import agreement, parity
 from edgetune.exporter.job import Adapter, Job, read_job
-from edgetune.exporter.merging import BaseWeights, MergedWeights
+from edgetune.exporter.merging import BaseWeights, RoundedWeights
+from edgetune.graphs import FORMATS
 from edgetune.graphs.decoder import decoder_graph
 from edgetune.graphs.ops import has_fused_attention
 from edgetune.hub import model_folder
@@ -57,6 +58,7 @@ def export(
     out: str | Path,
     weights: str | None = None,
     merge: bool = False,
+    accept_loss: bool = False,
     eval_data: str | Path | None = None,
     force: bool = False,
 ) -> Bundle:
@@ -65,13 +67,16 @@ def export(
     Args:
         source: a run (`Run` or its folder), a base/ folder, a model folder or a Hub id.
         out: the folder to write.
-        weights: "int4", "nf4", "fp32" or, merged, "int8". None keeps what the base is stored in.
-        merge: fold the run's adapter into the weights and round them again; the cost is measured.
+        weights: a key of `graphs.FORMATS`. None keeps what the base is stored in. What the base's bytes do not give
+            is rounded again, and the cost is measured.
+        merge: fold the run's adapter into the weights and round them again.
+        accept_loss: write a bundle whose rounding moved a weight further than training did, or costs the task.
         eval_data: held-out rows (JSON Lines) for the parity gate; None takes those of the run.
         force: replace an existing bundle.
 
     Raises:
-        ExportError: the source is none of these, or base, adapter and weights do not go together.
+        ExportError: the source is none of these, base, adapter and weights do not go together, or rounding loses
+            what was trained.
         ParityError: the graph does not compute what was trained; nothing is written.
         ConfigError, ModelError, AdapterError, DataError: from what is read and where it is written.
     """
@@ -84,45 +89,54 @@ def export(
         tempfile.TemporaryDirectory(prefix=f".{out.name}.work-", dir=temporary.parent) as work,
     ):
         job = read_job(Path(folder), Path(work), weights, merge, eval_data)
-        figures, rounding = _write_model(job, temporary, Path(work))
+        figures, rounding = _write_model(job, temporary, Path(work), accept_loss=accept_loss)
         _write_companions(job, temporary)
         _write_manifest(job, temporary, figures, rounding, meter.peak_rss_bytes)
     return load_bundle(out)
 
 
-def _write_model(job: Job, folder: Path, work: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _write_model(
+    job: Job, folder: Path, work: Path, *, accept_loss: bool
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Write the graph and its weights, then pass the parity gate: (parity figures, cost of rounding)."""
-    config = job.base.config
+    config, stored = job.base.config, job.base.grid or "fp32"
     source = BaseWeights(job.base)
-    if job.merge and job.adapter is not None:
-        source = MergedWeights(job.base, job.adapter.config, job.adapter.tensors, job.weights)
+    if job.merge or job.weights != stored:
+        source = RoundedWeights(job.base, job.weights, job.adapter, merge=job.merge)
     builder = decoder_graph(source, data_file=DATA, context_length=job.context_length, slots=not job.merge)
     builder.save(folder, MODEL, {"edgetune.base_sha256": job.base_sha256})
     model = folder / MODEL
     parity.check_bytes(model, source, builder.sha256)
 
     items, held_out = agreement.probes(job.rows, config.vocab_size, job.context_length)
-    decoder, adapter = _trained(job)
-    expected = parity.spool_logits(decoder, items, work / "expected")
-    rounding = None
-    if isinstance(source, MergedWeights):
-        trained, decoder = expected, load_decoder(job.base.folder)
+    tuned, rounding = job.adapter is not None, None
+    decoder = load_decoder(job.base.folder)
+    if isinstance(source, RoundedWeights) and (job.merge or not source.is_exact):
+        if tuned:
+            _attach(job, decoder)
+        trained = parity.spool_logits(decoder, items, work / "trained")
+        decoder = load_decoder(job.base.folder)
         parity.use_written_weights(decoder, model, job.weights)
-        expected = parity.spool_logits(decoder, items, work / "merged")
+        if tuned and not job.merge:
+            _attach(job, decoder)
+        expected = parity.spool_logits(decoder, items, work / "rounded")
         rounding = source.figures() | agreement.rounding_cost(items, trained, expected)
+        if tuned and not accept_loss:
+            parity.check_rounding(rounding, stored, job.weights, merged=job.merge)
+    feeds = job.adapter.feeds if job.adapter and not job.merge else {}
+    if rounding is None or not tuned:
+        feeds = _attach(job, decoder).feeds
+        expected = parity.spool_logits(decoder, items, work / "expected")
     del decoder
-    feeds = {} if job.merge else adapter.feeds
-    fast = parity.has_fast_path(job.weights)
-    tuned = job.adapter is not None
+    fast = FORMATS[job.weights].ROUNDS_ACTIVATIONS
     gated = held_out if tuned else []
     figures = parity.check_logits(model, config, feeds, items, expected, fast=fast, held_out=gated)
     figures |= {"adapter": "run" if tuned else "random", "held_out_rows": len(job.rows)}
     return figures, rounding
 
 
-def _trained(job: Job) -> tuple[Decoder, Adapter]:
-    """Torch's model with the run's adapter, or with a seeded random one that fills every slot."""
-    decoder = load_decoder(job.base.folder)
+def _attach(job: Job, decoder: Decoder) -> Adapter:
+    """Put the run's adapter into a decoder and return it, or a seeded random one that fills every slot."""
     config = job.adapter.config if job.adapter is not None else LoraConfig().resolved(job.base.config)
     parameters = attach(decoder, config)
     if job.adapter is not None:
@@ -136,7 +150,7 @@ def _trained(job: Job) -> tuple[Decoder, Adapter]:
         }
     for name, value in values.items():
         parameters[name].data.copy_(torch.from_numpy(value))
-    return decoder, Adapter(config, {name: value.detach().numpy() for name, value in parameters.items()})
+    return Adapter(config, {name: value.detach().numpy() for name, value in parameters.items()})
 
 
 def _write_companions(job: Job, folder: Path) -> None:

@@ -117,11 +117,12 @@ def loss_of(logits: np.ndarray, labels: np.ndarray) -> tuple[float, int, int]:
     return float(nll), int((chosen.argmax(-1) == targets).sum()), len(at)
 
 
-def rounding_cost(items: Sequence[Probe], trained: np.ndarray, merged: np.ndarray) -> dict[str, Any]:
-    """What merging and rounding did to the trained model: agreement of both spools, and their loss on held-out rows."""
-    cost = compare_spools(trained, merged)
+def rounding_cost(items: Sequence[Probe], trained: np.ndarray, rounded: np.ndarray) -> dict[str, Any]:
+    """What rounding did to the trained model: agreement of both spools; loss and accuracy on held-out rows, or None."""
+    cost = compare_spools(trained, rounded)
     labels = np.concatenate([probe.labels for probe in items])
-    for key, spool in (("loss_before", trained), ("loss_after", merged)):
-        loss, _, count = loss_of(spool, labels)
-        cost[key] = loss / count if count else None
+    for when, spool in (("before", trained), ("after", rounded)):
+        loss, correct, count = loss_of(spool, labels)
+        cost[f"loss_{when}"] = loss / count if count else None
+        cost[f"token_accuracy_{when}"] = correct / count if count else None
     return cost

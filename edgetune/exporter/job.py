@@ -81,10 +81,9 @@ def read_job(folder: Path, work: Path, weights: str | None, merge: bool, eval_da
     adapter = _read_adapter(folder, base) if run else None
     if merge and adapter is None:
         raise ExportError(f"{folder} has no adapter to merge. Export a run folder, or leave --merge off.")
-    stored = base.grid or "fp32"
-    chosen = weights or stored
-    if chosen != stored and not merge:
-        base = _on_grid(base, adapter, chosen, work)
+    chosen = weights or base.grid or "fp32"
+    if adapter is None:
+        base = _on_grid(base, chosen, work)
     sha256 = _base_sha256(base)
     if base.grid is not None and (wanted := read_manifest(base.folder)["base_sha256"]) != sha256:
         raise ExportError(
@@ -132,18 +131,14 @@ def _read_adapter(folder: Path, base: Base) -> Adapter:
     return Adapter(config, tensors)
 
 
-def _on_grid(base: Base, adapter: Adapter | None, weights: str, work: Path) -> Base:
-    """A dense base quantized for this export. Whatever would round weights that were chosen already is refused."""
-    stored = base.grid or "fp32"
-    if adapter is not None:
+def _on_grid(base: Base, weights: str, work: Path) -> Base:
+    """The base to export as `weights` without an adapter: a dense one is quantized for a grid, from the original."""
+    if weights not in GRIDS or base.grid == weights:
+        return base
+    if base.grid is not None:
         raise ExportError(
-            f"The adapter was trained around {stored} weights; {weights} would round them under it. Leave --weights "
-            f"out, or fold the adapter in with --merge --weights {weights} and see what rounding costs."
-        )
-    if base.grid is not None or weights not in GRIDS:
-        raise ExportError(
-            f"{base.folder} is stored as {stored}; without an adapter to merge it exports as {stored}"
-            + (f" or {' or '.join(GRIDS)}." if base.grid is None else ". Quantize the original model for another grid.")
+            f"{base.folder} is stored as {base.grid}; {weights} would round it to 4 bits a second time. Quantize the "
+            f"original model for another grid."
         )
     return open_base(quantize(base.folder, weights, work / "base"))
 

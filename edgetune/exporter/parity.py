@@ -23,9 +23,9 @@ import onnxruntime
 import torch
 
 from edgetune import host
-from edgetune.errors import ParityError
+from edgetune.errors import ExportError, ParityError
 from edgetune.exporter.agreement import Agreement, Probe, batches, loss_of, num_positions
-from edgetune.exporter.merging import BaseWeights, MergedWeights
+from edgetune.exporter.merging import BaseWeights, RoundedWeights
 from edgetune.graphs import FORMATS
 from edgetune.models.config import DecoderConfig
 from edgetune.models.decoder import Decoder
@@ -33,8 +33,6 @@ from edgetune.models.decoder import Decoder
 MAX_ABS_LOGIT = 1e-3
 MIN_TOP1 = 0.999
 MAX_ACCURACY_DROP = 0.01
-# Formats whose kernels round activations to int8; the others compute the same with and without `force_fp32`.
-_FAST = ("int4", "int8")
 
 
 class Graph:
@@ -126,12 +124,12 @@ def task_metric(graph: Graph, items: Sequence[Probe]) -> dict[str, Any]:
 
 
 def check_bytes(model: Path, source: BaseWeights, produced: Mapping[str, str]) -> None:
-    """Every weight in the written file equals the base's own bytes; of a merged one, the bytes that were produced.
+    """Every weight in the written file equals the base's own bytes; of a rounded one, the bytes that were produced.
 
     Raises ParityError naming the first tensor that differs.
     """
     written = read_back(model)
-    if isinstance(source, MergedWeights):
+    if isinstance(source, RoundedWeights):
         differing = [
             name for name, digest in produced.items() if hashlib.sha256(written[name].data).hexdigest() != digest
         ]
@@ -181,7 +179,7 @@ class _WrittenLinear(torch.nn.Module):
 
 
 def use_written_weights(decoder: Decoder, model: Path, weights: str) -> None:
-    """Replace every matrix of a decoder by the one in a written model file: torch's view of a merged export."""
+    """Replace every matrix of a decoder by the one in a written model file: torch's view of rounded weights."""
     written = read_back(model)
     matrices = decoder.config.matrices()
     for module, shape in matrices.items():
@@ -248,10 +246,38 @@ def _check_task(exact: Mapping[str, Any], fast: Mapping[str, Any]) -> None:
         raise ParityError(
             f"Int8 activations cost {drop:.1%} of token accuracy on {fast['positions']} held-out positions "
             f"({exact['token_accuracy']:.1%} to {fast['token_accuracy']:.1%}; one point is allowed). Nothing was "
-            f"written. Export with --merge --weights fp32, or train longer"
+            f"written. Export with --weights fp32, or train longer"
         )
 
 
-def has_fast_path(weights: str) -> bool:
-    """Whether this format's kernels round activations."""
-    return weights in _FAST
+def check_rounding(figures: Mapping[str, Any], stored: str, weights: str, *, merged: bool) -> None:
+    """The gate on a rounding of weights that an adapter was trained around; `figures` are those of the manifest.
+
+    Raises ExportError where rounding moved a matrix further than the adapter did, or cost more than one point of token
+    accuracy on held-out rows: what was trained may be lost in it.
+    """
+    problems = []
+    above = [name for name, ratio in figures["error_over_delta"].items() if ratio > 1]
+    if above:
+        problems.append(
+            f"it moves {len(above)} of {len(figures['error_over_delta'])} matrices further than training did, "
+            f"{figures['worst_layer']} {figures['max_error_over_delta']:.2f} times as far"
+        )
+    before, after = figures["token_accuracy_before"], figures["token_accuracy_after"]
+    if before is not None and before - after > MAX_ACCURACY_DROP:
+        problems.append(f"token accuracy on held-out rows drops from {before:.1%} to {after:.1%}")
+    if not problems:
+        return
+    loss = ""
+    if figures["loss_before"] is not None:
+        loss = f", held-out loss goes from {figures['loss_before']:.4f} to {figures['loss_after']:.4f}"
+    ways = ["Leave --merge out, which is exact" if merged else f"Keep --weights {stored}, which is exact"]
+    if weights != "int8":
+        ways.append("take --weights int8, which is near lossless")
+    if stored == "nf4" and weights != "nf4":
+        ways.append("train again on an int4 base (`edgetune quantize --grid int4`), which is exact and fast")
+    raise ExportError(
+        f"Rounding {stored} weights to {weights} loses the adapter: {'; '.join(problems)}. Over {figures['rows']} "
+        f"positions logits change by up to {figures['max_abs_logit']:.3g}, KL {figures['kl']:.2e}{loss}. Nothing was "
+        f"written. {', or '.join(ways)}, or write it all the same with --accept-loss"
+    )

@@ -12,17 +12,21 @@ from typing import Any
 import numpy as np
 
 from edgetune.grids.int4 import Read
+from edgetune.weights import Matrix
 
 NAME = "fp32"
+ROUNDS_ACTIVATIONS = False
 
 
-def quantize(weight: np.ndarray) -> dict[str, np.ndarray]:
+def quantize(weight: Matrix) -> dict[str, np.ndarray]:
     """{"weight": the float32 weight [N, K] itself}."""
-    return {"weight": weight}
+    return {"weight": weight[:]}
 
 
-def dequantize(codes: Mapping[str, np.ndarray], shape: tuple[int, int], rows: np.ndarray | None = None) -> np.ndarray:
-    """The float32 weight [rows, K]; `rows` are indices, None is all of them."""
+def dequantize(
+    codes: Mapping[str, np.ndarray], shape: tuple[int, int], rows: slice | np.ndarray | None = None
+) -> np.ndarray:
+    """The float32 weight [rows, K]; `rows` are a range or indices, None is all of them."""
     return codes["weight"] if rows is None else codes["weight"][rows]
 
 

@@ -14,10 +14,12 @@ A grid is one file of pure functions over numpy arrays:
     nbytes(shape, **options)  -> int                    bytes of all that is stored
     MARK                                                the suffix by which a stored weight is recognised as this grid's
     emit_linear, emit_embedding                         the same weight as ONNX nodes, by a builder handed in
+    ROUNDS_ACTIVATIONS                                  whether their kernels compute on activations rounded to int8
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 from edgetune.grids import int4, nf4
@@ -30,3 +32,10 @@ GRIDS: dict[str, ModuleType] = {"nf4": nf4, "int4": int4}
 def tile_rows(shape: tuple[int, int], tile_weights: int) -> int:
     """Rows of a weight [N, K] that are dequantized at once where so many weights may be."""
     return max(1, min(shape[0], tile_weights // shape[1]))
+
+
+def row_tiles(shape: tuple[int, ...], tile_weights: int = 1 << 20) -> Iterator[slice]:
+    """The rows of a weight [N, K] in ranges of that many weights."""
+    step = tile_rows((shape[0], shape[1]), tile_weights)
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))

@@ -19,6 +19,7 @@ from edgetune.weights import Matrix, TensorInfo
 NAME = "int4"
 BLOCK = 32
 MARK = ".codes"
+ROUNDS_ACTIVATIONS = True
 
 Read = Callable[[], Mapping[str, np.ndarray]]
 

@@ -26,6 +26,7 @@ from edgetune.weights import Matrix, TensorInfo
 NAME = "nf4"
 BLOCK = 64
 MARK = ".quant_state.bitsandbytes__nf4"
+ROUNDS_ACTIVATIONS = False
 
 PIECE_BYTES = 16 << 20  # float32 weights that one MatMulBnb4 may dequantize at a time
 Read = Callable[[], Mapping[str, np.ndarray]]
