@@ -139,8 +139,10 @@ def test_no_kernel_or_unknown_weights_are_not_predicted(bundle: Bundle) -> None:
     device = profile()
     slow = replace(device, runtime=replace(device.runtime, int4_kernel=False))
     unknown = {"time_to_first_token_ms": None, "generation_tokens_per_second": None}
-    assert predict_latency(with_weights(bundle, "int4", 9000), slow, 8, 8) == unknown
-    assert predict_latency(with_weights(bundle, "standard", 9000), device, 8, 8) == unknown
+    for weights in ("int4", "int8", "standard"):
+        assert predict_latency(with_weights(bundle, weights, 9000), slow, 8, 8) == unknown
+    assert predict_latency(with_weights(bundle, "int8-dynamic", 9000), slow, 8, 8) != unknown
+    assert predict_latency(with_weights(bundle, "int2", 9000), device, 8, 8) == unknown
     assert predict_latency(with_weights(bundle, "fp32", 9000), slow, 8, 8) != unknown
 
 

@@ -312,7 +312,9 @@ def export(
     weights: Annotated[
         str | None,
         typer.Option(
-            "--weights", help="fp32, fp16, int8, int4 or nf4. (default: as the base has them)", show_default=False
+            "--weights",
+            help="fp32, fp16, int8, int4, nf4 or standard. (default: as the base has them)",
+            show_default=False,
         ),
     ] = None,
     merge: Annotated[

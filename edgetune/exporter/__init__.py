@@ -103,7 +103,9 @@ def _write_model(
     source = BaseWeights(job.base)
     if job.merge or job.weights != stored:
         source = RoundedWeights(job.base, job.weights, job.adapter, merge=job.merge)
-    builder = decoder_graph(source, data_file=DATA, context_length=job.context_length, slots=not job.merge)
+    builder = decoder_graph(
+        source, data_file=DATA, context_length=job.context_length, slots=not job.merge, contrib=job.contrib
+    )
     builder.save(folder, MODEL, {"edgetune.base_sha256": job.base_sha256})
     model = folder / MODEL
     parity.check_bytes(model, source, builder.sha256)
@@ -195,7 +197,7 @@ def _genai_config(job: Job) -> dict[str, Any]:
         "search": {
             "max_length": min(job.context_length, _GENAI_LENGTH), "do_sample": False,
             # The cache is written in place; only the contrib attention can.
-            "past_present_share_buffer": has_fused_attention(config),
+            "past_present_share_buffer": job.contrib and has_fused_attention(config),
         },
     }  # fmt: skip
 

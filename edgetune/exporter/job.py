@@ -20,7 +20,7 @@ from edgetune.adapters.lora import LoraConfig
 from edgetune.base import Base, open_base
 from edgetune.data import Row, read_rows, split_eval
 from edgetune.errors import ExportError
-from edgetune.graphs import FORMATS
+from edgetune.graphs import FORMATS, standard
 from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
 from edgetune.quantizer import quantize, read_manifest
@@ -56,6 +56,11 @@ class Job:
     merge: bool
     rows: Sequence[Row]
     tokenizer: Tokenizer | None
+
+    @property
+    def contrib(self) -> bool:
+        """Whether the graph may use com.microsoft operators."""
+        return self.weights != standard.NAME
 
     @property
     def context_length(self) -> int:
@@ -133,14 +138,15 @@ def _read_adapter(folder: Path, base: Base) -> Adapter:
 
 def _on_grid(base: Base, weights: str, work: Path) -> Base:
     """The base to export as `weights` without an adapter: a dense one is quantized for a grid, from the original."""
-    if weights not in GRIDS or base.grid == weights:
+    grid = "int4" if weights == standard.NAME else weights
+    if grid not in GRIDS or base.grid == grid:
         return base
     if base.grid is not None:
         raise ExportError(
             f"{base.folder} is stored as {base.grid}; {weights} would round it to 4 bits a second time. Quantize the "
             f"original model for another grid."
         )
-    return open_base(quantize(base.folder, weights, work / "base"))
+    return open_base(quantize(base.folder, grid, work / "base"))
 
 
 def _base_sha256(base: Base) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from edgetune.adapters import lora
 from edgetune.base import Base
 from edgetune.exporter.job import Adapter
-from edgetune.graphs import FORMATS
+from edgetune.graphs import FORMATS, standard
 from edgetune.grids import GRIDS, row_tiles
 from edgetune.weights import Matrix
 
@@ -107,8 +107,12 @@ class RoundedWeights(BaseWeights):
 
     def _produce(self, module: str) -> Codes:
         merged = self.adapter if self.merge else None
-        if super().format_of(module) == self.weights and not (merged and _changes(merged, module)):
-            return super().codes(module)
+        if not (merged and _changes(merged, module)):
+            stored = super().format_of(module)
+            if stored == self.weights:
+                return super().codes(module)
+            if (stored, self.weights) == ("int4", "standard"):
+                return standard.from_int4(super().codes(module), self.base.shape(module))
         matrix = _Sum(self.base, module, merged)
         codes = round_to(self.weights, matrix)
         self.rounding[module] = self._measure(module, matrix, codes)

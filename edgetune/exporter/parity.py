@@ -48,8 +48,10 @@ class Graph:
         graph: Path | bytes = model
         if fp32_compute:
             options.add_session_config_entry("mlas.qnbit.force_fp32", "1")
+            # DequantizeLinear and MatMul are fused into MatMulNBits, also with 8 bits and one scale for a row.
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
-            graph = _at_accuracy_level_0(model)
+            graph = _in_fp32(model)
         self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self._feeds, self._config = dict(feeds), config
         self._outputs = [output.name for output in self._session.get_outputs()]
@@ -81,14 +83,33 @@ class Graph:
         return {f"past_key_values.{i}.{kind}": empty for i in layers for kind in ("key", "value")}
 
 
-def _at_accuracy_level_0(model: Path) -> bytes:
-    """The model with 8-bit products in fp32 compute: their kernel does not know `force_fp32` (measured on 1.31.1)."""
+def _in_fp32(model: Path) -> bytes:
+    """The model with 8-bit products in fp32 compute: their kernels do not know `force_fp32` (measured on 1.31.1)."""
     loaded = ir.load(model)
-    for node in loaded.graph:
+    for node in list(loaded.graph):
         if node.op_type == "MatMulNBits" and node.attributes["bits"].as_int() == 8:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+        elif node.op_type == "DynamicQuantizeMatMul":
+            _replace_dynamic(loaded.graph, node)
     serialized: bytes = ir.to_proto(loaded).SerializeToString()
     return serialized
+
+
+def _replace_dynamic(graph: ir.Graph, node: ir.Node) -> None:
+    """The sum x dequantized(codes) + bias in standard operators, in place of a product of rounded activations."""
+    x, codes, scales, zero, *bias = node.inputs
+    assert zero is not None and zero.const_value is not None and scales is not None and scales.shape is not None
+    zeros = ir.tensor(np.full(scales.shape.numpy(), zero.const_value.numpy()), name=f"{node.name}/zeros")
+    value = ir.Value(name=zeros.name, const_value=zeros, type=ir.TensorType(zeros.dtype), shape=ir.Shape(scales.shape))
+    graph.register_initializer(value)
+    weight = ir.node("DequantizeLinear", [codes, scales, value], {"axis": 1})
+    nodes = [weight, ir.node("MatMul", [x, weight.outputs[0]])]
+    if bias:
+        nodes.append(ir.node("Add", [nodes[-1].outputs[0], bias[0]]))
+    graph.insert_before(node, nodes)
+    nodes[-1].outputs[0].name = node.outputs[0].name
+    node.outputs[0].replace_all_uses_with(nodes[-1].outputs[0], replace_graph_outputs=True)
+    graph.remove(node, safe=True)
 
 
 def spool_logits(decoder: Decoder, items: Sequence[Probe], path: Path) -> np.ndarray:

@@ -11,7 +11,9 @@
 
 from __future__ import annotations
 
-from edgetune.graphs import dense, half, int8
+from edgetune.graphs import dense, half, int8, int8_dynamic, standard
 from edgetune.grids import GRIDS
 
-FORMATS = {"fp32": dense, "fp16": half, "int8": int8, **GRIDS}
+FORMATS = {
+    "fp32": dense, "fp16": half, "int8": int8, "int8-dynamic": int8_dynamic, "standard": standard, **GRIDS
+}  # fmt: skip

@@ -47,11 +47,12 @@ class _Weight:
 class Builder:
     """Collects inputs, nodes, outputs and weights; `save` writes `model.onnx` and its data file.
 
-    `placed` tells where each weight lies; after `save`, `sha256` holds the digest of the bytes produced for it.
+    Without `contrib` only standard operators may be added. `placed` tells where each weight lies; after `save`,
+    `sha256` holds the digest of the bytes produced for it.
     """
 
-    def __init__(self, name: str, data_file: str) -> None:
-        self.name, self.data_file = name, data_file
+    def __init__(self, name: str, data_file: str, *, contrib: bool = True) -> None:
+        self.name, self.data_file, self.contrib = name, data_file, contrib
         self.placed: dict[str, Placed] = {}
         self.sha256: dict[str, str] = {}
         self._inputs: list[ir.Value] = []
@@ -90,7 +91,7 @@ class Builder:
         """An initializer whose bytes `produce()` makes when the file is written. The same name gives the same value."""
         if name in self._initializers:
             return self._initializers[name]
-        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        nbytes = _nbytes(dtype, shape)
         alignment = _PAGE_BYTES if nbytes >= _PAGE_THRESHOLD else _ALIGNMENT
         offset = -(-self._end // alignment) * alignment
         self._end = offset + nbytes
@@ -104,14 +105,13 @@ class Builder:
         if name in self._initializers:
             return self._initializers[name]
         placed = self.placed[weight]
-        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        nbytes = _nbytes(dtype, shape)
         assert start_byte + nbytes <= placed.nbytes, f"{name} reads past the end of {weight}"
         return self._external(name, dtype, shape, placed.offset + start_byte)
 
     def _external(self, name: str, dtype: str, shape: Sequence[int], offset: int) -> ir.Value:
-        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         tensor = ir.ExternalTensor(
-            self.data_file, offset, nbytes, _dtype(dtype), shape=ir.Shape(shape), name=name
+            self.data_file, offset, _nbytes(dtype, shape), _dtype(dtype), shape=ir.Shape(shape), name=name
         )  # fmt: skip
         self._initializers[name] = _initializer(name, tensor)
         return self._initializers[name]
@@ -133,6 +133,7 @@ class Builder:
         **attributes: Any,
     ) -> Sequence[ir.Value]:
         """One node with several outputs, named `<path>/<output>`."""
+        assert self.contrib or not domain, f"{path}: {domain} in a graph of standard operators"
         node = ir.node(op_type, inputs, attributes or None, domain=domain, num_outputs=len(outputs), name=path)
         self._nodes.append(node)
         for value, output in zip(node.outputs, outputs, strict=True):
@@ -149,7 +150,7 @@ class Builder:
             os.fsync(file.fileno())
         graph = ir.Graph(
             self._inputs, self._outputs, nodes=self._nodes, initializers=list(self._initializers.values()),
-            opset_imports={"": OPSET, CONTRIB: 1}, name=self.name,
+            opset_imports={"": OPSET} | ({CONTRIB: 1} if self.contrib else {}), name=self.name,
         )  # fmt: skip
         model = ir.Model(graph, ir_version=IR_VERSION, producer_name="edgetune")
         model.metadata_props.update(metadata or {})
@@ -172,4 +173,9 @@ def _initializer(name: str, tensor: Any) -> ir.Value:
 
 
 def _dtype(name: str) -> ir.DataType:
-    return ir.DataType.from_numpy(np.dtype(name))
+    """The type of numpy's name; "uint4" is two to a byte."""
+    return ir.DataType.UINT4 if name == "uint4" else ir.DataType.from_numpy(np.dtype(name))
+
+
+def _nbytes(dtype: str, shape: Sequence[int]) -> int:
+    return -(-math.prod(shape) * _dtype(dtype).bitwidth // 8)

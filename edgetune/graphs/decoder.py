@@ -39,9 +39,14 @@ class Matrices(Protocol):
         """A norm or bias, float32."""
 
 
-def decoder_graph(source: Matrices, *, data_file: str, context_length: int, slots: bool) -> Builder:
-    """The graph, ready to be saved. With `slots` every linear of every block takes an adapter."""
-    return _Decoder(source, Builder("decoder", data_file), slots).build(context_length)
+def decoder_graph(
+    source: Matrices, *, data_file: str, context_length: int, slots: bool, contrib: bool = True
+) -> Builder:
+    """The graph, ready to be saved. With `slots` every linear of every block takes an adapter.
+
+    Without `contrib` it is of standard operators alone, which all formats of its weights have to allow.
+    """
+    return _Decoder(source, Builder("decoder", data_file, contrib=contrib), slots).build(context_length)
 
 
 class _Decoder:

@@ -79,7 +79,7 @@ def attention_inputs(
 ) -> AttentionInputs:
     """The shared inputs of `attention`, from ids [b, s], mask [b, total] (1 = token) and (cos, sin)."""
     cos, sin = (_table(b, name, table) for name, table in zip(("cos_cache", "sin_cache"), tables, strict=True))
-    if has_fused_attention(config):
+    if b.contrib and has_fused_attention(config):
         return AttentionInputs((cos, sin), *_lengths(b, mask), None)
     return AttentionInputs((cos, sin), None, None, _positions(b, ids, mask))
 
@@ -130,7 +130,7 @@ def attention(
     """
     heads, kv_heads, scale = config.num_attention_heads, config.num_key_value_heads, config.head_dim**-0.5
     outputs = ("output", "key", "value")
-    if has_fused_attention(config):
+    if shared.position_ids is None:
         return b.op_many(
             f"{path}/GroupQueryAttention", "GroupQueryAttention",
             [*qkv, *past, shared.seqlens_k, shared.total_sequence_length, *shared.tables],

@@ -15,7 +15,7 @@ from conftest import tiny_config
 
 from edgetune.errors import ExportError
 from edgetune.exporter.merging import round_to
-from edgetune.graphs import FORMATS, int8, ops
+from edgetune.graphs import FORMATS, int8, int8_dynamic, ops, standard
 from edgetune.graphs.builder import Builder
 from edgetune.models import FAMILIES
 from edgetune.models.rope import rope_tables
@@ -47,7 +47,7 @@ SHAPES = [(37, 72), (40, 88), (9, 32), (301, 64), (6, 10)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("weights", [name for name in FORMATS if name != "int8"])
+@pytest.mark.parametrize("weights", [name for name in FORMATS if name not in ("int8", "int8-dynamic")])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_linear_computes_with_the_dequantized_weight(
     tmp_path: Path, weights: str, shape: tuple[int, int], with_bias: bool
@@ -78,6 +78,61 @@ def test_embedding_gathers_the_dequantized_rows(tmp_path: Path, weights: str, sh
     assert np.array_equal(run(tmp_path, make, {"ids": ids}), expected), "a look-up is exact"
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_int8_dynamic_rounds_activations_to_one_scale(tmp_path: Path, shape: tuple[int, int], with_bias: bool) -> None:
+    """ONNX's DynamicQuantizeLinear as a formula; extreme codes and inputs would saturate a 16-bit sum of products."""
+    x, weight, bias = normal(2, 5, shape[1]), normal(*shape, seed=2), normal(shape[0], seed=3)
+    x[0, 0], weight[0] = 2.5, 1.5
+    codes = int8_dynamic.quantize(weight)
+
+    def make(b: Builder) -> Any:
+        value = b.input("x", "float32", ["a", "b", shape[1]])
+        added = b.constant("bias", bias) if with_bias else None
+        return int8_dynamic.emit_linear(b, "/l", value, "w", shape, lambda: codes, bias=added)
+
+    low, high = min(x.min(), 0), max(x.max(), 0)
+    step = (high - low) / np.float32(255)
+    zero = np.rint(-low / step)
+    rounded = (np.clip(np.rint(x / step) + zero, 0, 255) - zero) * step
+    expected = rounded @ int8_dynamic.dequantize(codes, shape).T + (bias if with_bias else 0)
+    np.testing.assert_allclose(run(tmp_path, make, {"x": x}), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 33), (1, 1), (2000, 600)])
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_format_reads_ranges_and_indices_as_the_whole(weights: str, shape: tuple[int, int]) -> None:
+    codes = round_to(weights, normal(*shape))
+    whole = FORMATS[weights].dequantize(codes, shape)
+    assert (whole.shape, whole.dtype) == (shape, np.float32)
+    for rows in (slice(0, 1), slice(shape[0] // 3, shape[0]), np.array([shape[0] - 1, 0, shape[0] - 1])):
+        np.testing.assert_array_equal(FORMATS[weights].dequantize(codes, shape, rows), whole[rows])
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 33), (1, 1)])
+def test_standard_is_int4_transposed_bit_for_bit(shape: tuple[int, int]) -> None:
+    codes = round_to("int4", normal(*shape))
+    same = standard.from_int4(codes, shape)
+    assert same["codes"].nbytes == -(-shape[0] * shape[1] // 2)
+    np.testing.assert_array_equal(standard.dequantize(same, shape), FORMATS["int4"].dequantize(codes, shape))
+
+
+@pytest.mark.parametrize("weights", ["int8", "int8-dynamic"])
+def test_8_bits_round_to_the_nearest_level(weights: str) -> None:
+    weight = normal(7, 50)
+    weight[2] = 0
+    codes = FORMATS[weights].quantize(weight)
+    scales = codes["scales"].repeat(32, 1)[:, :50] if weights == "int8" else codes["scales"][:, None]
+    assert (np.abs(FORMATS[weights].dequantize(codes, weight.shape) - weight) <= scales / 2 * 1.001 + 1e-7).all()
+    assert codes["codes"].min() >= 1, "127 levels on either side of zero"
+
+
+def test_a_graph_of_standard_operators_takes_no_other() -> None:
+    b = Builder("test", "test.data", contrib=False)
+    with pytest.raises(AssertionError, match=r"/x: com\.microsoft in a graph of standard operators"):
+        b.op("/x", "FusedMatMul", [b.input("x", "float32", [1, 2])] * 2, domain="com.microsoft")
+
+
 def test_int8_linear_is_near_its_weight(tmp_path: Path) -> None:
     x, weight = normal(3, 4, 88), normal(40, 88, seed=2)
     codes = int8.quantize(weight)
@@ -88,18 +143,6 @@ def test_int8_linear_is_near_its_weight(tmp_path: Path) -> None:
 
     got, expected = run(tmp_path, make, {"x": x}), x @ int8.dequantize(codes, weight.shape).T
     assert 0 < np.linalg.norm(got - expected) / np.linalg.norm(expected) < 0.01, "activations are rounded to int8"
-
-
-def test_int8_rounds_to_the_nearest_level() -> None:
-    weight = normal(7, 50)
-    weight[2, :32] = 0  # a block of zeros
-    codes = int8.quantize(weight)
-    error = np.abs(int8.dequantize(codes, weight.shape) - weight)
-    limit = np.repeat(codes["scales"], 32, 1)[:, :50] / 2
-    assert (error <= limit * 1.001 + 1e-7).all()
-    assert codes["codes"].min() >= 1, "127 levels on either side of zero"
-    picked = np.array([4, 1])
-    assert np.array_equal(int8.dequantize(codes, weight.shape, picked), int8.dequantize(codes, weight.shape)[picked])
 
 
 def test_an_nf4_embedding_of_odd_width_is_refused() -> None:

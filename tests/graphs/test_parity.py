@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,13 +15,15 @@ import onnxruntime
 import pytest
 import torch
 from conftest import tiny_config, write_model
+from safetensors.numpy import save_file
 from tiny_run import adapter_tensors, write_run
 
 from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.lora import LoraConfig, onnx_tensors
 from edgetune.base import open_base
-from edgetune.exporter import export
-from edgetune.exporter.merging import BaseWeights
+from edgetune.exporter import export, parity
+from edgetune.exporter.merging import BaseWeights, RoundedWeights, round_to
+from edgetune.graphs import FORMATS
 from edgetune.graphs.decoder import decoder_graph
 from edgetune.grids import GRIDS, nf4
 from edgetune.models import FAMILIES
@@ -36,9 +39,14 @@ def make_base(folder: Path, family: str, grid: str | None, **overrides: Any) -> 
     return model if grid is None else quantize(model, grid, folder / "base")
 
 
-def write_graph(folder: Path, base: Path, *, slots: bool = True) -> Path:
+def write_graph(folder: Path, base: Path, *, slots: bool = True, weights: str | None = None) -> Path:
+    """The graph of a base as it is, or rounded to `weights`."""
     folder.mkdir()
-    builder = decoder_graph(BaseWeights(open_base(base)), data_file="model.onnx.data", context_length=256, slots=slots)
+    opened = open_base(base)
+    source = BaseWeights(opened) if weights is None else RoundedWeights(opened, weights, None, merge=False)
+    builder = decoder_graph(
+        source, data_file="model.onnx.data", context_length=256, slots=slots, contrib=weights != "standard"
+    )
     builder.save(folder, "model.onnx")
     return folder / "model.onnx"
 
@@ -129,11 +137,15 @@ def test_an_nf4_weight_in_row_ranges_gives_the_same_logits(tmp_path: Path, monke
     np.testing.assert_allclose(Client(model).run(ids)[0], whole, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("family", "grid"), ROWS)
-def test_every_node_has_a_cpu_kernel_and_the_checker_passes(tmp_path: Path, family: str, grid: str | None) -> None:
+@pytest.mark.parametrize("head_dim", [8, 16])  # the standard attention, and where it may be the contrib one
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_node_has_a_cpu_kernel_and_the_checker_passes(
+    tmp_path: Path, family: str, weights: str, head_dim: int
+) -> None:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    path = write_graph(tmp_path / "graph", make_base(tmp_path, family, grid))
+    path = write_graph(tmp_path / "graph", make_base(tmp_path, family, None, head_dim=head_dim), weights=weights)
     onnx.checker.check_model(str(path))
     model = onnx.load(path, load_external_data=False)
     kernels = {
@@ -145,25 +157,51 @@ def test_every_node_has_a_cpu_kernel_and_the_checker_passes(tmp_path: Path, fami
     assert not missing
     assert not {"Constant", "ConstantOfShape"} & {node.op_type for node in model.graph.node}
     assert model.ir_version == 10
-    assert {item.domain: item.version for item in model.opset_import} == {"": 23, "com.microsoft": 1}
+    opsets = {item.domain: item.version for item in model.opset_import}
+    assert opsets == ({"": 23} if weights == "standard" else {"": 23, "com.microsoft": 1})
+    assert ({node.domain for node in model.graph.node} == {""}) is (weights == "standard")
     names = [node.name for node in model.graph.node]
     assert len(set(names)) == len(names)
     assert all(name.startswith("/") for name in names)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_a_tied_table_is_stored_once(tmp_path: Path, grid: str) -> None:
-    base = open_base(make_base(tmp_path, "llama", grid))
-    path = write_graph(tmp_path / "graph", base.folder)
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_tied_table_is_stored_once(tmp_path: Path, weights: str) -> None:
+    base = open_base(make_base(tmp_path, "llama", None))
+    path = write_graph(tmp_path / "graph", base.folder, weights=weights)
+    table = round_to(weights, base.dequantize("model.embed_tokens"))
+    table = table.get("codes", table.get("weight"))
     spans = {}
     for tensor in onnx.load(path, load_external_data=False).graph.initializer:
         entries = {entry.key: entry.value for entry in tensor.external_data}
-        if tensor.name.startswith("model.embed_tokens.weight.codes"):
+        assert not tensor.name.startswith("lm_head.weight")
+        if tensor.name.startswith("model.embed_tokens.weight") and not tensor.name.endswith(
+            ("scales", "scales.rows", "absmax")
+        ):
             spans[tensor.name] = (int(entries["offset"]), int(entries["length"]))
-    assert "lm_head.weight.codes" not in spans
-    offset, length = spans["model.embed_tokens.weight.codes"]
-    assert length == base.codes("model.embed_tokens")["codes"].nbytes
+    offset, length = next(iter(spans.values()))
+    assert length == table.nbytes
     assert all(offset <= start and start + size <= offset + length for start, size in spans.values())
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_graph_of_any_weights_computes_with_them(tmp_path: Path, weights: str) -> None:
+    """Torch over the weights dequantized beforehand, against the graph that dequantizes them itself."""
+    base = open_base(make_base(tmp_path, "qwen2", None))
+    rounded = tmp_path / "rounded"
+    shutil.copytree(base.folder, rounded)
+    matrices = base.config.matrices()
+    tensors = {name: base.weights.float32(name) for name in base.weights}
+    for module, shape in matrices.items():
+        codes = round_to(weights, tensors[f"{module}.weight"])
+        tensors[f"{module}.weight"] = np.ascontiguousarray(FORMATS[weights].dequantize(codes, shape))
+    save_file(tensors, rounded / "model.safetensors")
+    ids = np.random.default_rng(8).integers(0, 301, (2, 23))
+    with torch.no_grad():
+        expected = load_decoder(rounded)(torch.from_numpy(ids)).numpy()
+    path = write_graph(tmp_path / "graph", base.folder, weights=weights)
+    got = parity.Graph(path, base.config, {}, fp32_compute=True).logits(ids)
+    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
 
 
 def test_slots_are_optional_inputs_of_any_rank(tmp_path: Path) -> None:
@@ -221,13 +259,13 @@ def genai_greedy(folder: Path, prompt: list[int], count: int, adapter: bool) -> 
 
 
 @pytest.mark.parametrize("head_dim", [8, 16])  # a cache that grows, and one shared buffer
-@pytest.mark.parametrize("grid", [None, *GRIDS])
-def test_onnxruntime_genai_gives_the_same_tokens(tmp_path: Path, grid: str | None, head_dim: int) -> None:
+@pytest.mark.parametrize("weights", FORMATS)
+def test_onnxruntime_genai_gives_the_same_tokens(tmp_path: Path, weights: str, head_dim: int) -> None:
     pytest.importorskip("onnxruntime_genai")
-    base = make_base(tmp_path, "llama", grid, head_dim=head_dim)
-    bundle = export(write_run(tmp_path / "run", base), out=tmp_path / "bundle")
+    base = make_base(tmp_path, "llama", weights if weights in GRIDS else "int4", head_dim=head_dim)
+    bundle = export(write_run(tmp_path / "run", base), out=tmp_path / "bundle", weights=weights)
     shared = json.loads((bundle.folder / "genai_config.json").read_text(encoding="utf-8"))["search"]
-    assert shared["past_present_share_buffer"] is (head_dim == 16)
+    assert shared["past_present_share_buffer"] is (head_dim == 16 and weights != "standard")
     client, end, prompt = Client(bundle.model_path, fp32=False), bundle.model.eos_token_ids[0], [7, 80, 3]
 
     def until_end(tokens: list[int]) -> list[int]:
