@@ -32,14 +32,16 @@ import onnxruntime
 
 from edgetune import errors, host
 from edgetune.bundle import DATA, Bundle, load_bundle
-from edgetune.device import DeviceProfile, load_device
+from edgetune.device import NBITS, DeviceProfile, load_device
 from edgetune.errors import ConfigError, EdgetuneError
 from edgetune.memory import MIB, Meter, anonymous_bytes, format_mib
 from edgetune.runtime.session import CHUNK, Session, open_session
 from edgetune.tokenizer import load_tokenizer
 
-# Bytes in the data file per weight: the codes, and an fp32 scale per block of 32 (int4, int8) or 64 (nf4).
-BYTES_PER_WEIGHT = {"int4": 0.625, "nf4": 0.5625, "int8": 1.125, "standard": 0.625, "fp16": 2.0, "fp32": 4.0}
+# Bytes in the data file per weight: the codes, and an fp32 scale per block of 32 or 64 (nf4); one per row is no byte.
+BYTES_PER_WEIGHT = {
+    "int4": 0.625, "standard": 0.625, "nf4": 0.5625, "int8": 1.125, "int8-dynamic": 1.0, "fp16": 2.0, "fp32": 4.0
+}  # fmt: skip
 # What a kernel reads and writes beside the file: nf4 an fp32 copy of each weight, fp16 what was widened at load.
 WIDENED_BYTES = {"nf4": 8, "fp16": 2}
 # Cycles that onnxruntime spends on a layer's nodes beside their arithmetic: 25 us a layer at 2.6 GHz on x86-64, one
@@ -108,7 +110,7 @@ def predict_latency(
     the weights.
     """
     kind, model = bundle.manifest["weights"], bundle.model
-    has_kernel = kind not in ("int4", "int8", "standard") or device.runtime.int4_kernel
+    has_kernel = kind not in NBITS or device.runtime.int4_kernel
     if kind not in BYTES_PER_WEIGHT or not has_kernel:
         return {"time_to_first_token_ms": None, "generation_tokens_per_second": None}
     file_bytes: int = bundle.manifest["files"][DATA]["bytes"]

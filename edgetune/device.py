@@ -30,6 +30,8 @@ SCHEMA = 1
 MAX_FILE_BYTES, MAX_LINE_BYTES = 1 << 16, 500
 MAX_EXTENDS = 3
 INT4_NEEDS = {"aarch64": "dotprod", "x86_64": "avx2"}
+WEIGHTS = ("int4", "nf4", "int8", "int8-dynamic", "fp16", "fp32", "standard")
+NBITS = ("int4", "int8", "standard")  # of these, what onnxruntime multiplies by MatMulNBits, the kernel of int4_kernel
 ISA = (
     "neon", "fp16", "dotprod", "i8mm", "bf16", "sve", "sme",
     "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni",
@@ -154,9 +156,24 @@ class Runtime:
     external_data: Annotated[bool, Key("whether weights may lie beside model.onnx")]
     int4_kernel: Annotated[bool, Key("fast MatMulNBits: aarch64 dotprod, x86_64 avx2", auto=_host_int4_kernel)]
     grid: Annotated[str, Key("grid of the base by default", choices=("int4", "nf4"))]
-    weights: Annotated[
-        str, Key("export form by default", choices=("int4", "nf4", "int8", "int8-dynamic", "fp16", "fp32"))
-    ]
+    weights: Annotated[str, Key("export form by default", choices=WEIGHTS)]
+
+    def slow_reason(self, weights: str) -> str | None:
+        """Why this device's kernels run such weights slowly, with the factor measured; None where they do not.
+
+        The factors are those of onnxruntime 1.31 on x86-64 with AVX2, one thread and one token, over 100 M weights out
+        of the cache; for kernels that are missing, and for int8-dynamic, over one matrix in the cache.
+        """
+        if weights in NBITS and not self.int4_kernel:
+            return "it has no kernel for MatMulNBits, which then dequantizes on every call: 40 times slower than fp32"
+        if weights == "nf4":
+            others = "16 times slower than int4" if self.int4_kernel else "3.7 times slower than fp32"
+            return f"MatMulBnb4 dequantizes every weight on every call: {others}"
+        if weights in ("fp16", "fp32"):
+            why = "fp16 is widened to fp32 when it is loaded, and " if weights == "fp16" else ""
+            others = "4.3 times slower than int4" if self.int4_kernel else "3.4 times slower than int8-dynamic"
+            return f"{why}every token reads 4 bytes of each weight: {others}"
+        return None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@
     └── MissingExtraError          an optional dependency is not installed
 
 Every message says what is wrong with its value, what was expected, and the next step.
+`EdgetuneWarning` is what it warns with: something is done as it was asked for, and that has a price.
 A failed `assert` in this package is a bug of edgetune, not of its input.
 """
 
@@ -22,6 +23,10 @@ from __future__ import annotations
 
 class EdgetuneError(Exception):
     """Base of every error that edgetune raises on purpose."""
+
+
+class EdgetuneWarning(UserWarning):
+    """Something is done as it was asked for, and that has a price."""
 
 
 class DeviceError(EdgetuneError):

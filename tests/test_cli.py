@@ -132,6 +132,16 @@ def test_export_and_bench_print_the_keys_that_scripts_rely_on(way: Way) -> None:
         assert entry.keys() == {"value", "wanted", "pass", "basis"}
 
 
+def test_export_warns_of_slow_weights_in_one_line(model: Path, tmp_path: Path) -> None:
+    result = edgetune("export", model, "--out", tmp_path / "b", "--device", "pixel-9", "--weights", "fp16", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["weights"] == "fp16"
+    assert result.stderr.splitlines()[0] == (
+        "warning: fp16 weights are slow on pixel-9: fp16 is widened to fp32 when it is loaded, and every token reads 4 "
+        "bytes of each weight: 4.3 times slower than int4. Its profile names int4."
+    )
+
+
 def test_run_prints_the_text_and_nothing_else(way: Way) -> None:
     words = ("run", way / "bundle", "--max-new-tokens", "6", "--threads", "1")
     said = answer(*words, "--prompt", "turn on lamp 3: ")

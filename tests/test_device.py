@@ -352,3 +352,26 @@ def test_any_bytes_are_refused_with_our_error(tmp_path_factory: pytest.TempPathF
     path.write_bytes(content)
     with pytest.raises(EdgetuneError):
         load_device(path)
+
+
+@pytest.mark.parametrize(
+    ("device", "weights", "reason"),
+    [
+        ("pixel-9", "int4", None),
+        ("pixel-9", "int8", None),
+        ("pixel-9", "standard", None),
+        ("pixel-9", "int8-dynamic", None),
+        ("pixel-9", "nf4", "MatMulBnb4 .* 16 times slower than int4"),
+        ("pixel-9", "fp32", "^every token reads 4 bytes .* 4.3 times slower than int4"),
+        ("pixel-9", "fp16", "widened to fp32 when it is loaded, .* 4.3 times slower than int4"),
+        ("rpi-4", "int8-dynamic", None),
+        ("rpi-4", "int4", "no kernel for MatMulNBits, .* 40 times slower than fp32"),
+        ("rpi-4", "int8", "no kernel for MatMulNBits"),
+        ("rpi-4", "standard", "no kernel for MatMulNBits"),
+        ("rpi-4", "nf4", "MatMulBnb4 .* 3.7 times slower than fp32"),
+        ("rpi-4", "fp32", "3.4 times slower than int8-dynamic"),
+    ],
+)
+def test_which_weights_are_slow_and_why(device: str, weights: str, reason: str | None) -> None:
+    found = load_device(device).runtime.slow_reason(weights)
+    assert (found is None) if reason is None else re.search(reason, found or "")

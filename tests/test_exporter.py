@@ -24,7 +24,8 @@ from edgetune.adapters.base import load_adapter
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import open_base
 from edgetune.bundle import Bundle, explain, load_bundle
-from edgetune.errors import ConfigError, DataError, ExportError, ModelError, ParityError
+from edgetune.device import load_device
+from edgetune.errors import ConfigError, DataError, DeviceError, EdgetuneWarning, ExportError, ModelError, ParityError
 from edgetune.exporter import agreement, export, parity
 from edgetune.exporter import job as export_job
 from edgetune.graphs import FORMATS
@@ -361,6 +362,45 @@ def test_a_merged_matrix_is_the_sum_in_its_format(bases: dict[str, Path], tmp_pa
         if adapted:
             expected += tensors[f"{module}.lora_B"].astype(np.float64) @ tensors[f"{module}.lora_A"] * 5 / 3
         np.testing.assert_allclose(written[f"{module}.weight"], expected, atol=1e-6)
+
+
+# --- what the device chooses
+
+
+@pytest.mark.parametrize(
+    ("source", "device", "weights"),
+    [
+        ("dense", "pixel-9", "int4"),
+        ("dense", "host", "nf4"),
+        ("int4", "pixel-9", "int4"),
+        ("int4", "pixel-watch-3", "int8-dynamic"),
+        ("nf4", "host", "nf4"),
+    ],
+)
+def test_the_profile_chooses_the_weights(
+    model: Path, bases: dict[str, Path], tmp_path: Path, source: str, device: str, weights: str
+) -> None:
+    bundle = export({"dense": model, **bases}[source], out=tmp_path / "bundle", device=device)
+    assert bundle.manifest["weights"] == weights
+
+
+def test_a_run_is_exported_for_the_device_that_it_was_planned_for(bases: dict[str, Path], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", bases["int4"])
+    (run / "plan.json").write_text('{"device": "rpi-4"}', encoding="utf-8")
+    assert export(run, out=tmp_path / "a").manifest["weights"] == "int8-dynamic"
+    assert export(run, out=tmp_path / "b", device=load_device("pixel-9")).manifest["weights"] == "int4"
+    (run / "plan.json").write_text('{"device": "a profile that is gone"}', encoding="utf-8")
+    assert export(run, out=tmp_path / "c").manifest["weights"] == "int4"
+    with pytest.raises(DeviceError, match="there is no device 'pixel'"):
+        export(run, out=tmp_path / "d", device="pixel")
+
+
+def test_a_grid_chosen_against_the_profile_is_kept_and_warned_of(bases: dict[str, Path], tmp_path: Path) -> None:
+    message = r"nf4 weights are slow on pixel-9: MatMulBnb4 .* 16 times slower than int4\. Its profile names int4\."
+    with pytest.warns(EdgetuneWarning, match=message) as caught:
+        bundle = export(write_run(tmp_path / "run", bases["nf4"]), out=tmp_path / "bundle", device="pixel-9")
+    assert bundle.manifest["weights"] == "nf4"
+    assert len(caught) == 1
 
 
 # --- what is refused

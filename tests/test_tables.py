@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from edgetune import adapters, graphs, grids, models, objectives, optimizers, training
+from edgetune import adapters, benchmark, graphs, grids, models, objectives, optimizers, training
+from edgetune.device import NBITS, WEIGHTS
 from edgetune.planner.plans import STEP_RULES
 
 TABLES: list[tuple[ModuleType, dict[str, Any]]] = [
@@ -44,6 +45,11 @@ def test_every_file_is_in_its_table(package: ModuleType, table: dict[str, Any]) 
 @pytest.mark.parametrize(("package", "table"), TABLES, ids=lambda value: getattr(value, "__name__", ""))
 def test_every_key_is_the_name_of_its_module(package: ModuleType, table: dict[str, Any]) -> None:
     assert {key: module.NAME for key, module in table.items()} == {key: key for key in table}
+
+
+def test_a_profile_may_name_every_format_of_weights() -> None:
+    assert set(WEIGHTS) == graphs.FORMATS.keys()
+    assert set(benchmark.BYTES_PER_WEIGHT) == set(WEIGHTS) > set(NBITS)
 
 
 def test_every_step_rule_can_be_planned() -> None:

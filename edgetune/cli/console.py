@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from edgetune.errors import EdgetuneError
+from edgetune.errors import EdgetuneError, EdgetuneWarning
 
 STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: the same again later, or with more, may work
 
@@ -31,6 +32,15 @@ def fail(error: EdgetuneError, as_json: bool) -> None:
 def tell(text: str) -> None:
     """A line about what happens, on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def warnings_told() -> Iterator[None]:
+    """Each EdgetuneWarning in the block as a line on stderr, without the place in the code that raised it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", EdgetuneWarning)
+        warnings.showwarning = lambda message, *_: tell(f"warning: {message}")
+        yield
 
 
 def flat(values: Mapping[str, Any], at: str = "") -> Iterator[str]:

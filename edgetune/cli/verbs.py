@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from edgetune import __version__
-from edgetune.cli.console import answer, fail, flat, stream_text, tell, tell_text, tensor_progress
+from edgetune.cli.console import answer, fail, flat, stream_text, tell, tell_text, tensor_progress, warnings_told
 from edgetune.cli.flags import (
     Budget,
     Bundle,
@@ -309,11 +309,17 @@ def export(
     ],
     *,
     out: Out,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device", metavar="ID", help="A profile's id or TOML file. (default: the run's)", show_default=False
+        ),
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
             "--weights",
-            help="fp32, fp16, int8, int4, nf4 or standard. (default: as the base has them)",
+            help="int4, nf4, int8, int8-dynamic, fp16, fp32 or standard. (default: what the device's profile names)",
             show_default=False,
         ),
     ] = None,
@@ -333,9 +339,11 @@ def export(
     """
     from edgetune import bundle, exporter
 
-    result = exporter.export(
-        source, out=out, weights=weights, merge=merge, accept_loss=accept_loss, eval_data=eval_data, force=force
-    ).summary()
+    with warnings_told():
+        result = exporter.export(
+            source, out=out, weights=weights, device=device, merge=merge, accept_loss=accept_loss, eval_data=eval_data,
+            force=force,
+        ).summary()  # fmt: skip
     answer(result, bundle.explain(result), as_json)
 
 

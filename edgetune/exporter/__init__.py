@@ -36,6 +36,7 @@ from edgetune.bundle import (
     Bundle,
     load_bundle,
 )
+from edgetune.device import DeviceProfile
 from edgetune.exporter import agreement, parity
 from edgetune.exporter.job import Adapter, Job, read_job
 from edgetune.exporter.merging import BaseWeights, RoundedWeights
@@ -57,6 +58,7 @@ def export(
     *,
     out: str | Path,
     weights: str | None = None,
+    device: DeviceProfile | str | Path | None = None,
     merge: bool = False,
     accept_loss: bool = False,
     eval_data: str | Path | None = None,
@@ -67,8 +69,11 @@ def export(
     Args:
         source: a run (`Run` or its folder), a base/ folder, a model folder or a Hub id.
         out: the folder to write.
-        weights: a key of `graphs.FORMATS`. None keeps what the base is stored in. What the base's bytes do not give
-            is rounded again, and the cost is measured.
+        weights: a key of `graphs.FORMATS`. None takes what the device's profile names, or without a device, or where
+            the base is on another grid than the profile's, what the base is stored in. What its bytes do not give is
+            rounded again, and the cost is measured.
+        device: the profile, its id or its file that chooses the default; an EdgetuneWarning says where weights are
+            slow on it. None takes that of the run's plan.
         merge: fold the run's adapter into the weights and round them again.
         accept_loss: write a bundle whose rounding moved a weight further than training did, or costs the task.
         eval_data: held-out rows (JSON Lines) for the parity gate; None takes those of the run.
@@ -78,7 +83,7 @@ def export(
         ExportError: the source is none of these, base, adapter and weights do not go together, or rounding loses
             what was trained.
         ParityError: the graph does not compute what was trained; nothing is written.
-        ConfigError, ModelError, AdapterError, DataError: from what is read and where it is written.
+        ConfigError, DeviceError, ModelError, AdapterError, DataError: from what is read and where it is written.
     """
     out = Path(out)
     folder = getattr(source, "folder", None) or model_folder(source)
@@ -88,7 +93,7 @@ def export(
         # Beside the output: logits are compared through files, which need the disk that the bundle needs anyway.
         tempfile.TemporaryDirectory(prefix=f".{out.name}.work-", dir=temporary.parent) as work,
     ):
-        job = read_job(Path(folder), Path(work), weights, merge, eval_data)
+        job = read_job(Path(folder), Path(work), weights, merge, eval_data, device)
         figures, rounding = _write_model(job, temporary, Path(work), accept_loss=accept_loss)
         _write_companions(job, temporary)
         _write_manifest(job, temporary, figures, rounding, meter.peak_rss_bytes)

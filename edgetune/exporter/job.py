@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from edgetune.adapters.base import load_adapter
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import Base, open_base
 from edgetune.data import Row, read_rows, split_eval
-from edgetune.errors import ExportError
+from edgetune.device import DeviceProfile, load_device
+from edgetune.errors import DeviceError, EdgetuneWarning, ExportError
 from edgetune.graphs import FORMATS, standard
 from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
@@ -77,7 +79,14 @@ class Job:
         return found or self.base.config.eos_token_ids
 
 
-def read_job(folder: Path, work: Path, weights: str | None, merge: bool, eval_data: str | Path | None) -> Job:
+def read_job(
+    folder: Path,
+    work: Path,
+    weights: str | None,
+    merge: bool,
+    eval_data: str | Path | None,
+    device: DeviceProfile | str | Path | None,
+) -> Job:
     """Open everything that the export needs; refuse what does not go together."""
     if weights is not None and weights not in FORMATS:
         raise ExportError(f"weights = {weights!r}; choose from {', '.join(FORMATS)}.")
@@ -86,7 +95,14 @@ def read_job(folder: Path, work: Path, weights: str | None, merge: bool, eval_da
     adapter = _read_adapter(folder, base) if run else None
     if merge and adapter is None:
         raise ExportError(f"{folder} has no adapter to merge. Export a run folder, or leave --merge off.")
-    chosen = weights or base.grid or "fp32"
+    profile = _profile(device, folder)
+    chosen = weights or _default_weights(base, adapter, profile)
+    if profile is not None and chosen != profile.runtime.weights and (why := profile.runtime.slow_reason(chosen)):
+        warnings.warn(
+            f"{chosen} weights are slow on {profile.id}: {why}. Its profile names {profile.runtime.weights}.",
+            EdgetuneWarning,
+            stacklevel=3,
+        )
     if adapter is None:
         base = _on_grid(base, chosen, work)
     sha256 = _base_sha256(base)
@@ -134,6 +150,26 @@ def _read_adapter(folder: Path, base: Base) -> Adapter:
             f"The adapter of {folder} changes nothing: every lora_B is zero. Train it, or export the base."
         )
     return Adapter(config, tensors)
+
+
+def _profile(device: DeviceProfile | str | Path | None, folder: Path) -> DeviceProfile | None:
+    """The profile that was given, else that of the run's plan; None where there is none, or it is no longer known."""
+    if isinstance(device, DeviceProfile):
+        return device
+    if device is not None:
+        return load_device(device)
+    try:
+        return load_device(str(json.loads((folder / "plan.json").read_text(encoding="utf-8"))["device"]))
+    except (OSError, ValueError, KeyError, TypeError, DeviceError):
+        return None
+
+
+def _default_weights(base: Base, adapter: Adapter | None, profile: DeviceProfile | None) -> str:
+    """What the profile names, unless the base is on another grid than the profile's: that was chosen against it."""
+    stored = base.grid or "fp32"
+    if profile is None or stored not in (profile.runtime.grid, "fp32" if adapter is None else None):
+        return stored
+    return profile.runtime.weights
 
 
 def _on_grid(base: Base, weights: str, work: Path) -> Base:
