@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import tiny_config, write_model
+from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import save_file
 from tiny_run import adapter_tensors, write_run
 
@@ -202,6 +203,25 @@ def test_a_graph_of_any_weights_computes_with_them(tmp_path: Path, weights: str)
     path = write_graph(tmp_path / "graph", base.folder, weights=weights)
     got = parity.Graph(path, base.config, {}, fp32_compute=True).logits(ids)
     np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_runtime_without_contrib_operators_reads_standard_weights(tmp_path: Path, family: str) -> None:
+    """ONNX's own reference implementation, with an adapter and with a cache."""
+    base = make_base(tmp_path, family, "int4", head_dim=16)
+    path = write_graph(tmp_path / "graph", base, weights="standard")
+    config, tensors = adapter_tensors(base, ADAPTER)
+    feeds = onnx_tensors(config, tensors)
+    ids = np.random.default_rng(9).integers(0, 301, (1, 8))
+    client = Client(path)
+    reference = ReferenceEvaluator(str(path))
+    cache = dict(client.empty)
+    for start, stop in ((0, 5), (5, 8)):
+        inputs = {"input_ids": ids[:, start:stop], "attention_mask": np.ones((1, stop), np.int64), **cache, **feeds}
+        found = dict(zip(reference.output_names, reference.run(None, inputs), strict=True))
+        expected, _ = client.run(ids[:, start:stop], cache, feeds)
+        np.testing.assert_allclose(found.pop("logits"), expected, atol=1e-3, rtol=0)
+        cache = {name.replace("present", "past_key_values"): value for name, value in found.items()}
 
 
 def test_slots_are_optional_inputs_of_any_rank(tmp_path: Path) -> None:
