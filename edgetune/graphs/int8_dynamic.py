@@ -4,8 +4,8 @@ processors without a 4-bit kernel, 32-bit ARM above all.
     weight[n, k] = (code[k, n] - 128) * scale[n]
 
 `DynamicQuantizeMatMul` wants the transpose, uint8 [K, N]. The codes are unsigned around 128: the AVX2 kernel for signed
-ones adds pairs of products in 16 bits and saturates, the one for unsigned does not, and on ARM both cost the same. The
-single scale of the activations is this format's larger error; the export measures it on the task.
+ones adds pairs of products in 16 bits and saturates, the one for unsigned does not. The single scale of the activations
+is this format's larger error; the export measures it on the task. Not measured on ARM.
 """
 
 from __future__ import annotations
