@@ -80,8 +80,8 @@ class Case:
     """The adapter's, from the top."""
     checkpointing: bool = True
     """PEFT's."""
-    peft_budget: bool = False
-    """Ours gets PEFT's own peak as its budget, rather than the least that can be."""
+    budget_share: float | None = None
+    """Of PEFT's own peak, as our budget; None is the least that can be."""
     flags: tuple[str, ...] = ()
     """More of `edgetune train`."""
     busy: bool = False
@@ -95,22 +95,27 @@ class Case:
 
 
 CASES = {
-    "smollm2-135m": Case("smollm2-135m", {"peak_ratio": 0.35}, {"speed_ratio": 1.15}),
-    "qwen2.5-0.5b": Case("qwen2.5-0.5b", {"peak_ratio": 0.20}, {"speed_ratio": 1.15}, steps=5, warmup_steps=2),
+    "smollm2-135m": Case("smollm2-135m", {"peak_ratio": 0.35}, {"speed_ratio": 1.15}, budget_share=0.35),
+    "least": Case("smollm2-135m", {"peak_ratio": 0.25}, {"speed_ratio": 1.15}),
+    "qwen2.5-0.5b": Case(
+        "qwen2.5-0.5b", {"peak_ratio": 0.20}, {"speed_ratio": 1.15}, budget_share=0.20, steps=5, warmup_steps=2
+    ),
     "llama-3.2-1b": Case("llama-3.2-1b", {"peak_bytes": 1024 * MIB}, steps=3, warmup_steps=2, pairs=1),
     # The second epoch and those after it, from the feature cache.
     "top-third": Case(
         "smollm2-135m", {"peak_ratio": 0.35}, {"speed_ratio": 1.5}, share_of_blocks=1 / 3, checkpointing=False,
-        windows=8, warmup_steps=8, steps=24,
+        budget_share=0.35, windows=8, warmup_steps=8, steps=24,
     ),
     "1024-tokens": Case(
-        "smollm2-135m", {"peak_ratio": 0.25}, {"speed_ratio": 1.15}, tokens=1024, steps=5, warmup_steps=2
+        "smollm2-135m", {"peak_ratio": 0.25}, {"speed_ratio": 1.15}, budget_share=0.25, tokens=1024,
+        steps=5, warmup_steps=2,
     ),
     "busy": Case(
-        "smollm2-135m", {}, {"speed_ratio": 3.0}, busy=True, steps=6, warmup_steps=1, most_seconds=45.0, pairs=5
+        "smollm2-135m", {}, {"speed_ratio": 3.0}, budget_share=1.0, busy=True,
+        steps=6, warmup_steps=1, most_seconds=45.0, pairs=5,
     ),
     "same-memory": Case(
-        "smollm2-135m", {"peak_ratio": 1.0}, {"speed_ratio": 1.3}, checkpointing=False, peft_budget=True
+        "smollm2-135m", {"peak_ratio": 1.0}, {"speed_ratio": 1.3}, checkpointing=False, budget_share=1.0
     ),
 }  # fmt: skip
 
@@ -287,7 +292,8 @@ def step_flops(run: Path) -> float:
         model=plan.model_config, method=plan.method, adapter=plan.adapter, grid=plan.grid, batch_size=plan.batch_size,
         gradient_accumulation_steps=plan.gradient_accumulation_steps, max_seq_length=plan.max_seq_length,
         recompute_layers=plan.recompute_layers, tile_weights=plan.tile_weights,
-        activation_offloading=plan.activation_offloading, optimizer=plan.optimizer, threads=plan.threads,
+        activation_offloading=plan.activation_offloading, dequantized_layers=plan.dequantized_layers,
+        optimizer=plan.optimizer, threads=plan.threads,
         step_rule=plan.step_rule, cached_windows=int(plan.feature_cache_bytes > 0),
         supervised_per_window=plan.max_seq_length - 1,
     )  # fmt: skip
@@ -360,7 +366,9 @@ def measure(name: str, case: Case, work: Path, pairs: int, layers: int | None, g
         if left_out is None:
             theirs.append(run_peft(subject, folder))
             say_run(f"{name}, pair {pair + 1} of {pairs}: PEFT", theirs[-1])
-        budget = str(theirs[-1]["peak_bytes"] // MIB) if case.peft_budget else "min"
+        budget = "min"
+        if case.budget_share is not None and theirs:
+            budget = str(math.floor(case.budget_share * theirs[-1]["peak_bytes"] / MIB))
         ours.append(run_edgetune(subject, folder, budget))
         say_run(f"{name}, pair {pair + 1} of {pairs}: edgetune", ours[-1])
     mine = medians(ours)

@@ -104,6 +104,7 @@ class FrozenLinear(nn.Module):
         self.workspace = workspace
         self.bias = torch.from_numpy(base.vector(f"{module}.bias")) if f"{module}.bias" in base.weights else None
         self.grid = base.grid_of(module)
+        self.held: torch.Tensor | None = None
         self._load(base)
 
     def _load(self, base: Base) -> None:
@@ -136,7 +137,18 @@ class FrozenLinear(nn.Module):
         step = tile_rows(self.shape, self.workspace.tile_weights)
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
-            yield rows, self.dequantize(rows, self.workspace.take(rows.stop - start, self.in_features))
+            if self.held is None:
+                yield rows, self.dequantize(rows, self.workspace.take(rows.stop - start, self.in_features))
+            else:
+                yield rows, self.held[rows]
+
+    def hold(self) -> None:
+        """Keep the dequantized weight for `tiles`, until `release`."""
+        self.held = self.dequantize()
+
+    def release(self) -> None:
+        """Dequantize again in every visit."""
+        self.held = None
 
     def _decode(self, packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
         """The weights of whole blocks: the same bits as the grid's own `dequantize`.

@@ -18,7 +18,18 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import write_all, write_byte_level
 
-from edgetune.data import Row, Rows, epoch_order, pack, prompt_text, read_examples, read_rows, split_eval, stack
+from edgetune.data import (
+    LENGTH_STEP,
+    Row,
+    Rows,
+    epoch_order,
+    pack,
+    prompt_text,
+    read_examples,
+    read_rows,
+    split_eval,
+    stack,
+)
 from edgetune.errors import ConfigError, DataError, ModelError
 from edgetune.tokenizer import Tokenizer, load_tokenizer
 
@@ -375,7 +386,8 @@ def test_windows_hold_every_token_once_and_no_label_crosses_rows(lengths: list[i
     seen: list[int] = []
     for window in windows:
         used = window.segment_ids >= 0
-        assert window.length == max(w.num_tokens for w in windows) <= room
+        fullest = max(w.num_tokens for w in windows)
+        assert window.length == min(-(-fullest // LENGTH_STEP) * LENGTH_STEP, room)
         assert {len(a) for a in (window.input_ids, window.labels, window.position_ids, used)} == {window.length}
         assert window.num_tokens == used.sum()
         assert (window.input_ids[~used] == 0).all()
@@ -432,7 +444,9 @@ def test_windows_as_they_are_stacked() -> None:
 
 
 def test_windows_are_no_longer_than_their_fullest() -> None:
-    assert {window.length for window in pack(make_rows([3, 4]), 100)} == {7}
+    assert {window.length for window in pack(make_rows([3, 4]), 100)} == {LENGTH_STEP}
+    assert {window.length for window in pack(make_rows([9, 8]), 100)} == {2 * LENGTH_STEP}
+    assert {window.length for window in pack(make_rows([9, 8]), 20)} == {20}
     assert pack(make_rows([]), 8) == []
     with pytest.raises(DataError, match=r"line 2 has 9 tokens; a window \(max_seq_length\) has 8"):
         pack(make_rows([3, 9]), 8)

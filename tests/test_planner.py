@@ -55,8 +55,8 @@ def job(model: Any, **overrides: Any) -> Job:
     values: dict[str, Any] = {
         "model": model, "method": "lora", "adapter": LoraConfig(r=4).resolved(model), "optimizer": "adamw",
         "grid": "nf4", "batch_size": 2, "gradient_accumulation_steps": 1, "max_seq_length": 32, "recompute_layers": 2,
-        "tile_weights": 88 * 48, "activation_offloading": False, "step_rule": "backprop", "threads": 1,
-        "supervised_per_window": 31,
+        "tile_weights": 88 * 48, "activation_offloading": False, "dequantized_layers": 0, "step_rule": "backprop",
+        "threads": 1, "supervised_per_window": 31,
     }  # fmt: skip
     return Job(**(values | overrides))
 
@@ -428,6 +428,23 @@ class TestLadder:
         ranks = {made.adapter.rank: made.adapter for made in plans_by_budget(model, adapter=everywhere)}
         assert min(ranks) < 8
         assert all((made.lora_alpha, made.scaling) == (2 * rank, 2.0) for rank, made in ranks.items())
+
+    def test_spends_the_rest_on_dequantized_weights(self, model: Path) -> None:
+        config = load_config(model)
+        of_a_block = 4 * sum(n * k for n, k in config.linear_shapes.values())
+        seen = set()
+        for made in plans_by_budget(model, config=TrainConfig(batch_size=1)):
+            assert made.parts["dequantized"] == made.dequantized_layers * of_a_block
+            assert made.predicted_peak_bytes == sum(made.parts.values()) <= made.budget_bytes
+            assert not (made.dequantized_layers and made.recompute_layers)
+            seen.add(made.dequantized_layers)
+        assert {0, config.num_hidden_layers} < seen
+        assert plan(model, "pixel-9", config=TrainConfig(step_rule="mezo")).dequantized_layers == 0
+        whole = plan(model, "pixel-9")
+        assert f"the weights of {config.num_hidden_layers} blocks stay dequantized" in whole.explain()
+        held = job(config, dequantized_layers=8, recompute_layers=0)
+        less = dataclasses.replace(held, dequantized_layers=7)
+        assert costs.step_work(held).traffic_bytes < costs.step_work(less).traffic_bytes
 
     def test_spends_what_is_left_on_less_recomputation(self, model: Path) -> None:
         layers = {made.recompute_layers for made in plans_by_budget(model, config=TrainConfig(batch_size=8))}

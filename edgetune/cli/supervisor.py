@@ -151,6 +151,7 @@ def _give_up(plan: dict[str, Any]) -> bool:
     path = plan["model_config"]["num_hidden_layers"] - lowest
     gave_up: bool = plan["recompute_layers"] < path
     plan["recompute_layers"] = max(path, plan["recompute_layers"])
+    plan["dequantized_layers"] = 0
     return gave_up
 
 

@@ -42,6 +42,8 @@ __all__ = [
 
 IGNORED = -100  # the label of a position that is not learned, as everywhere in this field
 
+LENGTH_STEP = 16  # of a window: whole vectors, on any processor (see `training.crew`)
+
 _SPLIT_STREAM = 2**31  # keeps the random numbers of `split_eval` apart from those of any epoch
 
 
@@ -300,7 +302,7 @@ def pack(rows: Rows | Sequence[Row], max_seq_length: int) -> list[Window]:
     """Rows side by side in windows, long rows first, each where it leaves the least room (best-fit decreasing: at most
     11/9 of the fewest windows possible, plus one; Johnson 1974). The result depends on nothing but the rows.
 
-    Every window is as long as the fullest one, which is `max_seq_length` where a row or a sum of rows is.
+    Every window is as long as the fullest one, rounded up to a multiple of `LENGTH_STEP` where `max_seq_length` allows.
 
     Raises:
         DataError: A row is longer than `max_seq_length`.
@@ -329,7 +331,8 @@ def pack(rows: Rows | Sequence[Row], max_seq_length: int) -> list[Window]:
             insort(rooms, room)
         if room:
             with_room.setdefault(room, []).append(index)
-    length = max((sum(map(len, rows_of_bin)) for rows_of_bin in bins), default=0)
+    fullest = max((sum(map(len, rows_of_bin)) for rows_of_bin in bins), default=0)
+    length = min(-(-fullest // LENGTH_STEP) * LENGTH_STEP, max_seq_length)
     return [Window(tuple(rows_of_bin), length) for rows_of_bin in bins]
 
 

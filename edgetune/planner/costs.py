@@ -65,6 +65,7 @@ class Job:
     recompute_layers: int
     tile_weights: int
     activation_offloading: bool
+    dequantized_layers: int
     step_rule: str
     threads: int
     supervised_per_window: int
@@ -159,6 +160,7 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
     one_slot = activation_bytes(job)
     return {
         "floor": floor_bytes,
+        "dequantized": FLOAT_BYTES * _per_block(job)[0] * job.dequantized_layers,
         "base": _vector_bytes(job.model) + job.base_copy_bytes + LINEAR_OBJECT_BYTES * len(job.model.matrices()),
         "adapter": FLOAT_BYTES * sum(trained) * (1 if job.has_gradients else 2) + SLOT_OBJECT_BYTES * len(slots),
         "gradients": 0,
@@ -275,8 +277,8 @@ def step_work(job: Job) -> StepWork:
 
     A weight costs 2 operations per token in each visit: forward, again where the block is computed again, and for the
     gradient of the block's input. The lowest adapted block asks for that gradient only above its first adapter; it is
-    counted whole. Every visit decodes the weight: its codes are read, its float32 values written and read back.
-    Without gradients a step is two forward passes.
+    counted whole. Every visit decodes the weight, where it does not stay dequantized: its codes are read, its float32
+    values written and read back. Without gradients a step is two forward passes.
     """
     model = job.model
     if job.has_gradients:
@@ -293,7 +295,8 @@ def step_work(job: Job) -> StepWork:
     flops += 4.0 * head * job.supervised  # of one loss and its gradient, or of two losses
     decoded = weights * visits + head * losses
     activations = ACTIVATION_PASSES * activation_bytes(job) * (forward + 2 * backward)
-    traffic = decoded * DECODE_BYTES + activations
+    held = weights * job.dequantized_layers * (losses + 1)  # visits that only read; such blocks never run again
+    traffic = (decoded - held) * DECODE_BYTES + held * FLOAT_BYTES + activations
     below = StepWork(0, 0) if job.cached_windows else lower_work(job, job.batch_size)
     flops, traffic = flops + losses * below.flops, traffic + losses * below.traffic_bytes
     times = job.gradient_accumulation_steps

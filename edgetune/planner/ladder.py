@@ -41,6 +41,7 @@ class Choice:
     recompute_layers: int
     tile_weights: int
     activation_offloading: bool
+    dequantized_layers: int
     optimizer: str
     step_rule: str
 

@@ -112,6 +112,8 @@ class Plan:
     """Weights that are dequantized at once, of a block's matrix or of the head."""
     activation_offloading: bool
     """The inputs of the blocks go to a file beside the run, in every step."""
+    dequantized_layers: int
+    """Blocks, from the top, whose weights stay dequantized in float32 from the first step to the last."""
     feature_cache_bytes: int
     """The most storage that a cache of the frozen lower blocks' outputs takes; 0 is no cache."""
     max_steps: int | None
@@ -199,6 +201,8 @@ class Plan:
             again = "two forward passes for each (mezo)"
         disk = ", inputs of the blocks on disk" if self.activation_offloading else ""
         yield f"  step        {windows}, {again}, {self.tile_weights:,} weights dequantized at once{disk}"
+        if self.dequantized_layers:
+            yield f"              the weights of {self.dequantized_layers} blocks stay dequantized: the budget has room"
         yield f"  optimizer   {self.optimizer}, learning rate {self.learning_rate:g}"
         if self.feature_cache_bytes:
             yield (

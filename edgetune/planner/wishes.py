@@ -134,6 +134,7 @@ class Wishes:
             recompute_layers=config.recompute_layers or 0,
             tile_weights=model.largest_linear,
             activation_offloading=bool(config.activation_offloading),
+            dequantized_layers=0,
             optimizer=config.optimizer or ("sgd" if config.step_rule == "mezo" else DEFAULT_OPTIMIZER),
             step_rule=config.step_rule or "backprop",
         )

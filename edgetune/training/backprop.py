@@ -23,6 +23,7 @@ from edgetune.models.decoder import Decoder
 from edgetune.objectives import sft
 from edgetune.planner.plans import Plan
 from edgetune.training.blocks import Activations, normalize, normalize_backward
+from edgetune.training.crew import using
 from edgetune.training.forward import Batch, Check, Features, below, num_supervised, start, targets
 from edgetune.training.optimizer import Optimizer, clip_gradients
 
@@ -31,13 +32,14 @@ NAME = "backprop"
 
 @dataclass(frozen=True)
 class Path:
-    """How the blocks are walked: the lowest with an adapter, how many from there on run again in backward, and who
-    knows already what lies below.
+    """How the blocks are walked: the lowest with an adapter, how many from there on run again in backward, who knows
+    already what lies below, and how many threads compute the loss (None: those that compute the blocks).
     """
 
     first_block: int
     recompute_layers: int
     features: Features | None = None
+    loss_threads: int | None = None
 
 
 class Rule:
@@ -47,7 +49,7 @@ class Rule:
         self, decoder: Decoder, parameters: Mapping[str, torch.nn.Parameter], plan: Plan, features: Features | None
     ) -> None:
         self.decoder, self.parameters, self.max_grad_norm = decoder, parameters, plan.max_grad_norm
-        self.path = Path(plan.adapter.first_block, plan.recompute_layers, features)
+        self.path = Path(plan.adapter.first_block, plan.recompute_layers, features, plan.threads)
         self.optimizer = Optimizer(plan.optimizer, parameters, weight_decay=plan.weight_decay)
 
     def gradient(self, batches: Sequence[Batch], key: tuple[int, int], check: Check) -> tuple[float, float]:
@@ -121,7 +123,8 @@ def _micro_batch(decoder: Decoder, batch: Batch, scale: float, path: Path, check
             decoder.workspace.put(index, x)
         x = y
         check()
-    loss_sum, d = _head(decoder, x, targets(batch), scale)
+    with using(path.loss_threads or torch.get_num_threads()):
+        loss_sum, d = _head(decoder, x, targets(batch), scale)
     check()
     for index in reversed(range(len(blocks))):
         x = decoder.workspace.get(index, buffer(index)) if offloads else buffer(index)

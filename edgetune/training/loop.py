@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from edgetune.cgroup import KERNEL_BYTES, Cgroup, holding_cgroup
 from edgetune.checkpoint import Checkpoint, latest_checkpoint
@@ -25,6 +23,7 @@ from edgetune.planner.plans import Plan
 from edgetune.quantizer import read_manifest
 from edgetune.tokenizer import load_tokenizer
 from edgetune.training import features
+from edgetune.training.crew import using
 from edgetune.training.pace import Pace, pinned
 from edgetune.training.progress import Progress
 from edgetune.training.run import CHECKPOINTS, FEATURES, SUMMARY, Run, open_run
@@ -44,7 +43,8 @@ _CHANGES_NO_RESULT = frozenset(
         "format_version", "edgetune_version", "device", "model", "simulated", "budget_name", "budget_bytes",
         "device_budget_bytes", "reserve_bytes",
         "floor_bytes", "parts", "peak_moment", "predicted_peak_bytes", "file_backed_bytes", "fits", "concessions",
-        "recompute_layers", "activation_offloading", "feature_cache_bytes", "num_epochs", "warmup_ratio",
+        "recompute_layers", "activation_offloading", "dequantized_layers", "feature_cache_bytes", "num_epochs",
+        "warmup_ratio",
         "predicted_step_seconds", "predicted_run_seconds", "predicted_energy_mwh", "fits_training_window",
         "slice_seconds", "grace_seconds", "num_slices",
     }
@@ -108,7 +108,7 @@ def train(
     trim_allocator()
     with (
         pinned(plan.threads) if emulate else contextlib.nullcontext(),
-        _threads(plan.threads),
+        using(plan.threads),
         Meter(most_bytes, near_bytes=most_bytes - plan.reserve_bytes // 2) as meter,
         Guard(meter, hold_budget=enforce != "none") as guard,
         open_run(folder, resume=resume, force=force),
@@ -155,16 +155,6 @@ def _enforcement(enforce: str, limit: object, group: Cgroup | None, budget_bytes
         "cgroup_peak_bytes": known and known.peak_bytes,  # with pages of files, which the measured peak does not count
         "cgroup_oom_kills": known and known.oom_kills,
     }
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _read_inputs(plan: Plan, base: Path, data: Path, eval_data: Path | None, skip_bad: bool) -> Inputs:

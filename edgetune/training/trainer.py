@@ -21,11 +21,13 @@ from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.base import MODEL, save_adapter
 from edgetune.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
 from edgetune.data import Window
+from edgetune.linear import FrozenLinear
 from edgetune.memory import format_mib, give_back
 from edgetune.models.decoder import load_decoder
 from edgetune.planner.plans import Plan
 from edgetune.training import STEP_RULES, StepRule
 from edgetune.training.batches import Batches, in_batches
+from edgetune.training.crew import Crew, is_exact, using
 from edgetune.training.features import FeatureCache
 from edgetune.training.forward import evaluate
 from edgetune.training.optimizer import learning_rate
@@ -90,12 +92,17 @@ class Trainer:
         self.evaluate_every = max(1, plan.max_steps // EVALUATIONS)
         self.guard, self.meter, self.limit, self.on_progress = guard, guard.meter, limit, on_progress
         self.pace = pace
+        positions = plan.batch_size * max((window.length for window in inputs.windows), default=0)
+        exact = is_exact(plan.threads, positions, plan.model_config.head_dim)
+        self.crew = Crew(plan.threads, free=exact and plan.step_rule == "backprop")
         self.decoder = load_decoder(inputs.base)
         workspace = self.decoder.workspace
         workspace.tile_weights = plan.tile_weights
         workspace.offload_to = on_disk(folder) if plan.activation_offloading else None
         self.parameters = attach(self.decoder, plan.adapter, plan.seed, plan.method)
         self.first_block = plan.adapter.first_block
+        held = self.decoder.blocks[len(self.decoder.layers) - plan.dequantized_layers :]
+        self.held = [layer for block in held for layer in block.modules() if isinstance(layer, FrozenLinear)]
         self.cache: FeatureCache | None = None
         if plan.feature_cache_bytes and self.first_block:
             self.cache = FeatureCache(
@@ -135,6 +142,11 @@ class Trainer:
         self.guard.check()
         self.pace.check(self.state.checkpoint_seconds)
 
+    def check_step(self) -> None:
+        """The same inside a step, whose threads may change meanwhile."""
+        self.check()
+        self.crew.look()
+
     def run(self) -> str:
         """Train to the last step or to whatever stops the run before; returns how it ended."""
         write_json(self.folder / PLAN, self.plan.to_dict())
@@ -144,17 +156,19 @@ class Trainer:
         try:
             self.fill_cache()
             self.meter.near.clear()  # it may have been near while the rows were read
-            self.guard.may_shrink = self.rule.kept_layers > 0
+            for layer in self.held:
+                layer.hold()
+            self.guard.may_shrink = self.may_shrink
             while True:
                 with contextlib.suppress(NearBudget):
                     return self.to_the_end()
-                self.shrink(self.rule.kept_layers // 2)
+                self.shrink(self.rule.kept_layers if self.held else self.rule.kept_layers // 2)
         except Stopped as stop:
             stopped = stop.reason
         except (MemoryError, RuntimeError, OSError) as error:
             if not is_out_of_memory(error):
                 raise
-        if stopped == "budget" and self.rule.kept_layers:
+        if stopped == "budget" and self.may_shrink:
             self.shrink(0)  # so that it may fit when it goes on
         return stopped
 
@@ -173,8 +187,14 @@ class Trainer:
             if self.state.step % CHECKPOINT_STEPS == 0 and not self.evaluation_is_due():
                 self.save()
 
+    @property
+    def may_shrink(self) -> bool:
+        """Whether there is something to give up that changes no bit."""
+        return self.rule.kept_layers > 0 or bool(self.held)
+
     def shrink(self, kept_layers: int) -> None:
-        """Let only so many blocks keep their activations, which changes no bit; an unfinished step begins again.
+        """Let no block keep dequantized weights, and only so many their activations, which changes no bit; an
+        unfinished step begins again.
 
         The plan in the run's folder follows, so that a resumed run does not meet its budget again.
         """
@@ -182,18 +202,22 @@ class Trainer:
         recompute_layers = before + self.rule.kept_layers - kept_layers
         self.rule.keep_layers(kept_layers)
         self.rule.drop()
-        self.plan = replace(self.plan, recompute_layers=recompute_layers)
+        for layer in self.held:
+            layer.release()
+        self.held, held = [], self.plan.dequantized_layers
+        self.plan = replace(self.plan, recompute_layers=recompute_layers, dequantized_layers=0)
         self.decoder.workspace.clear()
         give_back()
         self.meter.near.clear()
-        self.guard.may_shrink = kept_layers > 0
+        self.guard.may_shrink = self.may_shrink
         write_json(self.folder / PLAN, self.plan.to_dict())
         self.metrics.append(
             step=self.state.step, recompute_layers=recompute_layers, recompute_layers_before=before,
-            now_bytes=self.meter.now_bytes,
+            dequantized_layers_before=held, now_bytes=self.meter.now_bytes,
         )  # fmt: skip
         self.tell(
             f"step {self.state.step}: no room left, from here on {recompute_layers} blocks run again, not {before}"
+            + (f", and {held} dequantize their weights in every step" if held else "")
         )
 
     def fill_cache(self) -> None:
@@ -221,7 +245,7 @@ class Trainer:
         plan, step = self.plan, self.state.step
         batches, num_tokens = self.batches.of_step(step)
         with self.limit:
-            loss, norm = self.rule.gradient(batches, (plan.seed, step), self.check)
+            loss, norm = self.rule.gradient(batches, (plan.seed, step), self.check_step)
         idle_seconds = self.pace.end_step(self.check)
         rate = learning_rate(
             step, peak=plan.learning_rate, warmup_steps=self.warmup_steps, max_steps=self.max_steps,
@@ -256,7 +280,7 @@ class Trainer:
             return
         started = self.pace.clock()
         batches = in_batches(self.inputs.eval_windows, self.plan.batch_size)
-        with self.limit:
+        with self.limit, using(self.plan.threads):
             loss = evaluate(
                 self.decoder, batches, check=self.check, first_block=self.first_block, features=self.cache
             )  # fmt: skip

@@ -22,6 +22,7 @@ import torch
 from edgetune import cgroup, errors, memory
 from edgetune.adapters.base import load_adapter
 from edgetune.checkpoint import lock_run, read_checkpoint
+from edgetune.linear import FrozenLinear
 from edgetune.memory import anonymous_bytes
 from edgetune.models import load_config
 from edgetune.optimizers import OPTIMIZERS
@@ -233,6 +234,34 @@ def test_what_was_given_up_changes_no_bit(
         run.summary["recompute_layers"] == json.loads((run.folder / "plan.json").read_text())["recompute_layers"] == 2
     )
     assert f"step {line['step']}: no room left, from here on 2 blocks run again, not 1" in told
+
+
+@pytest.mark.parametrize("checks", [0, 9])
+def test_weights_that_stay_dequantized_change_no_bit(
+    job: tuple[Path, Path], whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checks: int
+) -> None:
+    base, data = job
+    told: list[str | None] = []
+    seen = shrinking(monkeypatch, checks)
+    decoded: list[str] = []
+    real = FrozenLinear.dequantize
+
+    def noted(self: FrozenLinear, *args: Any, **more: Any) -> Any:
+        decoded.append(self.name)
+        return real(self, *args, **more)
+
+    monkeypatch.setattr(FrozenLinear, "dequantize", noted)
+    plan = make_plan(base, recompute_layers=0, dequantized_layers=1)
+    run = train(plan, base, data=data, out=tmp_path / "run", on_progress=lambda p: told.append(p.note))
+    assert run.summary["adapter_sha256"] == whole.summary["adapter_sha256"]
+    assert run.summary["dequantized_layers"] == (0 if checks else 1)
+    upper = decoded.count("model.layers.1.mlp.up_proj")
+    assert upper > 1 if checks else upper == 1
+    assert decoded.count("model.layers.0.mlp.up_proj") > 1
+    if checks:
+        (trainer_,), (line,) = seen, run.summary["shrunk"]
+        assert not trainer_.held and (line["dequantized_layers_before"], line["recompute_layers"]) == (1, 0)
+        assert any("and 1 dequantize their weights in every step" in (note or "") for note in told)
 
 
 def test_nothing_is_given_up_where_nothing_holds_the_budget_or_nothing_is_left(
