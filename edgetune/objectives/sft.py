@@ -46,24 +46,30 @@ def loss(hidden: torch.Tensor, targets: torch.Tensor, head: Head, buffers: Buffe
     kept = _supervised(targets)
     if not len(kept):
         return 0.0
-    return _one_pass(_rows(hidden, kept, buffers), targets[kept], head, buffers, None)[0]
+    return _one_pass(_rows(hidden, kept, buffers, len(kept)), targets[kept], head, buffers, None)[0]
 
 
-def loss_and_gradient(hidden: torch.Tensor, targets: torch.Tensor, head: Head, buffers: Buffers) -> float:
-    """The sum of `loss`; its gradient takes the place of `hidden`, zero where not supervised."""
+def loss_and_gradient(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, buffers: Buffers, row_step: int = 1
+) -> float:
+    """The sum of `loss`; its gradient takes the place of `hidden`, zero where not supervised.
+
+    Rows of zeros fill up to a multiple of `row_step`, so that parts of the logits end where whole vectors end.
+    """
     kept = _supervised(targets)
     if not len(kept):
         hidden.zero_()
         return 0.0
-    rows, targets = _rows(hidden, kept, buffers), targets[kept]
-    gradient = buffers.take(len(rows), rows.shape[1], "d").zero_()
-    loss_sum, total = _one_pass(rows, targets, head, buffers, gradient)
-    gradient.div_(total[:, None])
-    head.subtract_rows(targets, gradient)
+    count = -(-len(kept) // row_step) * row_step
+    rows = _rows(hidden, kept, buffers, count)
+    gradient = buffers.take(count, rows.shape[1], "d").zero_()
+    loss_sum, total = _one_pass(rows, targets[kept], head, buffers, gradient)
+    found = gradient.div_(total[:, None])[: len(kept)]
+    head.subtract_rows(targets[kept], found)
     if len(kept) == len(hidden):
-        hidden.copy_(gradient)
+        hidden.copy_(found)
     else:
-        hidden.zero_().index_copy_(0, kept, gradient)
+        hidden.zero_().index_copy_(0, kept, found)
     return loss_sum
 
 
@@ -72,37 +78,42 @@ def _supervised(targets: torch.Tensor) -> torch.Tensor:
     return (targets != IGNORE_INDEX).nonzero()[:, 0]
 
 
-def _rows(hidden: torch.Tensor, kept: torch.Tensor, buffers: Buffers) -> torch.Tensor:
-    """The supervised rows of hidden, [S, H]."""
+def _rows(hidden: torch.Tensor, kept: torch.Tensor, buffers: Buffers, count: int) -> torch.Tensor:
+    """The supervised rows of hidden, and zeros up to `count` rows: [count, H]."""
     import torch
 
-    if len(kept) == len(hidden):
+    if len(kept) == len(hidden) == count:
         return hidden
-    return torch.index_select(hidden, 0, kept, out=buffers.take(len(kept), hidden.shape[1], "d_h"))
+    rows = buffers.take(count, hidden.shape[1], "d_h")
+    torch.index_select(hidden, 0, kept, out=rows[: len(kept)])
+    rows[len(kept) :].zero_()
+    return rows
 
 
 def _one_pass(
     hidden: torch.Tensor, targets: torch.Tensor, head: Head, buffers: Buffers, weighted: torch.Tensor | None
 ) -> tuple[float, torch.Tensor]:
-    """The loss sum, and per position the sum of exp(logit - its largest logit), [S].
+    """The loss sum, and per row of hidden the sum of exp(logit - its largest logit); the last rows may have no target.
 
-    `weighted` [S, H], zero at first, becomes the sum over the vocabulary of exp(logit - largest) times the head's row.
+    `weighted`, of hidden's shape, zero at first, becomes the sum over the vocabulary of exp(logit - largest) times the
+    head's row.
     """
     import torch
 
-    size = len(hidden)
-    highest, total, of_target = torch.full((size,), -torch.inf), torch.zeros(size), torch.zeros(size)
+    size, learned = len(hidden), len(targets)
+    highest, total, of_target = torch.full((size,), -torch.inf), torch.zeros(size), torch.zeros(learned)
     for rows, weight in head.tiles():
         for start in range(0, size, TILE_TOKENS):
             at = slice(start, min(start + TILE_TOKENS, size))
             logits = torch.mm(hidden[at], weight.T, out=buffers.take(at.stop - start, len(weight), "inner"))
-            here = ((targets[at] >= rows.start) & (targets[at] < rows.stop)).nonzero()[:, 0]
-            of_target[at].index_copy_(0, here, logits[here, targets[at][here] - rows.start])
+            wanted = targets[at]
+            here = ((wanted >= rows.start) & (wanted < rows.stop)).nonzero()[:, 0]
+            of_target[at].index_copy_(0, here, logits[here, wanted[here] - rows.start])
             raised = torch.maximum(highest[at], logits.amax(dim=1))
             shrunk = highest[at].sub_(raised).exp_()
             total[at].mul_(shrunk).add_(logits.sub_(raised[:, None]).exp_().sum(dim=1))
             if weighted is not None:
                 weighted[at].mul_(shrunk[:, None]).addmm_(logits, weight)
             highest[at] = raised
-    loss_sum = float((highest + total.log() - of_target).sum(dtype=torch.float64))
+    loss_sum = float((highest[:learned] + total[:learned].log() - of_target).sum(dtype=torch.float64))
     return loss_sum, total

@@ -27,6 +27,7 @@ from edgetune.objectives import sft
 from edgetune.optimizers import OPTIMIZERS
 
 FLOAT_BYTES = 4
+VECTOR = 16  # float32 values of the widest vectors: 512 bits
 TILE_QUERIES = 64  # queries of a tile of attention
 # Python and torch objects of a frozen linear with its mapped arrays, and of an adapted one; measured on 210 of each.
 LINEAR_OBJECT_BYTES = 4400
@@ -115,6 +116,20 @@ class Job:
         """Positions of a micro-batch that the loss computes, at most."""
         return min(self.supervised_per_window * self.batch_size, self.tokens)
 
+    @property
+    def loss_rows(self) -> int:
+        """The same with what fills them up."""
+        step = row_step(self.threads) if self.has_gradients else 1
+        return -(-self.supervised // step) * step
+
+
+def row_step(threads: int) -> int:
+    """The rows of a loss with its gradient are a multiple of this: whole vectors for each thread (see `training.crew`).
+
+    1 where the number of threads never changes.
+    """
+    return VECTOR * threads if threads in (2, 4, 8) else 1
+
 
 def peak_parts(job: Job, floor_bytes: int) -> tuple[str, dict[str, int]]:
     """The moment of the peak, and its bytes by part; they add up to the peak."""
@@ -199,7 +214,7 @@ def buffers(job: Job) -> dict[str, int]:
         (min(start + queries, job.max_seq_length) - start) * min(start + queries, job.max_seq_length)
         for start in range(0, job.max_seq_length, queries)
     )
-    logits = min(sft.TILE_TOKENS, job.supervised) * tile_rows((model.vocab_size, hidden), job.tile_weights)
+    logits = min(sft.TILE_TOKENS, job.loss_rows) * tile_rows((model.vocab_size, hidden), job.tile_weights)
     floats = {
         "weight": max(tile_rows(shape, job.tile_weights) * shape[1] for shape in model.matrices().values()),
         "h": positions * hidden,
@@ -211,8 +226,8 @@ def buffers(job: Job) -> dict[str, int]:
     }
     if job.has_gradients:
         floats |= {
-            "d": positions * hidden,
-            "d_h": positions * hidden,
+            "d": max(positions, job.loss_rows) * hidden,
+            "d_h": max(positions, job.loss_rows) * hidden,
             "inner": max(positions * max(inner, q), logits),
             "d_inner": positions * (max(inner, q) if model.qk_norm else inner),
             "d_q": positions * q,

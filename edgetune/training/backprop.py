@@ -21,9 +21,9 @@ import torch
 from edgetune.adapters.attach import set_dropout
 from edgetune.models.decoder import Decoder
 from edgetune.objectives import sft
+from edgetune.planner.costs import row_step
 from edgetune.planner.plans import Plan
 from edgetune.training.blocks import Activations, normalize, normalize_backward
-from edgetune.training.crew import using
 from edgetune.training.forward import Batch, Check, Features, below, num_supervised, start, targets
 from edgetune.training.optimizer import Optimizer, clip_gradients
 
@@ -33,13 +33,13 @@ NAME = "backprop"
 @dataclass(frozen=True)
 class Path:
     """How the blocks are walked: the lowest with an adapter, how many from there on run again in backward, who knows
-    already what lies below, and how many threads compute the loss (None: those that compute the blocks).
+    already what lies below, and of which number the rows of the loss are a multiple.
     """
 
     first_block: int
     recompute_layers: int
     features: Features | None = None
-    loss_threads: int | None = None
+    row_step: int = 1
 
 
 class Rule:
@@ -49,7 +49,7 @@ class Rule:
         self, decoder: Decoder, parameters: Mapping[str, torch.nn.Parameter], plan: Plan, features: Features | None
     ) -> None:
         self.decoder, self.parameters, self.max_grad_norm = decoder, parameters, plan.max_grad_norm
-        self.path = Path(plan.adapter.first_block, plan.recompute_layers, features, plan.threads)
+        self.path = Path(plan.adapter.first_block, plan.recompute_layers, features, row_step(plan.threads))
         self.optimizer = Optimizer(plan.optimizer, parameters, weight_decay=plan.weight_decay)
 
     def gradient(self, batches: Sequence[Batch], key: tuple[int, int], check: Check) -> tuple[float, float]:
@@ -123,8 +123,7 @@ def _micro_batch(decoder: Decoder, batch: Batch, scale: float, path: Path, check
             decoder.workspace.put(index, x)
         x = y
         check()
-    with using(path.loss_threads or torch.get_num_threads()):
-        loss_sum, d = _head(decoder, x, targets(batch), scale)
+    loss_sum, d = _head(decoder, x, targets(batch), scale, path.row_step)
     check()
     for index in reversed(range(len(blocks))):
         x = decoder.workspace.get(index, buffer(index)) if offloads else buffer(index)
@@ -134,10 +133,12 @@ def _micro_batch(decoder: Decoder, batch: Batch, scale: float, path: Path, check
     return loss_sum
 
 
-def _head(decoder: Decoder, x: torch.Tensor, labels: torch.Tensor, scale: float) -> tuple[float, torch.Tensor]:
+def _head(
+    decoder: Decoder, x: torch.Tensor, labels: torch.Tensor, scale: float, row_step: int
+) -> tuple[float, torch.Tensor]:
     """The loss sum of the last block's output x [N, H], and `scale` times its gradient with respect to x."""
     hidden = normalize(x, decoder.norm, decoder.workspace.like(x, "h"))
-    loss_sum = sft.loss_and_gradient(hidden, labels, decoder.lm_head, decoder.workspace)
+    loss_sum = sft.loss_and_gradient(hidden, labels, decoder.lm_head, decoder.workspace, row_step)
     d = decoder.workspace.like(x, "d").zero_()
     normalize_backward(x, decoder.norm, hidden.mul_(scale), d)
     return loss_sum, d

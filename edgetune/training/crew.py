@@ -6,8 +6,8 @@ between blocks the crew looks at how long its threads stood in the system's queu
 goes on with half of them, and tries all of them again after a while, each time that fails after a longer one.
 
 The number changes no bit of the result where every thread's part of an array ends where a whole vector ends
-(`is_exact`: common shapes, but for the loss, whose rows are as many as the batch supervises; that keeps all threads).
-The crew keeps its number elsewhere, and where the system does not tell, which is anywhere but on Linux.
+(`is_exact`; the loss fills its rows up to that). The crew keeps its number elsewhere, and where the system does not
+tell, which is anywhere but on Linux.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-VECTOR = 16  # float32 values: 512 bits
+from edgetune.planner.costs import VECTOR, row_step
+
 LOOK_SECONDS = 0.2
 # Of the time, in the queue, all threads together: measured 0.02 with two threads alone on two cores, and 0.74 beside a
 # busy process. Passing work of the system is 0.1 over so long a look.
@@ -33,7 +34,7 @@ def is_exact(threads: int, positions: int, head_dim: int) -> bool:
 
     Measured with torch on MKL and AVX-512; the tests hold it for 1 to 8 threads on the machine that they run on.
     """
-    return threads in (2, 4, 8) and positions % (VECTOR * threads) == 0 and head_dim % (2 * VECTOR) == 0
+    return row_step(threads) > 1 and positions % row_step(threads) == 0 and head_dim % (2 * VECTOR) == 0
 
 
 @contextlib.contextmanager

@@ -59,6 +59,10 @@ def test_equals_cross_entropy(tile_rows: int, positions: int, width: int, vocabu
     assert loss == pytest.approx(expected, rel=1e-6)
     torch.testing.assert_close(gradient, expected_gradient.float(), rtol=1e-4, atol=2e-6)
     assert sft.loss(hidden, targets, Matrix(weight, tile_rows), Workspace()) == loss
+    filled = hidden.clone()  # the same with rows that are a multiple of 32
+    loss = sft.loss_and_gradient(filled, targets, Matrix(weight, tile_rows), Workspace(), 32)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(filled, expected_gradient.float(), rtol=1e-4, atol=2e-6)
 
 
 def test_large_logits_do_not_overflow() -> None:

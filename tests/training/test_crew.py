@@ -7,14 +7,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from edgetune import host
 from edgetune.adapters.lora import LoraConfig
-from edgetune.objectives import sft
+from edgetune.planner.costs import row_step
 from edgetune.training.backprop import Path as Walk
 from edgetune.training.crew import (
     LONGEST_PATIENCE_SECONDS,
@@ -156,7 +155,7 @@ def test_the_number_of_threads_changes_no_bit(tmp_path: Path, grid: str, threads
     decoder, parameters, _ = adapted(make_base(tmp_path, "qwen2", grid, **ALIGNED), LoraConfig(r=8))
     assert is_exact(threads, batch * length, decoder.config.head_dim)
     batches = [random_batch(decoder.config.vocab_size, batch, length)]
-    walk = Walk(0, 1, loss_threads=threads)
+    walk = Walk(0, 1, row_step=row_step(threads))
     found = []
     while threads:
         with using(threads):
@@ -165,19 +164,3 @@ def test_the_number_of_threads_changes_no_bit(tmp_path: Path, grid: str, threads
     for loss, made in found[1:]:
         assert loss == found[0][0]
         assert [name for name in made if not torch.equal(made[name], found[0][1][name])] == []
-
-
-def test_the_loss_keeps_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder, parameters, _ = adapted(make_base(tmp_path, "llama", "int4"))
-    seen = []
-
-    def spy(*args: Any) -> Any:
-        seen.append(torch.get_num_threads())
-        return real(*args)
-
-    real = sft.loss_and_gradient
-    monkeypatch.setattr(sft, "loss_and_gradient", spy)
-    with using(1):
-        gradients(decoder, parameters, [random_batch(301, 1, 16)], Walk(0, 1, loss_threads=3))
-        assert torch.get_num_threads() == 1
-    assert seen == [3]
