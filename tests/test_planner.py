@@ -174,14 +174,14 @@ def test_buffers_are_those_of_the_trainer(
     decoder.workspace.tile_weights = 3000
     adapter = LoraConfig(r=4, layers_to_transform=layers).resolved(decoder.config)
     attach(decoder, adapter)
-    for batch, length in ((1, 24), (3, 150)):
-        walk = Walk(min(layers), recompute_layers)
+    for batch, length, threads in ((1, 24, 1), (1, 24, 2), (3, 150, 1), (3, 150, 2)):  # two fill up the loss's rows
+        walk = Walk(min(layers), recompute_layers, row_step=costs.row_step(threads))
         rows = random_batch(301, batch, length)
         loss_and_gradients(decoder, [rows], walk, dropout_key=(0, 0), check=lambda: None)
         counted = costs.buffers(
             job(
                 decoder.config, adapter=adapter, batch_size=batch, max_seq_length=length,
-                recompute_layers=recompute_layers, tile_weights=3000, supervised_per_window=length,
+                recompute_layers=recompute_layers, tile_weights=3000, supervised_per_window=supervised, threads=threads,
             )
         )  # fmt: skip
         assert decoder.workspace.sizes == counted
