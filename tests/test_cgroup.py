@@ -78,7 +78,7 @@ from edgetune.cgroup import holding_cgroup
 from edgetune.memory import MIB
 held = bytearray(b"x") * (24 * MIB)
 group = holding_cgroup(64 * MIB)
-print(group.folder, group.holds(64 * MIB), group.holds(64 * MIB + 4096))
+print(group.folder, group.holds(64 * MIB + 1), group.holds(64 * MIB + 4096))
 """
 
 
@@ -217,16 +217,26 @@ class TestVersion2:
         assert (group.limit_bytes, group.peak_bytes, group.oom_kills) == (1 << 40, 4242, 2)
         assert group.holds(1 << 40)
         assert not group.holds(1 << 39)
+        (tmp_path / "cgroup.procs").write_text("1\n", encoding="utf-8")
+        assert not group.holds(1 << 40), "this process is not in it"
+        group.enter()
         (tmp_path / "memory.stat").write_text(f"anon 4096\nfile {1 << 39}\n", encoding="utf-8")
         assert not group.holds(1 << 40), "what this process has was charged to another group"
-        (tmp_path / "cgroup.procs").write_text("1\n", encoding="utf-8")
-        assert not group.holds(1 << 40)
 
 
 def test_swap_that_version_1_does_not_account_is_not_used(tmp_path: Path) -> None:
     state = CgroupState(version=1, folder=str(tmp_path), writable=True, limit_bytes=None)
     group = make_cgroup(5 * MIB, state)
     assert (group.folder / "memory.swappiness").read_text() == "0"
+    assert not (tmp_path / "cgroup.subtree_control").exists(), "which only version 2 has"
+
+
+def test_swapped_memory_was_charged_too(tmp_path: Path) -> None:
+    group = Cgroup(1, tmp_path)
+    group.enter()
+    (tmp_path / "memory.limit_in_bytes").write_text(f"{1 << 40}\n", encoding="utf-8")
+    (tmp_path / "memory.stat").write_text(f"cache 0\nrss 4096\nswap {1 << 39}\n", encoding="utf-8")
+    assert group.holds(1 << 40)
 
 
 def test_an_old_kernel_counts_no_kills(tmp_path: Path) -> None:

@@ -124,16 +124,30 @@ def test_a_kill_from_outside_is_not_the_budget(ends: Ends, capsys: pytest.Captur
         ends.supervise((KILL, 9, 0), (KILL, 9, 0), resume=True)
 
 
+def test_what_the_kernel_killed_before_is_not_counted(ends: Ends, capsys: pytest.CaptureFixture[str]) -> None:
+    ends.group.oom_kills = 5
+    assert ends.supervise((KILL, 3, 0), (0, 9, 0)) == 0
+    assert "killed from outside" in capsys.readouterr().err
+
+
+def test_an_unfinished_checkpoint_is_none(ends: Ends, capsys: pytest.CaptureFixture[str]) -> None:
+    (ends.folder / "checkpoints" / "ckpt-000004.tmp-77").mkdir(parents=True)
+    assert ends.supervise((KILL, 3, 1), (0, 9, 0)) == 0
+    assert "going on from step 3" in capsys.readouterr().err
+
+
 def test_a_crash_is_not_the_budget(ends: Ends) -> None:
     with pytest.raises(supervisor.EdgetuneError, match="crashed with SIGSEGV, which is not the budget"):
         ends.supervise((SEGV, 3, 0))
 
 
-def test_killed_before_it_replaced_an_earlier_run(ends: Ends) -> None:
+def test_killed_before_it_replaced_an_earlier_run(ends: Ends, capsys: pytest.CaptureFixture[str]) -> None:
     (ends.folder / "checkpoints" / "ckpt-000050").mkdir(parents=True)
     (ends.folder / "plan.json").write_text("of the earlier run", encoding="utf-8")
     assert ends.supervise((KILL, None, 1), (KILL, None, 1), force=True) == STOPPED_EARLY
     assert [(job["resume"], job["force"]) for job in ends.jobs] == [(False, True)] * 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["steps"] == 0 and "going on from step 0" in captured.err
 
 
 def test_a_stop_that_was_asked_for_is_never_resumed(ends: Ends) -> None:
@@ -141,6 +155,9 @@ def test_a_stop_that_was_asked_for_is_never_resumed(ends: Ends) -> None:
     assert ends.supervise() == 143, "asked before a child was started"
     ends.asked, ends.asked_at_the_end = None, signal.SIGINT
     assert ends.supervise((KILL, 3, 1)) == 130
+    for code in (KILL, SEGV):  # killed or crashed on its way out, and not a step further
+        ends.asked = None
+        assert ends.supervise((code, 3, 1), resume=True) == 130
     ends.asked = ends.asked_at_the_end = None
     assert ends.supervise((-signal.SIGTERM, 3, 0)) == 143, "sent to the child alone, before it could catch it"
 
@@ -174,6 +191,22 @@ def test_no_cgroup_is_an_error_before_anything_is_started(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_group_is_made_of_the_budget_where_one_is_wanted_and_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    made = Group()
+    made.remove = lambda: calls.append("removed")  # type: ignore[attr-defined]
+    monkeypatch.setattr(supervisor, "make_cgroup", lambda size: calls.append(size) or made)
+    with supervisor._group({"enforce": "governor", "plan": {"budget_bytes": 7}}) as group:
+        assert group is None
+    with (
+        pytest.raises(RuntimeError, match="from inside"),
+        supervisor._group({"enforce": "cgroup", "plan": {"budget_bytes": 7}}) as group,
+    ):
+        assert group is made
+        raise RuntimeError("from inside")
+    assert calls == [7, "removed"]
+
+
 def test_a_group_that_may_not_be_entered(tmp_path: Path) -> None:
     (tmp_path / "cgroup.procs").mkdir()
     with pytest.raises(supervisor.ConfigError, match=f"no process may be moved into {tmp_path}"):
@@ -186,6 +219,25 @@ def test_the_handlers_of_before_come_back() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert child.asked == signal.SIGTERM
     assert [signal.getsignal(number) for number in supervisor.Child.SIGNALS] == before
+
+
+def test_a_signal_that_comes_while_the_child_starts_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+
+    class Starting:
+        def __init__(self, *words: Any, **options: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def send_signal(self, number: int) -> None:
+            sent.append(number)
+
+        def wait(self) -> int:
+            return 143
+
+    monkeypatch.setattr(supervisor.subprocess, "Popen", Starting)
+    with supervisor.Child() as child:
+        assert child.run({}, None) == 143
+    assert sent == [signal.SIGTERM]
 
 
 class Case(NamedTuple):
