@@ -101,13 +101,30 @@ def test_a_lowered_budget_stops_a_run_within_one_step(case: Case, around: Cgroup
 
 
 @pytest.mark.usefixtures("cgroups")
-def test_a_lowered_budget_in_a_cgroup_is_said_to_be_the_budget(case: Case, tmp_path: Path) -> None:
-    lowered = replace(case.smallest, budget_bytes=int(0.9 * case.smallest.predicted_peak_bytes))
-    code, said, problems = run(make_job(lowered, case.rows, tmp_path / "run", enforce="cgroup"), supervised=True)
+@pytest.mark.parametrize("share", [0.9, 0.95, 0.98])
+def test_a_lowered_budget_in_a_cgroup_stops_a_run_and_nothing_is_killed(
+    case: Case, tmp_path: Path, share: float
+) -> None:
+    lowered = replace(case.smallest, budget_bytes=int(share * case.smallest.predicted_peak_bytes))
+    out = tmp_path / "run"
+    code, said, problems = run(make_job(lowered, case.rows, out, enforce="cgroup"), supervised=True)
     assert (code, said["stopped"], said["steps"]) == (75, "budget", 0), problems
-    assert said["budget_bytes"] == lowered.budget_bytes
+    assert said == json.loads((out / "summary.json").read_text()), "the child ended by itself"
+    assert (said["enforcement"], said["cgroup_oom_kills"]) == ("cgroup", 0)
+    assert said["measured_peak_bytes"] < lowered.budget_bytes
     assert said["cgroup_peak_bytes"] <= lowered.budget_bytes
-    assert "crash" not in problems
+    assert "killed" not in problems and "crash" not in problems
+    checkpoint, set_aside = latest_checkpoint(out / "checkpoints")
+    assert checkpoint is not None and checkpoint.step == 0 and not set_aside
+
+
+@pytest.mark.usefixtures("cgroups")
+def test_a_lowered_budget_in_a_cgroup_lets_more_run_again(case: Case, tmp_path: Path) -> None:
+    lowered = replace(case.largest, budget_bytes=case.smallest.budget_bytes, reserve_bytes=0)
+    code, said, problems = run(make_job(lowered, case.rows, tmp_path / "run", enforce="cgroup"), supervised=True)
+    assert (code, said["stopped"], said["cgroup_oom_kills"]) == (0, "done", 0), problems
+    assert said["recompute_layers"] == LAYERS
+    assert "killed" not in problems
 
 
 @pytest.mark.usefixtures("cgroups")

@@ -197,7 +197,7 @@ LIMITED = """
 import mmap, sys
 from edgetune.memory import MIB, anonymous_bytes, set_data_limit
 held = bytearray(b'x') * (20 * MIB)
-assert set_data_limit(anonymous_bytes() + 64 * MIB, 0)
+assert set_data_limit(anonymous_bytes() + 64 * MIB)
 """
 
 
@@ -226,7 +226,7 @@ def test_data_limit_measures_what_is_reserved_but_unused() -> None:
 import mmap
 from edgetune.memory import MIB, anonymous_bytes, set_data_limit
 reserved = mmap.mmap(-1, 500 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-assert set_data_limit(anonymous_bytes() + 64 * MIB, 0)
+assert set_data_limit(anonymous_bytes() + 64 * MIB)
 print(len(bytearray(b'x') * (40 * MIB)))
 """
     )

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from edgetune.cgroup import KERNEL_BYTES, Cgroup, holding_cgroup
 from edgetune.checkpoint import Checkpoint, latest_checkpoint
 from edgetune.data import pack, read_rows, split_eval
@@ -78,8 +80,8 @@ def train(
         resume: go on where the folder's last checkpoint stands; a run that is done is returned at once.
         force: replace what an earlier run left in the folder.
         enforce: "governor" recomputes more where the budget is near and stops at the budget; "rlimit" also lets
-            allocations beyond it fail; "cgroup" also asks for a process that a cgroup of that size has held since it
-            started, as `edgetune train` starts one; "none" only measures.
+            allocations beyond it fail; "cgroup" does that too, and asks for a process that a cgroup of that size has
+            held since it started, as `edgetune train` starts one; "none" only measures.
         emulate: take as long as the plan's device would, on as many cores; where this machine is slower it says so.
         one_slice: stop at the end of the device's longest uninterrupted run; `resume` goes on with the next one.
         keep_cache: leave the feature cache, where the plan has one, in the folder at the end.
@@ -113,6 +115,7 @@ def train(
         Guard(meter, hold_budget=enforce != "none") as guard,
         open_run(folder, resume=resume, force=force),
     ):
+        torch.zeros(plan.threads << 15).add_(1)  # starts them all: their stacks are there when a DataLimit is measured
         checkpoint, notes = latest_checkpoint(folder / CHECKPOINTS)
         inputs = _read_inputs(plan, base, Path(data), None if eval_data is None else Path(eval_data), skip_bad)
         give_back()  # what the tokenizer took
@@ -120,9 +123,11 @@ def train(
             _check_identity(checkpoint, inputs.identity)
             if (folder / SUMMARY).exists() and Run(folder).stopped == "done":
                 return Run(folder)
-        limit = DataLimit(plan.budget_bytes) if enforce == "rlimit" and has_data_limit() else contextlib.nullcontext()
+        # In a cgroup too: an allocation that fails leaves a run in good order, and the kernel's kill does not.
+        limited = enforce in ("rlimit", "cgroup") and has_data_limit()
+        limit = DataLimit(most_bytes) if limited else contextlib.nullcontext()
         trainer = Trainer(inputs, folder, guard, limit, pace, on_progress)
-        if enforce == "rlimit" and not has_data_limit():
+        if enforce == "rlimit" and not limited:
             notes.append(
                 "This system has no RLIMIT_DATA that counts private memory: the governor alone holds the budget."
             )

@@ -99,4 +99,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed; torch reports that as a RuntimeError."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or "allocate memory" in str(error)
+    return isinstance(error, MemoryError) or any(words in str(error) for words in ("allocate memory", "bad_alloc"))

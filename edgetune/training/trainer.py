@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import platform
 import statistics
@@ -160,17 +159,31 @@ class Trainer:
                 layer.hold()
             self.guard.may_shrink = self.may_shrink
             while True:
-                with contextlib.suppress(NearBudget):
+                try:
                     return self.to_the_end()
-                self.shrink(self.rule.kept_layers if self.held else self.rule.kept_layers // 2)
+                except NearBudget:
+                    kept_layers = self.rule.kept_layers if self.held else self.rule.kept_layers // 2
+                except (MemoryError, RuntimeError, OSError) as error:
+                    if not is_out_of_memory(error) or self.updating or not self.may_shrink:
+                        raise
+                    kept_layers = 0
+                self.shrink(kept_layers)  # here, where nothing holds the frames of the step any more
         except Stopped as stop:
             stopped = stop.reason
         except (MemoryError, RuntimeError, OSError) as error:
             if not is_out_of_memory(error):
                 raise
-        if stopped == "budget" and self.may_shrink:
-            self.shrink(0)  # so that it may fit when it goes on
+        if stopped == "budget":
+            self.release()  # for what is written at the end
+            if self.may_shrink:
+                self.shrink(0)  # so that it may fit when it goes on
         return stopped
+
+    def release(self) -> None:
+        """Give back what a step holds; one that was not finished begins again."""
+        self.rule.drop()
+        self.decoder.workspace.clear()
+        give_back()
 
     def to_the_end(self) -> str:
         """Steps, evaluations and checkpoints."""
@@ -201,13 +214,11 @@ class Trainer:
         before = self.plan.recompute_layers
         recompute_layers = before + self.rule.kept_layers - kept_layers
         self.rule.keep_layers(kept_layers)
-        self.rule.drop()
         for layer in self.held:
             layer.release()
         self.held, held = [], self.plan.dequantized_layers
+        self.release()
         self.plan = replace(self.plan, recompute_layers=recompute_layers, dequantized_layers=0)
-        self.decoder.workspace.clear()
-        give_back()
         self.meter.near.clear()
         self.guard.may_shrink = self.may_shrink
         write_json(self.folder / PLAN, self.plan.to_dict())

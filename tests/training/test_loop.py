@@ -31,7 +31,7 @@ from edgetune.training import backprop, loop, trainer
 from edgetune.training.loop import Run, train
 from edgetune.training.optimizer import Optimizer
 from edgetune.training.progress import Progress
-from edgetune.training.stop import Guard
+from edgetune.training.stop import Guard, Stopped
 from tests.training.conftest import make_base, make_plan, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -374,10 +374,10 @@ def on_progress(progress):
 enforce = "governor"
 if mode == "rlimit":
     from dataclasses import replace
-    from edgetune.memory import THREAD_SLACK_BYTES, anonymous_bytes
+    from edgetune.memory import anonymous_bytes
     from edgetune.training.stop import Guard
     Guard.check = lambda self: None  # only the kernel stops this run
-    plan, enforce = replace(plan, budget_bytes=anonymous_bytes() - THREAD_SLACK_BYTES), "rlimit"
+    plan, enforce = replace(plan, budget_bytes=anonymous_bytes() - (32 << 20)), "rlimit"
 run = train(plan, base, data=data, out=out, enforce=enforce, on_progress=on_progress)
 """
 
@@ -422,6 +422,72 @@ def test_a_refused_allocation_is_the_budget(job: tuple[Path, Path], tmp_path: Pa
     assert process.returncode == 0, problems
     assert Run(tmp_path / "run").summary["stopped"] == "budget"
     assert Run(tmp_path / "run").summary["enforcement"] == "rlimit"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux lists them")
+def test_all_threads_run_before_a_limit_is_measured() -> None:
+    """Their stacks count towards RLIMIT_DATA, 8 MiB each, so none may start under it."""
+    code = """
+        import os, torch
+        from edgetune.training import loop
+        with loop._threads(5):
+            before = len(os.listdir("/proc/self/task"))
+            x = torch.ones(900, 900)
+            (x @ x).add_(1)
+            print(before >= 5, len(os.listdir("/proc/self/task")) - before)
+    """
+    child = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
+    assert child.stdout.split() == ["True", "0"], child.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("can't allocate memory"), RuntimeError("std::bad_alloc"), MemoryError()]
+)
+def test_a_refused_allocation_lets_more_run_again(
+    job: tuple[Path, Path], whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    base, data = job
+    real, refused = backprop.loss_and_gradients, []
+
+    def loss_and_gradients(decoder: Any, batches: Any, path: Any, **kwargs: Any) -> float:
+        loss = real(decoder, batches, path, **kwargs)
+        if kwargs["dropout_key"][1] == 5 and path.recompute_layers == 1:
+            refused.append(path)
+            raise error
+        return loss
+
+    monkeypatch.setattr(backprop, "loss_and_gradients", loss_and_gradients)
+    run = train(make_plan(base), base, data=data, out=tmp_path / "run")
+    assert (run.stopped, len(refused)) == ("done", 1)
+    assert [(line["step"], line["recompute_layers"]) for line in run.summary["shrunk"]] == [(5, 2)]
+    assert run.summary["adapter_sha256"] == whole.summary["adapter_sha256"]
+    monkeypatch.setattr(backprop, "loss_and_gradients", lambda *_, **__: (_ for _ in ()).throw(ValueError("no memory")))
+    with pytest.raises(ValueError, match="no memory"):
+        train(make_plan(base), base, data=data, out=tmp_path / "other")
+
+
+def test_what_a_step_held_is_given_back_before_the_end_is_written(
+    job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a cgroup the end is written under the same limit."""
+    base, data = job
+    real, finish = trainer.Trainer.check, trainer.Trainer.finish
+    held: list[tuple[int, bool]] = []
+
+    def note(self: trainer.Trainer) -> None:
+        has_gradients = any(value.grad is not None for value in self.parameters.values())
+        held.append((len(self.decoder.workspace.sizes), has_gradients))
+
+    def check(self: trainer.Trainer) -> None:
+        real(self)
+        note(self)
+        if held[-1][1]:
+            raise Stopped("budget")
+
+    monkeypatch.setattr(trainer.Trainer, "check", check)
+    monkeypatch.setattr(trainer.Trainer, "finish", lambda self, *words: note(self) or finish(self, *words))
+    assert train(make_plan(base, recompute_layers=2), base, data=data, out=tmp_path / "run").stopped == "budget"
+    assert held[-2][0] > 9 and held[-2][1] and held[-1] == (0, False)
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_said(job: tuple[Path, Path], whole: Run, tmp_path: Path) -> None:
