@@ -417,6 +417,40 @@ class TestCache:
             cache.fill([self.window(np.arange(9)), self.window(np.arange(9, 18))], check, lambda _: None)
         assert list((tmp_path / "features").iterdir()) == []
 
+    @pytest.mark.parametrize("other", ["base", "config", "first block", "tiles", "threads", "torch"])
+    def test_what_else_decides_the_bits_is_its_key(
+        self, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+    ) -> None:
+        decoder, cache = self.made(job, tmp_path)
+        windows = [self.window(np.arange(9))]
+        cache.fill(windows, lambda: None, lambda _: None)
+        _, again = self.made(job, tmp_path)
+        again.fill(windows, lambda: None, lambda _: None)
+        assert (cache.num_written, again.num_written) == (1, 0)
+        if other == "config":
+            decoder.config = replace(decoder.config, rms_norm_eps=1e-3)
+        elif other == "tiles":
+            decoder.workspace.tile_weights += 1
+        elif other == "threads":
+            monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+        elif other == "torch":
+            monkeypatch.setattr(torch, "__version__", "9.9")
+        block, base = (1 if other == "first block" else 2), ("1" if other == "base" else "0") * 64
+        changed = FeatureCache(tmp_path / "features", decoder, block, LOTS, base)
+        changed.fill(windows, lambda: None, lambda _: None)
+        assert changed.num_written == 1
+
+    def test_check_can_stop_it_while_it_is_read_again(self, job: Job, tmp_path: Path) -> None:
+        """Every byte is: that may take a while."""
+        windows = [self.window(np.arange(9))]
+        self.made(job, tmp_path)[1].fill(windows, lambda: None, lambda _: None)
+
+        def check() -> None:
+            raise Stopped("signal")
+
+        with pytest.raises(Stopped):
+            self.made(job, tmp_path)[1].fill(windows, check, lambda _: None)
+
     @staticmethod
     def made(job: Job, folder: Path) -> tuple[Decoder, FeatureCache]:
         decoder = load_decoder(job.base)
