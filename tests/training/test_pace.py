@@ -137,6 +137,13 @@ def test_no_step_is_begun_that_does_not_end_in_the_slice(make: Callable[..., Pac
         run.check(0.0)
 
 
+def test_one_slow_step_does_not_end_a_slice_early(make: Callable[..., Pace], clock: Clock) -> None:
+    run = make(one_slice=True)
+    for seconds in (1.0, 1.0, 6.0):
+        step(run, clock, seconds)
+    run.begin_step(0.0)
+
+
 @pytest.mark.parametrize(("checkpoint_seconds", "most"), [(0.25, 10.0), (0.5, 10.0), (1.0, 9.0), (3.0, 5.0)])
 def test_what_is_written_at_the_end_is_done_within_the_grace(
     make: Callable[..., Pace], clock: Clock, checkpoint_seconds: float, most: float
@@ -161,6 +168,21 @@ def test_an_emulated_slice_is_one_of_the_device_s_time(make: Callable[..., Pace]
             run.end_step(lambda run=run: run.check(0.0))  # type: ignore[misc]
         with pytest.raises(Stopped, match="slice"):
             run.begin_step(0.0)
+
+
+@pytest.mark.parametrize("seconds", [1.0, 4.0, 9.0])
+def test_an_emulated_slice_has_the_device_s_time_for_evaluations_too(
+    make: Callable[..., Pace], clock: Clock, seconds: float
+) -> None:
+    """Half as much work as a step takes 2 s there: beside it two steps of 4 s fit 10 s, however fast this machine."""
+    run = make(emulate=True, one_slice=True)
+    step(run, clock, seconds)
+    started = clock.now
+    clock.now += seconds / 2
+    run.end_evaluation(started, lambda: None)
+    run.begin_step(0.0)
+    clock.now += 3.9
+    run.check(0.0)
 
 
 def on_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch, *step_seconds: float) -> None:
