@@ -513,7 +513,8 @@ class TestLadder:
 
     def test_mezo_is_an_sgd(self, model: Path) -> None:
         """Another optimizer that was set keeps it away, sgd does not; and its state is never planned for."""
-        for optimizer, step_rule in (("lion", "backprop"), ("adamw", "backprop"), ("sgd", "mezo")):
+        rules = dict.fromkeys(OPTIMIZERS, "backprop") | {"sgd": "mezo"}
+        for optimizer, step_rule in rules.items():
             wishes = Wishes(load_config(model), LoraConfig(), TrainConfig(optimizer=optimizer), RowFacts())
             *_, last = descend(wishes.start(), wishes.freedom)
             assert (last.optimizer, last.step_rule) == (optimizer, step_rule)

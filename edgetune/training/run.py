@@ -96,15 +96,21 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
+def memory_file_system(folder: Path) -> str | None:
+    """The kind of file system that the folder lies on, where its files take memory; None on a disk."""
+    mounts = [part for part in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(part.mountpoint)]
+    kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
+    return kind if kind in ("tmpfs", "ramfs") else None
+
+
 def on_disk(folder: Path) -> Path:
     """The folder, where files in it take no memory.
 
     Raises:
         ConfigError: it lies on a file system in memory.
     """
-    mounts = [part for part in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(part.mountpoint)]
-    kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
-    if kind in ("tmpfs", "ramfs"):
+    kind = memory_file_system(folder)
+    if kind is not None:
         raise ConfigError(
             f"{folder} lies on {kind}, whose files are memory, so activation_offloading saves none there. "
             "Choose an --out on a disk, or give the run more --budget."

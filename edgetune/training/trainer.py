@@ -32,7 +32,17 @@ from edgetune.training.forward import evaluate
 from edgetune.training.optimizer import learning_rate
 from edgetune.training.pace import Pace
 from edgetune.training.progress import Progress
-from edgetune.training.run import CHECKPOINTS, FEATURES, METRICS, PLAN, SUMMARY, Metrics, on_disk, write_json
+from edgetune.training.run import (
+    CHECKPOINTS,
+    FEATURES,
+    METRICS,
+    PLAN,
+    SUMMARY,
+    Metrics,
+    memory_file_system,
+    on_disk,
+    write_json,
+)
 from edgetune.training.stop import Guard, NearBudget, Stopped, is_out_of_memory
 from edgetune.weights import sha256_file
 
@@ -235,14 +245,22 @@ class Trainer:
         """Run the frozen lower blocks once over all rows, where the plan caches that and the storage takes it."""
         if self.cache is None or self.state.step >= self.max_steps:
             return
+        if kind := memory_file_system(self.folder):
+            self.no_cache(f"{self.folder} lies on {kind}, whose files are memory")
+            return
         try:
             with self.limit:
                 self.cache.fill([*self.inputs.windows, *self.inputs.eval_windows], self.check, self.tell)
         except OSError as error:
             if is_out_of_memory(error):
                 raise
-            self.cache.forget()
-            self.tell(f"no feature cache, the frozen blocks run in every step: {error.strerror}")
+            self.no_cache(error.strerror)
+
+    def no_cache(self, reason: str | None) -> None:
+        """Go on without it, which changes no bit."""
+        assert self.cache is not None
+        self.cache.forget()
+        self.tell(f"no feature cache, the frozen blocks run in every step: {reason}")
 
     def evaluation_is_due(self) -> bool:
         """Whether this step ends with an evaluation, and has not had it; the last one does."""

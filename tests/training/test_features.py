@@ -353,6 +353,18 @@ class TestStorage:
         assert same(run, uncached)
         assert any(note and "no feature cache" in note and "No space left" in note for note in told)
 
+    def test_files_that_are_memory_are_none(
+        self, job: Job, uncached: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        told: list[str | None] = []
+        left = job.train(tmp_path / "run", on_progress=after_step(4))
+        assert windows_of(left) > 20
+        monkeypatch.setattr(trainer, "memory_file_system", lambda folder: {tmp_path / "run": "tmpfs"}[folder])
+        run = job.train(tmp_path / "run", resume=True, keep_cache=True, on_progress=lambda p: told.append(p.note))
+        assert same(run, uncached)
+        assert not (run.folder / "features").exists()
+        assert any(note and "no feature cache" in note and "run lies on tmpfs, whose files" in note for note in told)
+
     def test_full_in_the_middle(self, job: Job, uncached: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         real = features.write_safetensors
 
