@@ -47,6 +47,7 @@ WIDENED_BYTES = {"nf4": 8, "fp16": 2}
 # Cycles that onnxruntime spends on a layer's nodes beside their arithmetic: 25 us a layer at 2.6 GHz on x86-64, one
 # thread, a decoder of 48 hidden units with 1 to 32 layers.
 DISPATCH_CYCLES_PER_LAYER = 65_000
+PROMPT_TOKENS = 128
 REFUSED = 3  # exit code of a child that printed an EdgetuneError as JSON
 
 
@@ -54,14 +55,15 @@ def bench(
     bundle: Bundle | str | Path,
     device: DeviceProfile | str | Path,
     *,
-    prompt_tokens: int = 128,
+    prompt_tokens: int | None = None,
     new_tokens: int = 64,
     runs: int = 5,
     warmup: int = 1,
 ) -> dict[str, Any]:
     """Measure a bundle in a child process and judge it by the targets of `device`.
 
-    The prompt is seeded random tokens, fewer where prompt and answer would exceed the context. The result holds
+    The prompt is seeded random tokens: 128 where `prompt_tokens` is None, or as many as leave room in the context for
+    the answer. The result holds
     - latencies, medians over `runs` after `warmup` unmeasured ones; `p50_ms` and `p95_ms` are per generated token;
     - memory, anonymous + swap with the floor included: `load_peak_bytes` while opening the bundle, `peak_memory_bytes`
       over everything (`peak_rss_bytes` counts mapped files too), `floor_bytes` after the imports;
@@ -76,7 +78,8 @@ def bench(
     bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     device = device if isinstance(device, DeviceProfile) else load_device(device)
     context = bundle.model.max_position_embeddings
-    settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs, "warmup": warmup}
+    prompt = max(1, min(PROMPT_TOKENS, context - new_tokens)) if prompt_tokens is None else prompt_tokens
+    settings = {"prompt_tokens": prompt, "new_tokens": new_tokens, "runs": runs, "warmup": warmup}
     for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("runs", 1), ("warmup", 0)):
         if settings[name] < least:
             raise ConfigError(f"{name} is {settings[name]}, expected at least {least}")
@@ -84,12 +87,15 @@ def bench(
         raise ConfigError(
             f"{new_tokens} new tokens leave no room for a prompt in the context of {context}; ask for fewer"
         )
-    settings["prompt_tokens"] = min(prompt_tokens, context - new_tokens)
+    if prompt + new_tokens > context:
+        raise ConfigError(
+            f"{prompt} prompt and {new_tokens} new tokens do not fit the context of {context}; ask for fewer"
+        )
     settings["threads"] = min(device.compute.threads, host.threads())
     measured = _run_child(bundle.folder, settings)
     result = {"bundle": str(bundle.folder), "device": device.id, **settings, **measured, "bundle_bytes": bundle.nbytes}
     elsewhere = device.kind != "host"
-    result["predicted"] = predict_latency(bundle, device, settings["prompt_tokens"], new_tokens) if elsewhere else {}
+    result["predicted"] = predict_latency(bundle, device, prompt, new_tokens) if elsewhere else {}
     result["verdict"] = judge(result, device)
     return result
 

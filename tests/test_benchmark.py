@@ -62,9 +62,10 @@ def test_the_child_runs_on_as_many_cores_as_the_profile_has_threads(bundle: Bund
     assert bench(bundle, device, prompt_tokens=4, new_tokens=2, runs=1, warmup=0)["threads"] == 1
 
 
-def test_the_prompt_is_shortened_to_the_context(bundle: Bundle) -> None:
-    result = bench(bundle, "host", prompt_tokens=1000, new_tokens=10, runs=1, warmup=0)
-    assert result["prompt_tokens"] == CONTEXT - 10
+def test_the_default_prompt_leaves_room_for_the_answer(bundle: Bundle) -> None:
+    result = bench(bundle, "host", new_tokens=10, runs=1, warmup=0)
+    assert result["prompt_tokens"] == CONTEXT - 10 < 128
+    assert bench(bundle, "host", prompt_tokens=CONTEXT - 10, new_tokens=10, runs=1, warmup=0)["prompt_tokens"]
 
 
 # ---- verdicts
@@ -163,6 +164,7 @@ def test_bench_of_another_device_predicts_and_explains(bundle: Bundle) -> None:
     ("setting", "message"),
     [
         ({"prompt_tokens": 0}, "prompt_tokens is 0"),
+        ({"prompt_tokens": CONTEXT - 9, "new_tokens": 10}, rf"{CONTEXT - 9} prompt and 10 new tokens .* of {CONTEXT}"),
         ({"new_tokens": 1}, "new_tokens is 1"),
         ({"new_tokens": CONTEXT}, f"context of {CONTEXT}"),
         ({"runs": 0}, "runs is 0"),

@@ -28,6 +28,7 @@ from edgetune.cli.flags import read_budget, read_settings
 from edgetune.cli.training import exit_code
 from edgetune.errors import EdgetuneError, MissingExtraError
 from edgetune.planner.plans import Plan, TrainConfig
+from edgetune.quantizer import quantize
 
 REPOSITORY = Path(__file__).parents[1]
 VERBS = sorted(command.callback.__name__ for command in cli.app.registered_commands if command.callback)
@@ -114,6 +115,13 @@ def test_quantize_says_what_it_wrote(way: Way) -> None:
     assert said["grid"] == "int4"
 
 
+def test_a_model_without_a_tokenizer_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_model(tmp_path / "model", tiny_config("llama"), tokenizer=False)
+    assert call("quantize", model, "--out", tmp_path / "base") == 0
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first == f"{model} has no tokenizer.json: a base without one can be planned for, but not trained or run"
+
+
 def test_plan_and_train_print_the_keys_that_scripts_rely_on(way: Way) -> None:
     assert way.said["plan"].keys() >= PLAN_KEYS
     assert way.said["train"].keys() >= PLAN_KEYS | SUMMARY_KEYS
@@ -154,6 +162,17 @@ def test_run_prints_the_text_and_nothing_else(way: Way) -> None:
     assert edgetune(*words, "--prompt", "turn on lamp 3: ", "--no-adapter").stdout != plain.stdout
     stop = said["text"][2]
     assert answer(*words, "--prompt", "turn on lamp 3: ", "--stop", stop)["text"] == said["text"].partition(stop)[0]
+
+
+def test_an_answer_that_the_context_ended_is_said(way: Way, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("run", way / "bundle", "--prompt", "x" * 250, "--temperature", "1", "--seed", "1", "--json")
+    assert call(*words, "--max-new-tokens", "2") == 0
+    assert "context" not in capsys.readouterr().err
+    assert call(*words, "--max-new-tokens", "500") == 0
+    captured = capsys.readouterr()
+    said = json.loads(captured.out)
+    assert (said["stop_reason"], said["prompt_tokens"] + len(said["token_ids"])) == ("context", 256)
+    assert captured.err.endswith(f"ended after {len(said['token_ids'])} tokens, not 500: the model's context is full\n")
 
 
 def test_run_without_a_prompt_needs_a_terminal(way: Way) -> None:
@@ -366,11 +385,26 @@ def test_resume_refuses_what_it_would_ignore(way: Way, words: tuple[str, ...], n
 
 
 def test_resume_of_a_run_whose_base_is_gone(way: Way, tmp_path: Path) -> None:
+    moved = Way(tmp_path, {})
+    shutil.copytree(way / "base", moved / "base")
+    shutil.copy(way / "rows.jsonl", moved / "rows.jsonl")
+    run = resumable(moved, tmp_path / "run", summary=False)
+    (moved / "base").rename(moved / "elsewhere")
+    said = answer("train", "--resume", run, code=1)
+    assert said["error"] == "CheckpointError"
+    assert f"on {moved / 'base'}, which is not there. Say with --base where" in said["message"]
+    done = answer("train", "--resume", run, "--base", moved / "elsewhere")
+    assert (done["stopped"], done["steps"]) == ("done", 8)
+    assert done["base"] == done["model"] == str(moved / "elsewhere")
+    new = edgetune("train", way / "base", "--base", way / "base", "--device", "host")
+    assert new.returncode == 2 and "--base goes with --resume" in new.stderr
+
+
+def test_another_base_is_not_the_one_that_moved(way: Way, tmp_path: Path) -> None:
     run = resumable(way, tmp_path / "run", summary=False)
-    for path in (run / "checkpoints").glob("ckpt-*/state.json"):
-        path.write_text(path.read_text().replace(str(way / "base"), "/gone/base"))
-    with pytest.raises(EdgetuneError):
-        launch.old_run(run, data=None, eval_data=None)
+    model = write_model(tmp_path / "model", tiny_config("llama"), seed=1)
+    said = answer("train", "--resume", run, "--base", quantize(model, "int4", tmp_path / "other"), code=1)
+    assert said["error"] == "CheckpointError" and "was started with something else: base." in said["message"]
 
 
 def test_resume_of_a_run_whose_checkpoints_are_gone(way: Way, tmp_path: Path) -> None:

@@ -47,8 +47,12 @@ def new_run(
     return {"plan": plan, "base": folder, "data": data, "out": out, "eval_data": eval_data}
 
 
-def old_run(run: Path, *, data: Path | None, eval_data: Path | None, budget: str | int | None = None) -> dict[str, Any]:
-    """A run's plan, base and rows, from its own files; rows that were moved since can be named again.
+def old_run(
+    run: Path, *, data: Path | None, eval_data: Path | None, base: Path | None = None, budget: str | int | None = None
+) -> dict[str, Any]:
+    """A run's plan, base and rows, from its own files; a base or rows that were moved since can be named again.
+
+    That they are the same is checked by their hashes, when the run goes on.
 
     `budget` replaces the plan's, where the run still fits it.
 
@@ -64,8 +68,12 @@ def old_run(run: Path, *, data: Path | None, eval_data: Path | None, budget: str
     if state is None:
         raise CheckpointError(f"{run} has no checkpoint that is whole. Train anew with --force.")
     known = state["paths"]
-    if not Path(known["base"]).is_dir():
-        raise CheckpointError(f"{run} was trained on {known['base']}, which is not there. Move that base back.")
+    if base is not None:
+        plan = replace(plan, model=str(base))
+    elif not Path(known["base"]).is_dir():
+        raise CheckpointError(
+            f"{run} was trained on {known['base']}, which is not there. Say with --base where that base is now."
+        )
     if budget is not None:
         name, size = _budget_of(plan, budget)
         if size is None or size < plan.predicted_peak_bytes:
@@ -75,7 +83,7 @@ def old_run(run: Path, *, data: Path | None, eval_data: Path | None, budget: str
             )
         plan = replace(plan, budget_name=name, budget_bytes=size)
     return {
-        "plan": plan, "base": Path(known["base"]), "data": data or Path(known["data"]), "out": run,
+        "plan": plan, "base": base or Path(known["base"]), "data": data or Path(known["data"]), "out": run,
         "eval_data": eval_data or (None if known["eval_data"] is None else Path(known["eval_data"])),
     }  # fmt: skip
 

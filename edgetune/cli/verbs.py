@@ -191,11 +191,15 @@ def quantize(
     Example: edgetune quantize SmolLM2-135M/ --grid int4 --out base/
     """
     from edgetune import quantizer
+    from edgetune.hub import model_folder
     from edgetune.memory import format_mib
 
+    source = model_folder(model)
+    if not (source / "tokenizer.json").is_file():
+        tell(f"{source} has no tokenizer.json: a base without one can be planned for, but not trained or run")
     with tensor_progress() as show:
         base = quantizer.quantize(
-            model,
+            source,
             grid,
             out,
             double_quant=double_quant,
@@ -231,6 +235,12 @@ def train(
             metavar="RUN",
             help="Continue this run as it was planned; --budget may give it more.",
             show_default=False,
+        ),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            "--base", metavar="FOLDER", help="With --resume: where the run's base/ has moved to.", show_default=False
         ),
     ] = None,
     eval_data: EvalRows = None,
@@ -275,12 +285,14 @@ def train(
         check_cgroup()  # before anything is planned or quantized
     if resume is not None:
         refuse_other_flags(
-            context, "resume", "data", "eval_data", "budget", "enforce", "supervise", "emulate", "one_slice",
+            context, "resume", "base", "data", "eval_data", "budget", "enforce", "supervise", "emulate", "one_slice",
             "keep_cache", "skip_bad", "as_json",
         )  # fmt: skip
         given = read_budget(budget) if was_typed(context, "budget") else None
-        job = launch.old_run(resume, data=data, eval_data=eval_data, budget=given)
+        job = launch.old_run(resume, base=base, data=data, eval_data=eval_data, budget=given)
     else:
+        if base is not None:
+            raise typer.BadParameter("--base goes with --resume; a new run takes its base as MODEL")
         missing = [
             name
             for name, value in (("MODEL", model), ("--device", device), ("--data", data), ("--out", out))
@@ -392,6 +404,8 @@ def run(
         on_text=tell_text if as_json else stream_text,
     )  # fmt: skip
     answer(asdict(made), "", as_json)
+    if made.stop_reason == "context":
+        tell(f"ended after {len(made.token_ids)} tokens, not {max_new_tokens}: the model's context is full")
 
 
 @app.command()
@@ -399,7 +413,14 @@ def bench(
     bundle: Bundle,
     *,
     device: Device,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Length of the prompt.")] = 128,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--prompt-tokens",
+            help="Length of the prompt. (default: 128, fewer where the context is short)",
+            show_default=False,
+        ),
+    ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens to generate.")] = 64,
     runs: Annotated[int, typer.Option("--runs", help="Measured runs, after one to warm up.")] = 5,
     as_json: Json = False,

@@ -61,7 +61,7 @@ class Generation:
     "every token drawn, less a closing stop token"
     prompt_tokens: int
     stop_reason: str
-    "stop_token, stop_string or length"
+    "stop_token, stop_string, length, or context where that was full before max_new_tokens"
     time_to_first_token_ms: float
     "from the first prompt token in to the first token out; loading is not part of it"
     generation_tokens_per_second: float | None
@@ -122,7 +122,7 @@ def complete(
     stream, text = tokenizer.stream(), _StopFilter(sampling.stop, on_text)
     tokens: list[int] = []
     times = [time.perf_counter()]
-    reason = "length"
+    reason = "length" if len(ids) + sampling.max_new_tokens <= session.context_length else "context"
     for token in _draw_tokens(session, ids, sampling):
         times.append(time.perf_counter())
         if token in stop_ids:

@@ -195,7 +195,8 @@ def test_the_context_ends_the_answer(bundle: Path, reference: Reference) -> None
     prompt = "x" * (CONTEXT - 4)
     answer = generate(bundle, prompt, adapter=False, max_new_tokens=50)
     assert list(answer.token_ids) == reference.greedy(byte_ids(prompt), 4)
-    assert answer.stop_reason == "length"
+    assert answer.stop_reason == "context"
+    assert generate(bundle, prompt, adapter=False, max_new_tokens=4).stop_reason == "length"
     with pytest.raises(ConfigError, match=rf"has {CONTEXT} tokens .* is {CONTEXT}: .*by at least 1"):
         generate(bundle, "x" * CONTEXT)
 
