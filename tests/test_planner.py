@@ -20,7 +20,7 @@ from edgetune import planner
 from edgetune.adapters import METHODS
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import open_base
-from edgetune.data import pack, read_rows, split_eval
+from edgetune.data import Row, pack, read_rows, split_eval
 from edgetune.device import load_device
 from edgetune.errors import BudgetError, ConfigError, DataError
 from edgetune.memory import MIB
@@ -86,6 +86,21 @@ class TestCounts:
         assert parts["logits"] == 8 * 4 * 62
         assert parts["optimizer"] == 8 * parameters
         assert parts["context"] == 4 * (64 * 32 + 2 * 64 * 4)  # two windows' masks, and their cosines and sines
+
+    def test_what_is_there_beside_the_buffers(self, tiny: Any) -> None:
+        wanted = {"threads": 3, "base_copy_bytes": 1000, "gradient_accumulation_steps": 5, "num_tokens": 70}
+        files = {"num_rows": 9, "tokenizer_file_bytes": 1 << 12, "optimizer": "adamw_8bit"}
+        parts = peak_parts(job(tiny, **wanted, **files), 1 << 40)[1]
+        assert parts["base"] == 4 * 5 * 48 + 1000 + 15 * costs.LINEAR_OBJECT_BYTES  # five norms; the head is tied
+        assert parts["kernels"] == 3 * costs.PACK_BYTES
+        steps = 5 * 4 * 8 * 64  # five micro-batches of 64 tokens in four int64 arrays
+        assert parts["data"] == 2 * 4 * 70 + 9 * costs.ROW_OBJECT_BYTES + steps + costs.LEFT_BYTES + int(
+            0.7 * (1 << 12)
+        )
+        sizes = [n * k for shape in tiny.linear_shapes.values() for n, k in ((4, shape[1]), (shape[0], 4))] * 2
+        blocks = sum(2 * 260 * -(-size // 256) for size in sizes)  # codes and a float of every block, of two moments
+        assert parts["optimizer"] == blocks + OPTIMIZERS["adamw_8bit"].scratch_bytes(sizes)
+        assert parts["optimizer"] > blocks
 
     def test_moments(self, tiny: Any) -> None:
         hidden, kept = 64 * 48 * 4, costs.activation_bytes(job(tiny))
@@ -312,6 +327,10 @@ class TestPlan:
             ({"config": TrainConfig(max_seq_length=257)}, "max_seq_length = 257; the model has 256 positions"),
             ({"config": TrainConfig(step_rule="meso")}, "step_rule: found 'meso'.*did you mean 'mezo'"),
             ({"config": TrainConfig(recompute_layers=9)}, "recompute_layers = 9; the gradient passes 8 blocks"),
+            (
+                {"config": TrainConfig(recompute_layers=3), "adapter": LoraConfig(layers_to_transform=(6, 7))},
+                "recompute_layers = 3; the gradient passes 2 blocks",
+            ),
             ({"adapter": LoraConfig(r=0)}, "r = 0"),
         ],
     )
@@ -399,6 +418,44 @@ class TestLadder:
         }
         assert end.batch_size * end.gradient_accumulation_steps == 8
 
+    def test_every_step_of_every_rung(self, model: Path) -> None:
+        wishes = Wishes(load_config(model), LoraConfig(), TrainConfig(), RowFacts())
+        seen: dict[str, list[str]] = {setting: [] for setting in SETTINGS}
+        rungs: list[str] = []
+        before = None
+        for choice in descend(wishes.start(), wishes.freedom):
+            values = {setting: choice.value(setting) for setting in SETTINGS}
+            for setting, value in values.items():
+                if value not in seen[setting]:
+                    seen[setting].append(value)
+            changed = [setting for setting in SETTINGS if before is not None and before[setting] != values[setting]]
+            if "layers_to_transform" in changed:  # the blocks that are left out do not run again either
+                changed = ["layers_to_transform"]
+            rungs += [name for name in changed if rungs[-1:] != [name]]
+            assert choice.batch_size * choice.gradient_accumulation_steps == 8
+            before = values
+        assert seen == {
+            "batch_size": ["8", "4", "2", "1"],
+            "recompute_layers": ["0", "1", "2", "3", "4", "5", "6", "7", "8"],
+            "tile_weights": ["24576", "12288", "6144", "4096"],
+            "optimizer": ["adamw", "adamw_8bit", "lion_8bit", "sgd"],
+            "activation_offloading": ["False", "True"],
+            "max_seq_length": ["256", "128", "64"],
+            "target_modules": ["q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "q_proj,v_proj"],
+            "r": ["8", "4", "2"],
+            "layers_to_transform": ["0-7", "4-7", "6-7", "7"],
+            "step_rule": ["backprop", "mezo"],
+        }
+        assert rungs == [
+            "batch_size", "recompute_layers", "tile_weights", "optimizer", "activation_offloading", "max_seq_length",
+            "target_modules", "r", "layers_to_transform", "optimizer", "step_rule",
+        ]  # fmt: skip
+
+    def test_a_window_that_halves_below_the_shortest_is_the_shortest(self, model: Path) -> None:
+        wishes = Wishes(load_config(model), LoraConfig(), TrainConfig(), RowFacts((row_of(150),)))
+        lengths = [choice.max_seq_length for choice in descend(wishes.start(), wishes.freedom)]
+        assert list(dict.fromkeys(lengths)) == [160, 150]
+
     def test_min_concedes_what_its_number_of_mib_needs_and_no_more(self, model: Path) -> None:
         least = plan(model, "pixel-9", budget="min")
         given = plan(model, "pixel-9", budget=least.budget_bytes // MIB)
@@ -454,6 +511,7 @@ class TestLadder:
         ("setting", "value"),
         [
             ("batch_size", 4), ("recompute_layers", 1), ("max_seq_length", 128), ("r", 16), ("step_rule", "backprop"),
+            ("recompute_layers", 0), ("activation_offloading", False),
             ("target_modules", ("o_proj", "k_proj")), ("layers_to_transform", tuple(range(8))), ("optimizer", "lion"),
             ("learning_rate", 1e-3),
         ],
@@ -536,6 +594,9 @@ class TestLadder:
         made = plan(model, "pixel-9", budget="min", config=TrainConfig(gradient_accumulation_steps=2))
         assert (made.batch_size, made.gradient_accumulation_steps) == (1, 2)
         assert made.concessions[0].wanted == "4"
+        for steps, batch in ((3, 2), (16, 1)):
+            made = plan(model, "pixel-9", config=TrainConfig(gradient_accumulation_steps=steps))
+            assert (made.batch_size, made.gradient_accumulation_steps) == (batch, steps)
 
 
 def wishes_from(flags: str, adapter: dict[str, Any], config: dict[str, Any]) -> tuple[LoraConfig, TrainConfig]:
@@ -615,6 +676,52 @@ class TestRefusal:
 def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def row_of(length: int, supervised: int | None = None) -> Row:
+    """Token ids without a meaning, of which the last ones are learned."""
+    labels = np.full(length, 7, np.int32)
+    labels[: 0 if supervised is None else length - supervised] = -100
+    return Row(np.arange(length, dtype=np.int32), labels, 1)
+
+
+class TestFacts:
+    def test_windows_are_those_of_all_rows(self) -> None:
+        facts = RowFacts((row_of(50, 20), row_of(30, 4), row_of(20, 15)), (row_of(64, 60),))
+        # 50 alone or with 20 beside it: what is learned of the fullest window, and the length of the held-out one.
+        windows = facts.windows(64)
+        assert (windows.learned, windows.held_out, windows.length) == (2, 1, 64)
+        assert windows.supervised in (20, 19)
+        assert (facts.longest, facts.num_tokens) == (64, 164)
+        text = RowFacts((row_of(130),), is_text=True)
+        assert text.windows(64)[:2] == (3, 0) and text.windows(64).length == 64
+
+    @pytest.mark.parametrize(
+        ("lengths", "is_text", "positions", "window"),
+        [
+            ((), True, 4096, 512), ((), True, 256, 256), ((2000,), True, 4096, 512), ((200,), True, 4096, 208),
+            ((2000,), False, 4096, 2000), ((2001,), False, 4096, 2016), ((2001,), False, 2010, 2010),
+            ((2000,), True, 300, 300), ((9,), False, 4096, 64),
+        ],
+    )  # fmt: skip
+    def test_default_window(
+        self, model: Path, lengths: tuple[int, ...], is_text: bool, positions: int, window: int
+    ) -> None:
+        config = dataclasses.replace(load_config(model), max_position_embeddings=positions)
+        facts = RowFacts(tuple(map(row_of, lengths)), is_text=is_text)
+        assert Wishes(config, LoraConfig(), TrainConfig(), facts).window() == window
+
+    def test_short_rows_keep_a_window_worth_its_step(self, model: Path) -> None:
+        wishes = Wishes(load_config(model), LoraConfig(), TrainConfig(), RowFacts((row_of(9),)))
+        assert wishes.freedom.shortest_window == 64
+
+    def test_a_default_batch_is_no_more_than_there_is(self, model: Path) -> None:
+        config, rows = load_config(model), tuple(row_of(20) for _ in range(9))
+        facts = RowFacts(rows)
+        assert facts.windows(64).learned == 3
+        for wanted, batch in ((None, 3), (5, 5)):
+            wishes = Wishes(config, LoraConfig(), TrainConfig(batch_size=wanted, max_seq_length=64), facts)
+            assert wishes.start().batch_size == batch
 
 
 class TestRows:
@@ -776,6 +883,25 @@ class TestTime:
         assert costs.step_work(job(tiny, step_rule="mezo")).flops == pytest.approx(flops)
         twice, once = (costs.step_work(job(tiny, gradient_accumulation_steps=n)).flops for n in (2, 1))
         assert twice == pytest.approx(2 * once)
+
+    def test_traffic_by_hand(self, tmp_path: Path) -> None:
+        tiny = load_config(write_model(tmp_path, TINY, tokenizer=False))
+        weights, head = 2 * (48 * 48 + 16 * 48) + 3 * 88 * 48, 301 * 48
+        trained = 2 * 4 * sum(n + k for n, k in tiny.linear_shapes.values())
+        activations = 64 * 4 * (48 + 16 + 16 + 48 + 48 + 2 * 88)
+        # Five passes over a block's weights, each a float32 written and read beside the codes; backward counts twice.
+        step = (5 * weights + head) * 8.5625 + 2 * activations * (3 + 2 * 2)
+        found = costs.step_work(job(tiny, gradient_accumulation_steps=3)).traffic_bytes
+        assert found == pytest.approx(3 * step + 3 * 4 * trained + 2 * 8 * trained)
+        step = (4 * weights + 2 * head) * 8.5625 + 2 * activations * 4
+        found = costs.step_work(job(tiny, step_rule="mezo", optimizer="sgd")).traffic_bytes
+        assert found == pytest.approx(step + 16 * 4 * trained)
+
+    def test_a_roofline_whose_sides_add_up(self) -> None:
+        compute = dataclasses.replace(
+            load_device("rpi-5").compute, gflops_fp32_sustained=2.0, gflops_fp32_burst=9.0, mem_bw_mb_s=10
+        )
+        assert costs.StepWork(3e9, 5e6).seconds(compute) == pytest.approx(1.5 + 0.5)
 
     def test_a_faster_device_is_faster(self, model: Path) -> None:
         seconds = [plan(model, name).predicted_step_seconds for name in ("rpi-zero-2w", "rpi-4", "rpi-5")]
