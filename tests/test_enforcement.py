@@ -120,7 +120,7 @@ def test_a_lowered_budget_in_a_cgroup_stops_a_run_and_nothing_is_killed(
 
 @pytest.mark.usefixtures("cgroups")
 def test_a_lowered_budget_in_a_cgroup_lets_more_run_again(case: Case, tmp_path: Path) -> None:
-    lowered = replace(case.largest, budget_bytes=case.smallest.budget_bytes, reserve_bytes=0)
+    lowered = replace(case.largest, budget_bytes=case.smallest.budget_bytes)
     code, said, problems = run(make_job(lowered, case.rows, tmp_path / "run", enforce="cgroup"), supervised=True)
     assert (code, said["stopped"], said["cgroup_oom_kills"]) == (0, "done", 0), problems
     assert said["recompute_layers"] == LAYERS

@@ -105,8 +105,8 @@ def train(
     base, folder = Path(base), Path(out)
     pace = Pace(plan, emulate=emulate, one_slice=one_slice)
     group = holding_cgroup(plan.budget_bytes) if enforce == "cgroup" else None
-    # The kernel would kill a little earlier: it counts what it needs itself.
-    most_bytes = plan.budget_bytes - (KERNEL_BYTES if group else 0)
+    # The kernel would kill a little earlier: it counts what it needs itself. The plan left room for that.
+    most_bytes = plan.budget_bytes - (min(KERNEL_BYTES, plan.reserve_bytes) if group else 0)
     trim_allocator()
     with (
         pinned(plan.threads) if emulate else contextlib.nullcontext(),
