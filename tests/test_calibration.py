@@ -145,6 +145,32 @@ def test_a_measuring_process_that_dies(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_it_is_measured_as_training_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With as many threads, which wait for each other in the same way, unless the user says otherwise."""
+    seen: list[Any] = []
+    real = subprocess.run
+
+    def measure(words: list[str], **settings: Any) -> Any:
+        if "edgetune.speed" not in words:  # platform asks the system
+            return real(words, **settings)
+        seen.append((words[-2:], {name: settings["env"].get(name) for name in host.THREAD_SETTINGS}))
+        return subprocess.CompletedProcess(words, 0, json.dumps(SAMPLES | {"library": "torch 9"}), "")
+
+    monkeypatch.setattr(calibration.subprocess, "run", measure)
+    monkeypatch.setattr(calibration, "measure_floor", lambda *words: seen.append(words) or 1 << 20)
+    monkeypatch.setattr(host, "threads", lambda: 3)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.6, 0.0, 0.0))
+    name = "a-name-of-a-machine-that-is-longer-than-an-id-may-be-" * 2
+    result = calibrate(tmp_path / f"{name}.toml", seconds=7.0)
+    assert seen == [(["3", "7.0"], host.THREAD_SETTINGS), ("torch", 3)]
+    profile = load_device(result["device"])
+    assert profile.compute.threads == 3 and name.startswith(profile.id)
+    assert "load 0.60" in explain(result)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1")
+    calibrate(tmp_path / "again.toml")
+    assert seen[2][1]["GOMP_SPINCOUNT"] == "1"
+
+
 @pytest.mark.parametrize("library", ["torch", "numpy"])
 def test_samples_of_this_machine(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "COPY_BYTES", 1 << 20)
@@ -193,6 +219,45 @@ def test_products_are_multiplied_as_training_does(monkeypatch: pytest.MonkeyPatc
     assert len(counted) == 2 * len(speed.PRODUCTS)
     for gigaflop, (m, k), (inner, n) in counted:
         assert inner == k and gigaflop * 1e9 == pytest.approx(2 * m * n * k)
+
+
+def test_what_is_copied_and_decoded_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of little memory an eighth for each array; and the matrices by turns, so that no cache holds them."""
+    amounts: list[float] = []
+    copied: list[int] = []
+    decoded: list[Any] = []
+
+    def rates(work: Any, amount: float, seconds: float) -> list[float]:
+        amounts.append(amount)
+        for _ in range(6):
+            work()
+        return [1.0]
+
+    def copy(target: Any, source: Any) -> None:
+        copied.extend((target.nbytes, source.nbytes))
+
+    def dequantize(codes: Any, *words: Any) -> None:
+        decoded.append(codes)
+
+    for grid in GRIDS.values():
+        monkeypatch.setattr(grid, "dequantize", dequantize)
+    available = type("Memory", (), {"available": 8 << 20})
+    monkeypatch.setattr(speed.psutil, "virtual_memory", lambda: available)
+    monkeypatch.setattr(speed, "rates", rates)
+    monkeypatch.setattr(speed, "DECODED_MATRICES", 3)
+    speed._measure(np.matmul, copy, lambda array: array, 0.0)
+    assert set(copied) == {1 << 20}
+    assert amounts[-1 - len(GRIDS)] == pytest.approx(2.097152)  # MB read and written
+    assert amounts[-len(GRIDS) :] == [1536 * 576] * len(GRIDS)
+    assert len(set(map(id, decoded))) == 3 * len(GRIDS)
+
+
+def test_as_many_threads_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(speed, "_measure", lambda *words: {})
+    assert speed.measure(3, SECONDS)["library"].startswith("torch")
+    assert asked == [3]
 
 
 def test_end_to_end(tmp_path: Path) -> None:

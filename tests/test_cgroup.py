@@ -198,10 +198,13 @@ class TestVersion2:
         ):  # fmt: skip
             assert part in str(caught.value)
 
-    def test_a_limit_that_is_not_taken_is_no_limit(self, tree: Version2) -> None:
+    def test_a_limit_that_is_not_taken_is_no_limit(self, tree: Version2, monkeypatch: pytest.MonkeyPatch) -> None:
         tree.limit_is_taken = False
+        removed: list[Path] = []
+        monkeypatch.setattr(Cgroup, "remove", lambda self: removed.append(self.folder))
         with pytest.raises(ConfigError, match="a limit of 5242880 bytes was asked for and None is what was set"):
             make_cgroup(5 * MIB, tree.state)
+        assert [folder.parent for folder in removed] == [tree.own, tree.own.parent]
 
     def test_what_is_read(self, tmp_path: Path) -> None:
         group = Cgroup(2, tmp_path)

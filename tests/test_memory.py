@@ -92,6 +92,19 @@ child.wait()
         assert anonymous_bytes(pid) > 40 * MIB
 
 
+def test_swapped_memory_counts() -> None:
+    text = b"Name:\tx\nVmHWM:\t   9 kB\nVmRSS:\t   7 kB\nRssAnon:\t   5 kB\nVmData:\t  99 kB\nVmSwap:\t   3 kB\n"
+    assert memory._anonymous(memory._status_fields(text)) == 8 << 10
+
+
+@pytest.mark.skipif(not memory.has_data_limit(), reason="counts what Linux says is open")
+def test_reading_leaves_no_file_open() -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(20):
+        anonymous_bytes()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
 def test_a_child_started_by_a_thread_counts() -> None:
     import threading
 
@@ -177,6 +190,19 @@ class TestMeter:
         assert meter.peak_rss_bytes - rss_before > 60 * MIB
         assert abs(meter.peak_bytes - before) < CLOSE
 
+    @pytest.mark.skipif(not memory.has_data_limit(), reason="only Linux keeps the figure")
+    def test_a_peak_of_rss_between_two_samples_is_seen_and_one_before_is_not(self) -> None:
+        for touch in (True, False):
+            with Meter(seconds=1000) as meter:
+                before = meter.peak_rss_bytes
+                if touch:
+                    touched(64 * MIB).close()
+                meter.now_bytes  # noqa: B018 - takes a sample
+                assert (meter.peak_rss_bytes - before > 60 * MIB) is touch
+                meter.reset_peak()
+                meter.now_bytes  # noqa: B018
+                assert meter.peak_rss_bytes < before + 8 * MIB
+
     def test_without_proc(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(memory, "_PROC", False)
         with Meter(seconds=0.02) as meter:
@@ -231,6 +257,22 @@ print(len(bytearray(b'x') * (40 * MIB)))
 """
     )
     assert int(out) == 40 * MIB
+
+
+def test_data_limit_can_be_lifted_and_stays_below_a_hard_one() -> None:
+    out = run(
+        """
+import resource
+from edgetune.memory import MIB, anonymous_bytes, set_data_limit
+unlimited = resource.getrlimit(resource.RLIMIT_DATA)[1]
+assert set_data_limit(anonymous_bytes() + 900 * MIB)
+soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+resource.setrlimit(resource.RLIMIT_DATA, (soft, soft))
+assert set_data_limit(anonymous_bytes() + 9000 * MIB)
+print(hard == unlimited, resource.getrlimit(resource.RLIMIT_DATA) == (soft, soft))
+"""
+    )
+    assert out.split() == ["True", "True"]
 
 
 def test_no_limits_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,6 +181,12 @@ class TestOnce:
         assert passes["0"] == passes["1"] == windows_of(run) > 20
         assert at_first_step[0]["0"] == passes["0"] and passes["2"] > at_first_step[0]["2"] > 0
 
+    def test_lower_blocks_run_once_with_mezo_too(self, job: Job, tmp_path: Path, passes: Counter[str]) -> None:
+        plan = job.plan(max_steps=4, step_rule="mezo", optimizer="sgd")
+        run = job.train(tmp_path / "run", plan, keep_cache=True)
+        assert passes["0"] == passes["1"] == windows_of(run)
+        assert same(run, job.train(tmp_path / "plain", replace(plan, feature_cache_bytes=0)))
+
     def test_their_codes_are_not_read_again(self, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def spoil(self: trainer.Trainer, *args: Any) -> None:
             fill(self, *args)
@@ -389,8 +395,10 @@ class TestStorage:
     def test_it_takes_no_more_than_the_plan_says(
         self, job: Job, uncached: Run, tmp_path: Path, passes: Counter[str]
     ) -> None:
-        size = 48 * 72 * 4
-        run = job.train(tmp_path / "run", job.plan(feature_cache_bytes=6 * size + 1), keep_cache=True)
+        plan = job.plan(feature_cache_bytes=6 * 48 * 72 * 4)
+        left = job.train(tmp_path / "run", plan, on_progress=after_step(4))
+        assert windows_of(left) == 6
+        run = job.train(tmp_path / "run", plan, resume=True, keep_cache=True)
         assert windows_of(run) == 6 and same(run, uncached)
         assert passes["0"] > 6, "the others run in every step"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from edgetune import cgroup, errors, memory
 from edgetune.adapters.base import load_adapter
 from edgetune.checkpoint import lock_run, read_checkpoint
 from edgetune.linear import FrozenLinear
-from edgetune.memory import anonymous_bytes
+from edgetune.memory import Meter, anonymous_bytes
 from edgetune.models import load_config
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.planner.plans import Plan
@@ -31,7 +33,7 @@ from edgetune.training import backprop, loop, trainer
 from edgetune.training.loop import Run, train
 from edgetune.training.optimizer import Optimizer
 from edgetune.training.progress import Progress
-from edgetune.training.stop import Guard, Stopped
+from edgetune.training.stop import Guard, NearBudget, Stopped, is_out_of_memory
 from tests.training.conftest import make_base, make_plan, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -422,6 +424,69 @@ def test_a_refused_allocation_is_the_budget(job: tuple[Path, Path], tmp_path: Pa
     assert process.returncode == 0, problems
     assert Run(tmp_path / "run").summary["stopped"] == "budget"
     assert Run(tmp_path / "run").summary["enforcement"] == "rlimit"
+
+
+def test_what_stops_a_run() -> None:
+    meter = Meter()
+    before = [signal.getsignal(number) for number in Guard.SIGNALS]
+    with Guard(meter, hold_budget=False) as guard:
+        meter.exceeded.set()
+        meter.near.set()
+        guard.may_shrink = True
+        guard.check()
+        guard.hold_budget = True
+        with pytest.raises(Stopped, match="budget"):
+            guard.check()
+        meter.exceeded.clear()
+        with pytest.raises(NearBudget):
+            guard.check()
+        os.kill(os.getpid(), signal.SIGINT)
+        guard.hold_budget = False
+        with pytest.raises(Stopped, match="signal"):
+            guard.check()
+        with pytest.raises(KeyboardInterrupt):  # asked twice
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert guard.signal == signal.SIGINT
+    assert [signal.getsignal(number) for number in Guard.SIGNALS] == before
+
+
+@pytest.mark.parametrize(
+    ("error", "out_of_memory"),
+    [
+        (OSError(errno.ENOMEM, "x"), True), (OSError(errno.ENOSPC, "cannot allocate memory"), False),
+        (MemoryError(), True), (RuntimeError("DefaultCPUAllocator: can't allocate memory: 7 bytes"), True),
+        (RuntimeError("shapes differ"), False),
+    ],
+)  # fmt: skip
+def test_which_errors_are_memory(error: BaseException, out_of_memory: bool) -> None:
+    assert is_out_of_memory(error) is out_of_memory
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(job: tuple[Path, Path], tmp_path: Path) -> None:
+    ended: list[str] = []
+    plan = make_plan(job[0], max_steps=1)
+    work = threading.Thread(target=lambda: ended.append(train(plan, job[0], data=job[1], out=tmp_path / "run").stopped))
+    work.start()
+    work.join()
+    assert ended == ["done"]
+
+
+@pytest.mark.skipif(not memory.has_data_limit(), reason="RLIMIT_DATA counts private memory on Linux alone")
+def test_a_data_limit_is_measured_once_and_holds_its_body_alone() -> None:
+    code = """
+        import resource
+        from edgetune.memory import MIB, anonymous_bytes
+        from edgetune.training.stop import DataLimit
+        get = lambda: resource.getrlimit(resource.RLIMIT_DATA)
+        before, limit = get(), DataLimit(anonymous_bytes() + 32 * MIB)
+        with limit:
+            first = get()
+        outside, more = get(), bytearray(b"x") * (64 * MIB)
+        with limit:
+            print(limit.holds, first[0] < before[0] or before[0] < 0, outside == before, get() == first)
+    """
+    child = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
+    assert child.stdout.split() == ["True"] * 4, child.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux lists them")
