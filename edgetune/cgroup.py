@@ -30,8 +30,9 @@ from edgetune.errors import ConfigError
 from edgetune.memory import MIB, anonymous_bytes, format_mib
 
 # What a group of a process that trains is charged for and the meter does not see, measured: page tables, stacks and
-# such, 1.1 to 1.7 MiB; 2 MiB of the mapped base that are being read, which the kernel cannot take back meanwhile (it
-# killed with those 2 MiB in its report); and 0.7 MiB by which a refused allocation may come too late.
+# such, 1.1 to 1.7 MiB; 2 MiB of the mapped base that were being read, which the kernel cannot take back meanwhile (it
+# killed with those in its report; more where a disk reads further ahead, see read_ahead_kb); and 0.7 MiB by which a
+# refused allocation may come too late.
 KERNEL_BYTES = 5 * MIB
 _LIMIT = {1: "memory.limit_in_bytes", 2: "memory.max"}
 _SWAP = {1: "memory.memsw.limit_in_bytes", 2: "memory.swap.max"}
