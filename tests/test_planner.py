@@ -545,6 +545,11 @@ class TestLadder:
         least = plan(model, "pixel-9", budget="min", config=TrainConfig(learning_rate=1e-3))
         assert (least.optimizer, least.learning_rate) == ("adamw_8bit", 1e-3)
         assert "learning_rate" not in least.concessions[3].reason
+        for optimizer, last_optimizer in ((None, "adamw_8bit"), ("sgd", "sgd")):  # nothing below is even tried
+            config = TrainConfig(learning_rate=1e-3, optimizer=optimizer)
+            wishes = Wishes(load_config(model), LoraConfig(), config, RowFacts())
+            *_, last = descend(wishes.start(), wishes.freedom)
+            assert (last.optimizer, last.step_rule) == (last_optimizer, "backprop")
 
     @pytest.mark.parametrize("optimizer", OPTIMIZERS)
     def test_an_optimizer_that_was_set_brings_its_own_rate(self, model: Path, optimizer: str) -> None:
