@@ -26,7 +26,7 @@ from edgetune.errors import BudgetError, ConfigError, DataError
 from edgetune.memory import MIB
 from edgetune.models import FAMILIES, load_config
 from edgetune.optimizers import OPTIMIZERS
-from edgetune.planner import Plan, TrainConfig, costs, plan
+from edgetune.planner import Plan, TrainConfig, costs, ladder, plan
 from edgetune.planner.costs import Job, peak_parts
 from edgetune.planner.ladder import SETTINGS, descend
 from edgetune.planner.wishes import RowFacts, Wishes
@@ -972,6 +972,10 @@ def test_explain(model: Path) -> None:
     assert "Predicted for galaxy-watch-7" in text
     assert "simulated here" in text
     assert "9 steps in" in text
+
+
+def test_blocks_are_named_as_they_are_typed() -> None:
+    assert ladder._ranges((8, 0, 2, 6, 5, 7)) == "0,2,5-8"
 
 
 def test_methods_give_what_the_plan_needs() -> None:
