@@ -39,9 +39,10 @@ def is_exact(threads: int, positions: int, head_dim: int) -> bool:
 
 @contextlib.contextmanager
 def using(threads: int) -> Iterator[None]:
-    """So many threads while the body runs."""
+    """So many threads while the body runs. All have started then: stacks count where a DataLimit is measured."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    torch.zeros(threads << 15).add_(1)
     try:
         yield
     finally:

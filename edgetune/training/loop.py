@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from edgetune.cgroup import KERNEL_BYTES, Cgroup, holding_cgroup
 from edgetune.checkpoint import Checkpoint, latest_checkpoint
 from edgetune.data import pack, read_rows, split_eval
@@ -115,7 +113,6 @@ def train(
         Guard(meter, hold_budget=enforce != "none") as guard,
         open_run(folder, resume=resume, force=force),
     ):
-        torch.zeros(plan.threads << 15).add_(1)  # starts them all: their stacks are there when a DataLimit is measured
         checkpoint, notes = latest_checkpoint(folder / CHECKPOINTS)
         inputs = _read_inputs(plan, base, Path(data), None if eval_data is None else Path(eval_data), skip_bad)
         give_back()  # what the tokenizer took

@@ -494,8 +494,8 @@ def test_all_threads_run_before_a_limit_is_measured() -> None:
     """Their stacks count towards RLIMIT_DATA, 8 MiB each, so none may start under it."""
     code = """
         import os, torch
-        from edgetune.training import loop
-        with loop._threads(5):
+        from edgetune.training.crew import using
+        with using(5):
             before = len(os.listdir("/proc/self/task"))
             x = torch.ones(900, 900)
             (x @ x).add_(1)
