@@ -23,6 +23,7 @@ import torch
 from edgetune.planner.costs import VECTOR, row_step
 
 LOOK_SECONDS = 0.2
+TRIAL_SECONDS = 0.05  # a trial of more threads is looked at sooner: where it fails, it costs time
 # Of the time, in the queue, all threads together: measured 0.02 with two threads alone on two cores, and 0.74 beside a
 # busy process. Passing work of the system is 0.1 over so long a look.
 CROWDED_SHARE = 0.3
@@ -71,12 +72,13 @@ class Crew:
     def look(self) -> None:
         """Halve the threads where they stand in the queue; double them, up to the plan's, when it is time to try."""
         now = self._clock()
-        if not self._known or now - self._looked < LOOK_SECONDS:
+        since = now - self._changed
+        on_trial = self._tried and since < LOOK_SECONDS
+        if not self._known or now - self._looked < (TRIAL_SECONDS if on_trial else LOOK_SECONDS):
             return
         waited = self._waited() or self._before  # unknown once: nothing has happened since the look before
         crowded = waited - self._before > CROWDED_SHARE * (now - self._looked)
         self._looked, self._before = now, waited
-        since = now - self._changed
         if crowded and self.threads > 1:
             failed = self._tried and since < LONGEST_PATIENCE_SECONDS
             self._patience = min(2 * self._patience, LONGEST_PATIENCE_SECONDS) if failed else SHORTEST_PATIENCE_SECONDS

@@ -68,6 +68,16 @@ def test_a_trial_that_fails_is_made_less_and_less_often() -> None:
     assert machine.crew.threads == 2
 
 
+def test_a_trial_is_looked_at_sooner() -> None:
+    machine = Machine(threads=2)
+    machine.pass_time(LOOK, 0.5)
+    machine.pass_time(SHORTEST_PATIENCE_SECONDS + LOOK, 0.0)
+    assert machine.used == [2, 1, 2]
+    machine.now, machine.queued = machine.now + 0.06, machine.queued + 0.05
+    machine.crew.look()
+    assert machine.used == [2, 1, 2, 1]
+
+
 def test_one_thread_stays_one() -> None:
     machine = Machine(threads=2)
     machine.pass_time(SHORTEST_PATIENCE_SECONDS, 0.9)
