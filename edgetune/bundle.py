@@ -1,8 +1,9 @@
 """A bundle folder, read strictly: what a device gets, and the checks before anything native opens a file.
 
 `edgetune.json` is the manifest. Loading compares every listed file with its size and SHA-256, so a swapped tokenizer or
-a damaged weight file is found here, by name, and not by a runtime that crashes on it. Adapters are checked against the
-manifest's slots before an inference session exists, because onnxruntime reports a wrong one late or not at all.
+a damaged weight file is found here, by name, and not by a runtime that crashes on it. A bundle carries any number of
+adapters, each bound to base, grid and tokenizer; one that does not fit is refused before an inference session exists,
+because onnxruntime reports it late or not at all.
 
 Torch, onnx and onnxruntime stay out: this module runs on the device. Writing a bundle is `exporter`'s part.
 """
@@ -10,30 +11,36 @@ Torch, onnx and onnxruntime stay out: this module runs on the device. Writing a 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 
-from edgetune.errors import AdapterError, BundleError, ModelError
+from edgetune.adapter_file import SUFFIXES, Binding, BoundAdapter, is_name, read_adapter
+from edgetune.errors import AdapterError, BundleError
 from edgetune.memory import format_mib
-from edgetune.weights import open_tensors, sha256_file
+from edgetune.schema import Key, Reader
+from edgetune.weights import sha256_file
 
 FORMAT_VERSION = 1
 MANIFEST = "edgetune.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
-ADAPTER = "adapter.safetensors"
-ADAPTER_ONNX = "adapter.onnx_adapter"
+ADAPTER = "adapter"  # the name of the adapter that an export brings along
 GENAI_CONFIG = "genai_config.json"
+# As a share of the largest logit. What changes less cannot be told from the rounding of float32.
+MIN_PROBE_CHANGE = 1e-6
+_PROBE_ROWS, _PROBE_LENGTH = 2, 32
 
+_AGAIN = "Export the bundle again"
 _TEXT, _OPTIONAL_TEXT = (str,), (str, type(None))
 _KEYS: dict[str, tuple[type, ...]] = {
     "format_version": (int,), "edgetune_version": _TEXT, "model": (dict,), "grid": _OPTIONAL_TEXT, "weights": _TEXT,
     "merged": (bool,), "base_sha256": _TEXT, "tokenizer_sha256": _OPTIONAL_TEXT, "slots": (list,),
-    "adapter": (dict, type(None)), "parity": (dict,), "rounding": (dict, type(None)), "peak_rss_bytes": (int,),
+    "adapters": (dict,), "default_adapter": _OPTIONAL_TEXT, "probe_rows": (list,), "merge": (dict, type(None)),
+    "parity": (dict,), "rounding": (dict, type(None)), "peak_rss_bytes": (int,),
     "files": (dict,), "versions": (dict,),
 }  # fmt: skip
 
@@ -64,6 +71,14 @@ class AdapterSlot:
 
 
 @dataclass(frozen=True)
+class AdapterEntry:
+    """What the manifest says of an adapter; its files are `<name>.safetensors` and `<name>.onnx_adapter`."""
+
+    binding: Binding
+    probe_change: Annotated[float, Key("largest change of a logit on the probe rows by the largest logit", low=0)]
+
+
+@dataclass(frozen=True)
 class Bundle:
     """A checked bundle folder. `manifest` is `edgetune.json` as it is on disk."""
 
@@ -71,6 +86,7 @@ class Bundle:
     manifest: dict[str, Any]
     model: BundleModel
     slots: tuple[AdapterSlot, ...]
+    adapters: dict[str, AdapterEntry]
 
     @property
     def model_path(self) -> Path:
@@ -78,8 +94,19 @@ class Bundle:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the bundle carries an adapter of its own beside the graph (a merged bundle does not)."""
-        return ADAPTER in self.manifest["files"]
+        """Whether the bundle carries adapters of its own beside the graph (a merged bundle does not)."""
+        return bool(self.adapters)
+
+    @property
+    def default_adapter(self) -> str | None:
+        """The adapter that is used where none is named; None is the base alone."""
+        name: str | None = self.manifest["default_adapter"]
+        return name
+
+    @property
+    def probe_rows(self) -> list[np.ndarray]:
+        """Token ids that adapters are probed on, int64 [n] each."""
+        return [np.array(row, np.int64) for row in self.manifest["probe_rows"]]
 
     @property
     def nbytes(self) -> int:
@@ -87,16 +114,31 @@ class Bundle:
         files: dict[str, dict[str, int]] = self.manifest["files"]
         return sum(file["bytes"] for file in files.values()) + (self.folder / MANIFEST).stat().st_size
 
-    def adapter_tensors(self) -> dict[str, np.ndarray]:
-        """The bundle's own adapter as graph inputs, checked; empty where there is none.
+    def adapter_tensors(self, name: str | None = None) -> dict[str, np.ndarray]:
+        """An adapter of the bundle as graph inputs, checked; None is the default one, empty where there is none.
 
-        Raises AdapterError where the file does not fit the slots.
+        Raises AdapterError where there is none of that name, it does not fit the bundle, or it changes nothing.
         """
-        return load_adapter_tensors(self, self.folder / ADAPTER) if self.has_adapter else {}
+        name = self.default_adapter if name is None else name
+        if name is None:
+            return {}
+        if name not in self.adapters:
+            known = f"it has {', '.join(self.adapters)}" if self.adapters else "it has none"
+            raise AdapterError(
+                f"{self.folder} has no adapter {name!r}; {known}. `edgetune adapter add` adds one; a file is given by "
+                f"its path, with its suffix"
+            )
+        entry, path = self.adapters[name], self.folder / f"{name}{SUFFIXES[0]}"
+        adapter = read_adapter(path)
+        if adapter.binding != entry.binding:
+            raise AdapterError(f"{path} says something else of itself than {MANIFEST} does. Add the adapter again")
+        check_adapter(self, adapter, origin=f"adapter {name}")
+        check_probe_change(entry.probe_change, origin=f"adapter {name}")
+        return adapter.tensors
 
     def summary(self) -> dict[str, Any]:
         """The result of `export` as the CLI prints it: sizes in bytes, parity figures, cost of rounding."""
-        keys = ("weights", "grid", "merged", "parity", "rounding", "peak_rss_bytes")
+        keys = ("weights", "grid", "merged", "merge", "parity", "rounding", "peak_rss_bytes")
         result: dict[str, Any] = {"bundle": str(self.folder), "bundle_bytes": self.nbytes}
         result |= {key: self.manifest[key] for key in keys}
         if result["rounding"] is not None:  # its list of all layers stays in the manifest
@@ -158,73 +200,136 @@ def load_bundle(folder: str | Path) -> Bundle:
     _check_files(folder, manifest["files"])
     model = _parse(BundleModel, manifest["model"], f"{path}: model")
     slots = tuple(_parse(AdapterSlot, slot, f"{path}: slots[{i}]") for i, slot in enumerate(manifest["slots"]))
-    return Bundle(folder, manifest, model, slots)
+    adapters = _read_entries(manifest, path)
+    return Bundle(folder, manifest, model, slots, adapters)
 
 
 def load_adapter_tensors(bundle: Bundle, path: str | Path) -> dict[str, np.ndarray]:
-    """Adapter tensors for this bundle's graph inputs from a file laid out as `adapter.safetensors`, checked.
+    """Adapter tensors for this bundle's graph inputs from a file that `write_adapter` wrote, checked.
 
     Raises AdapterError where the file is unreadable, belongs to another base, or does not fit the slots.
     """
-    path = Path(path)
-    try:
-        weights = open_tensors(path)
-    except ModelError as error:
-        raise AdapterError(str(error)) from error
-    tensors = {name: weights.array(name) for name in weights}
-    check_adapter(bundle, tensors, origin=str(path))
-    return tensors
+    adapter = read_adapter(path)
+    check_adapter(bundle, adapter, origin=str(path))
+    return adapter.tensors
 
 
-def check_adapter(
-    bundle: Bundle, tensors: Mapping[str, np.ndarray], *, base_sha256: str | None = None, origin: str = "adapter"
-) -> None:
+def probe_rows(vocab_size: int, context_length: int) -> list[list[int]]:
+    """Token ids to probe adapters on: seeded ones, because a bundle is given away and held-out rows may be private."""
+    length = min(_PROBE_LENGTH, context_length)
+    rows: list[list[int]] = np.random.default_rng(0).integers(0, vocab_size, (_PROBE_ROWS, length)).tolist()
+    return rows
+
+
+def check_adapter(bundle: Bundle, adapter: BoundAdapter, *, origin: str = "the adapter") -> None:
     """Refuse an adapter that does not fit this bundle, before an inference session exists.
 
-    `tensors` are graph inputs: `<slot>.lora_A` [in_features, r] and `<slot>.lora_B` [r, out_features], fp32, scaling
-    folded into lora_B. `base_sha256`, where known, is the base that the adapter was trained on.
-    Raises AdapterError with every problem found.
+    Raises AdapterError: it was made for another base, grid or tokenizer, or its tensors are not those of its slots; the
+    message lists every one that is wrong.
     """
-    if base_sha256 is not None and base_sha256 != bundle.manifest["base_sha256"]:
-        raise AdapterError(
-            f"{origin} was trained on base {base_sha256[:12]}, {bundle.folder} holds "
-            f"{bundle.manifest['base_sha256'][:12]}; use the bundle of that base, or train the adapter on this one"
-        )
     if not bundle.slots:
         raise AdapterError(f"{bundle.folder} is merged and takes no adapter; export without --merge to keep slots")
-    if not tensors:
-        raise AdapterError(f"{origin} holds no tensor; expected <slot>.lora_A and <slot>.lora_B for at least one slot")
-    slots = {slot.name: slot for slot in bundle.slots}
-    problems = [problem for name in sorted(tensors) if (problem := _problem(name, tensors, slots))]
+    _check_binding(bundle, adapter.binding, origin)
+    problems = list(_problems(adapter, {slot.name: slot for slot in bundle.slots}))
     if problems:
         shown = "\n  ".join(problems[:20])
         raise AdapterError(
-            f"{origin} does not fit {bundle.folder}, {len(problems)} of {len(tensors)} tensors are wrong:\n  {shown}\n"
+            f"{origin} does not fit {bundle.folder}, {len(problems)} of its tensors are wrong:\n  {shown}\n"
             f"Train an adapter on the base of this bundle, or export a bundle of the adapter's base"
+        )
+    pairs = [(adapter.tensors[f"{slot}.lora_A"], adapter.tensors[f"{slot}.lora_B"]) for slot in adapter.binding.slots]
+    if not any(a.any() and b.any() for a, b in pairs):
+        raise AdapterError(f"{origin} changes nothing: lora_A or lora_B of every slot is zero. Train it")
+
+
+def check_probe_change(change: float, *, origin: str = "the adapter") -> None:
+    """Refuse an adapter by what it does to the logits of the probe rows, as a share of the largest one.
+
+    Raises AdapterError where that is nothing, or no number.
+    """
+    if not np.isfinite(change):
+        raise AdapterError(f"{origin} makes logits that are no numbers on the probe rows. Train it with a lower rate")
+    if change <= MIN_PROBE_CHANGE:
+        raise AdapterError(
+            f"{origin} changes nothing: on the probe rows no logit moves by more than {change:.1e} of the largest one, "
+            f"and {MIN_PROBE_CHANGE:.0e} is the rounding of float32. Train it longer, or use the base alone"
         )
 
 
-def _problem(name: str, tensors: Mapping[str, np.ndarray], slots: Mapping[str, AdapterSlot]) -> str | None:
-    """What is wrong with one adapter tensor, or None."""
-    module, _, kind = name.rpartition(".")
-    slot = slots.get(module)
-    if slot is None or kind not in ("lora_A", "lora_B"):
-        return f"{name}: the graph has no such input"
-    twin = tensors.get(f"{module}.{'lora_B' if kind == 'lora_A' else 'lora_A'}")
-    if twin is None:
-        return f"{name}: comes without its twin {'lora_B' if kind == 'lora_A' else 'lora_A'}"
-    array = tensors[name]
-    if array.dtype != np.float32:
-        return f"{name}: is {array.dtype}, expected float32"
-    if array.ndim != 2 or twin.ndim != 2:
-        return f"{name}: has shape {list(array.shape)} beside {list(twin.shape)}, expected two matrices"
-    rank = twin.shape[0] if kind == "lora_A" else twin.shape[1]
-    expected = (slot.in_features, rank) if kind == "lora_A" else (rank, slot.out_features)
-    if array.shape != expected or rank == 0:
-        return f"{name}: has shape {list(array.shape)}, expected {list(expected)} with a rank of at least 1"
-    if not np.isfinite(array).all():
-        return f"{name}: holds NaN or infinity"
-    return None
+def _check_binding(bundle: Bundle, binding: Binding, origin: str) -> None:
+    """Raises AdapterError naming what of the adapter's origin is not the bundle's."""
+    manifest = bundle.manifest
+    if binding.base_sha256 != manifest["base_sha256"]:
+        raise AdapterError(
+            f"{origin} was trained on base {binding.base_sha256[:12]}, {bundle.folder} holds "
+            f"{manifest['base_sha256'][:12]}; use the bundle of that base, or train the adapter on this one"
+        )
+    if binding.grid != manifest["grid"]:
+        raise AdapterError(
+            f"{origin} was trained around {binding.grid or 'dense'} weights, those of {bundle.folder} are "
+            f"{manifest['grid'] or 'dense'}; use the bundle of that grid, or train the adapter on this one"
+        )
+    if binding.tokenizer_sha256 != manifest["tokenizer_sha256"]:
+        theirs, ours = (sha and sha[:12] for sha in (binding.tokenizer_sha256, manifest["tokenizer_sha256"]))
+        raise AdapterError(
+            f"{origin} was trained with tokenizer {theirs}, {bundle.folder} has {ours}: the same text would be other "
+            f"tokens. Train it with this tokenizer, or export a bundle with the adapter's"
+        )
+
+
+def _problems(adapter: BoundAdapter, slots: Mapping[str, AdapterSlot]) -> Iterator[str]:
+    """What is wrong with each tensor: missing, extra, or not as its slot needs it."""
+    tensors, r = adapter.tensors, adapter.binding.r
+    expected: dict[str, tuple[int, ...]] = {}
+    for name in adapter.binding.slots:
+        slot = slots.get(name)
+        if slot is None:
+            yield f"{name}: the graph has no such slot"
+            continue
+        expected |= {f"{name}.lora_A": (slot.in_features, r), f"{name}.lora_B": (r, slot.out_features)}
+    if not adapter.binding.slots:
+        yield "it names no slot, expected at least one"
+    for name, shape in expected.items():
+        array = tensors.get(name)
+        if array is None:
+            yield f"{name}: is missing, expected {list(shape)}"
+        elif array.dtype != np.float32:
+            yield f"{name}: is {array.dtype}, expected float32"
+        elif array.shape != shape:
+            yield f"{name}: has shape {list(array.shape)}, expected {list(shape)}"
+        elif not np.isfinite(array).all():
+            yield f"{name}: holds NaN or infinity"
+    known = {f"{slot}.{kind}" for slot in adapter.binding.slots for kind in ("lora_A", "lora_B")}
+    for name in sorted(tensors.keys() - known):
+        yield f"{name}: is not of a slot that the adapter names"
+
+
+def _read_entries(manifest: Mapping[str, Any], path: Path) -> dict[str, AdapterEntry]:
+    """The manifest's adapters and what refers to them, checked."""
+    entries: dict[str, AdapterEntry] = {}
+    for name, value in manifest["adapters"].items():
+        where = f"{path}: adapters[{name!r}]"
+        if not is_name(name):
+            raise BundleError(f"{where} is no name, expected lower-case letters, digits, _ and -. {_AGAIN}")
+        reader = Reader()
+        entry = reader.read(AdapterEntry, value) if isinstance(value, dict) else None
+        if entry is None:
+            reason = "; ".join(reader.problems) or f"is {value!r:.80}, expected an object"
+            raise BundleError(f"{where}: {reason}. {_AGAIN}")
+        unlisted = [f"{name}{suffix}" for suffix in SUFFIXES if f"{name}{suffix}" not in manifest["files"]]
+        if unlisted:
+            raise BundleError(f"{where}: files does not list {unlisted[0]}. {_AGAIN}")
+        entries[name] = entry
+    default = manifest["default_adapter"]
+    if default is not None and default not in entries:
+        raise BundleError(f"{path}: default_adapter is {default!r}, which is none of its adapters. {_AGAIN}")
+    if manifest["slots"] and not manifest["probe_rows"]:
+        raise BundleError(f"{path}: probe_rows is empty, so no adapter could be probed. {_AGAIN}")
+    vocab_size = manifest["model"]["vocab_size"]
+    for row in manifest["probe_rows"]:
+        if not isinstance(row, list) or not row or any(type(i) is not int or not 0 <= i < vocab_size for i in row):
+            raise BundleError(f"{path}: probe_rows has {row!r:.80}, expected a list of token ids. {_AGAIN}")
+    return entries
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

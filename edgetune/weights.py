@@ -68,13 +68,13 @@ class _File:
                 self.data = memoryview(self.map)[8 + length :]
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.") from error
-        self.entries = _parse_header(path, header, len(self.data))
+        self.entries, self.metadata = _parse_header(path, header, len(self.data))
 
 
-def _parse_header(path: Path, header: bytes, size: int) -> dict[str, tuple[TensorInfo, int]]:
+def _parse_header(path: Path, header: bytes, size: int) -> tuple[dict[str, tuple[TensorInfo, int]], dict[str, str]]:
     try:
         raw: dict[str, Any] = json.loads(header)
-        raw.pop("__metadata__", None)
+        metadata = {str(key): str(value) for key, value in (raw.pop("__metadata__", None) or {}).items()}
         entries = {
             name: (TensorInfo(entry["dtype"], tuple(entry["shape"])), *entry["data_offsets"])
             for name, entry in raw.items()
@@ -100,7 +100,7 @@ def _parse_header(path: Path, header: bytes, size: int) -> dict[str, tuple[Tenso
         end = stop
     if end != size:
         raise ModelError(f"{path} holds {size} bytes of tensors where its header names {end}. Fetch the file again.")
-    return {name: (info, start) for name, (info, start, _) in entries.items()}
+    return {name: (info, start) for name, (info, start, _) in entries.items()}, metadata
 
 
 class Weights(Mapping[str, TensorInfo]):
@@ -121,6 +121,12 @@ class Weights(Mapping[str, TensorInfo]):
     @property
     def nbytes(self) -> int:
         return sum(self[name].nbytes for name in self)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the files say of themselves beside their tensors."""
+        files = {id(file): file for file in self._where.values()}.values()
+        return {key: value for file in files for key, value in file.metadata.items()}
 
     def _find(self, name: str) -> tuple[TensorInfo, int, _File]:
         file = self._where[name]

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import tiny_config, write_model
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from tiny_run import write_run
 
-from edgetune.bundle import AdapterSlot, Bundle, check_adapter, load_adapter_tensors, load_bundle
+from edgetune.adapter_file import Binding, BoundAdapter, is_name, read_adapter, write_adapter
+from edgetune.bundle import AdapterSlot, Bundle, check_adapter, check_probe_change, load_adapter_tensors, load_bundle
 from edgetune.errors import AdapterError, BundleError
 from edgetune.exporter import export
 from edgetune.quantizer import quantize
@@ -146,67 +147,168 @@ def test_one_flipped_bit_is_found(copy: Path, name: str) -> None:
         load_bundle(copy)
 
 
-def q_proj(rank: int = 3) -> dict[str, np.ndarray]:
+def q_proj(bundle: Bundle, rank: int = 3, **binding: Any) -> BoundAdapter:
+    """A random adapter of one slot, bound to this bundle unless told otherwise."""
     rng = np.random.default_rng(0)
-    name = "model.layers.0.self_attn.q_proj"
-    return {
-        f"{name}.lora_A": rng.normal(size=(72, rank)).astype(np.float32),
-        f"{name}.lora_B": rng.normal(size=(rank, 72)).astype(np.float32),
+    tensors = {
+        A: rng.normal(size=(72, rank)).astype(np.float32),
+        B: rng.normal(size=(rank, 72)).astype(np.float32),
     }
+    manifest = bundle.manifest
+    ours = {key: manifest[key] for key in ("base_sha256", "grid", "tokenizer_sha256")}
+    return BoundAdapter(Binding(**{**ours, "r": rank, "lora_alpha": 5.0, "slots": (SLOT,), **binding}), tensors)
 
 
-def test_adapters_of_any_rank_fit(exported: Bundle) -> None:
-    for rank in (1, 3, 64):
-        check_adapter(exported, q_proj(rank), base_sha256=exported.manifest["base_sha256"])
+SLOT = "model.layers.0.self_attn.q_proj"
+A, B = f"{SLOT}.lora_A", f"{SLOT}.lora_B"
+UP = "model.layers.0.mlp.up_proj"
 
 
-A, B = "model.layers.0.self_attn.q_proj.lora_A", "model.layers.0.self_attn.q_proj.lora_B"
+@pytest.mark.parametrize("rank", [1, 3, 64])
+def test_adapters_of_any_rank_fit(exported: Bundle, rank: int) -> None:
+    check_adapter(exported, q_proj(exported, rank))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.clear(), "holds no tensor"),
-        (lambda t: t.update(extra=np.ones(3, np.float32)), "extra: the graph has no such input"),
-        (lambda t: t.update({A.replace("q_proj", "lm_head"): t[A]}), "lm_head.lora_A: the graph has no such input"),
-        (lambda t: t.pop(B), "lora_A: comes without its twin lora_B"),
+        (lambda t: t.clear(), rf"{B}: is missing, expected \[3, 72\]"),
+        (lambda t: t.pop(B), rf"1 of its tensors are wrong:\n  {B}: is missing, expected \[3, 72\]"),
+        (lambda t: t.update(extra=np.ones(3, np.float32)), "extra: is not of a slot that the adapter names"),
+        (lambda t: t.update({f"{UP}.lora_A": t[A]}), "up_proj.lora_A: is not of a slot that the adapter names"),
         (lambda t: t.update({A: t[A].astype(np.float16)}), "lora_A: is float16, expected float32"),
         (lambda t: t.update({A: t[A][:71]}), r"lora_A: has shape \[71, 3\], expected \[72, 3\]"),
         (lambda t: t.update({A: t[A].T.copy()}), r"lora_A: has shape \[3, 72\], expected \[72, 3\]"),
         (lambda t: t.update({B: t[B][:2]}), r"lora_B: has shape \[2, 72\], expected \[3, 72\]"),
-        (lambda t: t.update({A: t[A][:, 0]}), "expected two matrices"),
-        (lambda t: t.update({A: t[A][:, :0], B: t[B][:0]}), "a rank of at least 1"),
+        (lambda t: t.update({A: t[A][:, :2], B: t[B][:2]}), r"lora_A: has shape \[72, 2\], expected \[72, 3\]"),
+        (lambda t: t.update({A: t[A][:, 0]}), r"lora_A: has shape \[72\], expected \[72, 3\]"),
         (lambda t: t[B].__setitem__((1, 5), np.nan), "lora_B: holds NaN or infinity"),
         (lambda t: t[A].__setitem__((0, 0), -np.inf), "lora_A: holds NaN or infinity"),
+        (lambda t: t[B].fill(0), "notes changes nothing: lora_A or lora_B of every slot is zero"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(
     exported: Bundle, change: Callable[[dict[str, np.ndarray]], Any], message: str
 ) -> None:
-    tensors = q_proj()
-    change(tensors)
+    adapter = q_proj(exported)
+    change(adapter.tensors)
     with pytest.raises(AdapterError, match=message):
-        check_adapter(exported, tensors)
+        check_adapter(exported, adapter, origin="notes")
 
 
-def test_every_problem_is_listed(exported: Bundle) -> None:
-    tensors = q_proj() | {"one": np.ones(1, np.float32), "two": np.ones(1, np.float32)}
-    with pytest.raises(AdapterError, match=r"2 of 4 tensors are wrong:\n  one: .*\n  two: "):
-        check_adapter(exported, tensors)
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ({"base_sha256": "f" * 64}, "notes was trained on base ffffffffffff, .* holds [0-9a-f]{12}; use the bundle of"),
+        ({"grid": "nf4"}, "notes was trained around nf4 weights, those of .* are int4"),
+        ({"grid": None}, "notes was trained around dense weights, those of .* are int4"),
+        ({"tokenizer_sha256": "e" * 64}, "notes was trained with tokenizer eeeeeeeeeeee, .*: the same text would be"),
+        ({"tokenizer_sha256": None}, "notes was trained with tokenizer None"),
+        ({"slots": (SLOT, "lm_head")}, "lm_head: the graph has no such slot"),
+        ({"slots": (SLOT, UP)}, r"up_proj.lora_A: is missing, expected \[72, 3\]\n  .*lora_B: is missing"),
+        ({"slots": ()}, "it names no slot"),
+        ({"r": 4}, r"lora_A: has shape \[72, 3\], expected \[72, 4\]"),
+    ],
+)
+def test_an_adapter_of_something_else_is_refused(exported: Bundle, binding: dict[str, Any], message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        check_adapter(exported, q_proj(exported, **binding), origin="notes")
 
 
-def test_an_adapter_of_another_base_is_refused(exported: Bundle) -> None:
-    with pytest.raises(AdapterError, match="notes was trained on base ffffffffffff"):
-        check_adapter(exported, q_proj(), base_sha256="f" * 64, origin="notes")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (0.0, "notes changes nothing: on the probe rows no logit moves by more than 0.0e\\+00 of the largest"),
+        (1e-6, "notes changes nothing"),
+        (float("nan"), "notes makes logits that are no numbers"),
+        (float("inf"), "notes makes logits that are no numbers"),
+    ],
+)
+def test_an_adapter_that_changes_nothing_is_refused(change: float, message: str) -> None:
+    check_probe_change(1.1e-6)
+    with pytest.raises(AdapterError, match=message):
+        check_probe_change(change, origin="notes")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda m, e: e.pop("probe_change"), BundleError, r"adapters\['adapter'\]: probe_change: missing"),
+        (lambda m, e: e["binding"].update(r="3"), BundleError, "binding.r: found '3'; expected an integer from 1"),
+        (lambda m, e: e["binding"].pop("slots"), BundleError, "binding.slots: missing"),
+        (lambda m, e: m["adapters"].update(notes=3), BundleError, r"adapters\['notes'\]: is 3, expected an object"),
+        (lambda m, e: m["adapters"].update(Notes=e), BundleError, r"adapters\['Notes'\] is no name"),
+        (lambda m, e: m["adapters"].update({"../x": e}), BundleError, r"adapters\['../x'\] is no name"),
+        (lambda m, e: m["adapters"].update(notes=e), BundleError, "files does not list notes.safetensors"),
+        (lambda m, e: m.update(default_adapter="x"), BundleError, "default_adapter is 'x', which is none of its"),
+        (lambda m, e: m.update(probe_rows=[[301]]), BundleError, r"probe_rows has \[301\], expected a list of token"),
+        (lambda m, e: m.update(probe_rows=[[]]), BundleError, r"probe_rows has \[\]"),
+        (lambda m, e: m.update(probe_rows=[]), BundleError, "probe_rows is empty"),
+        (lambda m, e: e["binding"].update(r=4), AdapterError, "says something else of itself than edgetune.json does"),
+        (lambda m, e: e.update(probe_change=0), AdapterError, "adapter adapter changes nothing"),
+        (lambda m, e: m.update(base_sha256="f" * 64), AdapterError, "adapter adapter was trained on base"),
+        (lambda m, e: m.update(grid="nf4"), AdapterError, "adapter adapter was trained around int4 weights"),
+        (lambda m, e: m["slots"].pop(0), AdapterError, "q_proj: the graph has no such slot"),
+    ],
+)
+def test_a_manifest_and_its_adapter_must_agree(
+    copy: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any], error: type[Exception], message: str
+) -> None:
+    edit(copy, lambda manifest: change(manifest, manifest["adapters"]["adapter"]))
+    with pytest.raises(error, match=message):
+        load_bundle(copy).adapter_tensors()
+
+
+def test_an_adapter_that_the_bundle_does_not_have(exported: Bundle) -> None:
+    with pytest.raises(AdapterError, match=r"has no adapter 'mail'; it has adapter. `edgetune adapter add`"):
+        exported.adapter_tensors("mail")
+
+
+def test_an_adapter_file_says_what_it_belongs_to(exported: Bundle, tmp_path: Path) -> None:
+    adapter = q_proj(exported)
+    write_adapter(tmp_path, "notes", adapter)
+    assert read_adapter(tmp_path / "notes.safetensors").binding == adapter.binding
+    loaded = load_adapter_tensors(exported, tmp_path / "notes.safetensors")
+    assert all(np.array_equal(loaded[name], value) for name, value in adapter.tensors.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.onnx_adapter", "notes.safetensors"]
 
 
 def test_a_damaged_adapter_file_is_refused(exported: Bundle, tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
-    save_file(q_proj(), path)
-    loaded = load_adapter_tensors(exported, path)
-    assert all(np.array_equal(loaded[name], value) for name, value in load_file(path).items())
+    write_adapter(tmp_path, "adapter", q_proj(exported))
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(AdapterError, match=r"adapter\.safetensors"):
         load_adapter_tensors(exported, path)
     with pytest.raises(AdapterError, match="cannot be read"):
         load_adapter_tensors(exported, tmp_path / "none.safetensors")
+
+
+GOOD = {"format_version": 1, "base_sha256": "0", "grid": None, "tokenizer_sha256": None, "r": 3, "lora_alpha": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, "does not say which base it was trained on, so it cannot be checked. `edgetune adapter add`"),
+        ({"format": "pt"}, "does not say which base"),
+        ({"edgetune": "{"}, "what it says of its base is damaged"),
+        ({"edgetune": "[]"}, "what it says of its base is damaged"),
+        ({"edgetune": json.dumps(GOOD | {"format_version": 2})}, "format_version 2, this edgetune reads 1. Upgrade"),
+        ({"edgetune": json.dumps(GOOD)}, "is wrong: slots: missing"),
+        ({"edgetune": json.dumps(GOOD | {"slots": [], "x": 1})}, "is wrong: x: unknown key"),
+    ],
+)
+def test_a_file_that_does_not_say_so_is_refused(
+    exported: Bundle, tmp_path: Path, metadata: dict[str, str] | None, message: str
+) -> None:
+    save_file(q_proj(exported).tensors, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(AdapterError, match=message):
+        load_adapter_tensors(exported, tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(("name", "good"), [
+    ("notes", True), ("0-a_b", True), ("a" * 63, True), ("a" * 64, False), ("Notes", False), ("model", False),
+    ("", False), (".hidden", False), ("a.b", False), ("a/b", False), ("..", False), ("-a", False), ("naïve", False),
+])  # fmt: skip
+def test_names_are_files_on_every_system(name: str, good: bool) -> None:
+    assert is_name(name) is good

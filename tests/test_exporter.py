@@ -80,7 +80,14 @@ def test_a_run_becomes_a_bundle_with_its_adapter_in_three_forms(bases: dict[str,
     assert manifest["base_sha256"] == sha256_file(bases["nf4"] / "model.safetensors")
     assert manifest["tokenizer_sha256"] == sha256_file(bases["nf4"] / "tokenizer.json")
     assert (manifest["grid"], manifest["weights"], manifest["merged"]) == ("nf4", "nf4", False)
-    assert {key: manifest["adapter"][key] for key in ("r", "lora_alpha")} == {"r": 3, "lora_alpha": 5}
+    entry = manifest["adapters"]["adapter"]
+    assert entry["binding"] == {
+        "base_sha256": manifest["base_sha256"], "grid": "nf4", "tokenizer_sha256": manifest["tokenizer_sha256"],
+        "r": 3, "lora_alpha": 5.0, "slots": [
+            f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.q_proj", "mlp.down_proj")
+        ],
+    }  # fmt: skip
+    assert manifest["default_adapter"] == "adapter"
     assert manifest["rounding"] is None
     figures = manifest["parity"]
     assert figures["adapter"] == "run"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import numpy as np
 import onnx
 from conftest import write_tokenizer
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.numpy import save_file
+
+from edgetune.adapter_file import Binding, BoundAdapter, write_adapter
 
 VOCAB, HIDDEN, LAYERS, HEADS, HEAD_DIM, CONTEXT, EOS = 259, 22, 2, 2, 5, 48, 2
+BASE = "0" * 64
 SLOTS = [f"model.layers.{i}.self_attn.q_proj" for i in range(LAYERS)]
 
 
@@ -90,6 +92,17 @@ def random_adapter(seed: int = 5, r: int = 3) -> dict[str, np.ndarray]:
     for slot in SLOTS:
         shapes |= {f"{slot}.lora_A": (HIDDEN, r), f"{slot}.lora_B": (r, inner)}
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def bound(tensors: dict[str, np.ndarray], tokenizer_sha256: str) -> BoundAdapter:
+    """Tensors with what binds them to this bundle."""
+    slots = tuple(slot for slot in SLOTS if f"{slot}.lora_A" in tensors)
+    r = next((value.shape[1] for name, value in tensors.items() if name.endswith("lora_A")), 1)
+    return BoundAdapter(Binding(BASE, None, tokenizer_sha256, r, 5.0, slots), tensors)
 
 
 def build_graph(reference: Reference) -> onnx.ModelProto:
@@ -174,12 +187,10 @@ def write_bundle(
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     if not chat_template:
         (folder / "tokenizer_config.json").unlink()
+    binding = asdict(bound(adapter or {}, sha256(folder / "tokenizer.json")).binding)
     if adapter:
-        save_file(adapter, folder / "adapter.safetensors")
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for path in sorted(folder.iterdir())
-    }
+        write_adapter(folder, "adapter", bound(adapter, binding["tokenizer_sha256"]))
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
     model = {
         "model_type": "llama", "vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": HEAD_DIM,
@@ -188,7 +199,9 @@ def write_bundle(
     slots = [{"name": slot, "in_features": HIDDEN, "out_features": HEADS * HEAD_DIM} for slot in SLOTS]
     content: dict[str, Any] = {
         "format_version": 1, "edgetune_version": "0", "model": model, "grid": None, "weights": "fp32", "merged": False,
-        "base_sha256": "0" * 64, "tokenizer_sha256": "1" * 64, "slots": slots, "adapter": {"r": 3} if adapter else None,
+        "base_sha256": BASE, "tokenizer_sha256": binding["tokenizer_sha256"], "slots": slots,
+        "adapters": {"adapter": {"binding": binding, "probe_change": 0.5}} if adapter else {},
+        "default_adapter": "adapter" if adapter else None, "probe_rows": [[3, 4, 5, 9], [200, 100]], "merge": None,
         "parity": {}, "rounding": None, "peak_rss_bytes": 0, "files": files, "versions": {},
     }  # fmt: skip
     (folder / "edgetune.json").write_text(json.dumps(content), encoding="utf-8")

@@ -23,18 +23,20 @@ import onnxruntime
 import torch
 
 from edgetune import __version__
+from edgetune.adapter_file import Binding, BoundAdapter, write_adapter
 from edgetune.adapters.attach import attach
 from edgetune.adapters.lora import LoraConfig
 from edgetune.bundle import (
     ADAPTER,
-    ADAPTER_ONNX,
     DATA,
     FORMAT_VERSION,
     GENAI_CONFIG,
     MANIFEST,
     MODEL,
     Bundle,
+    check_probe_change,
     load_bundle,
+    probe_rows,
 )
 from edgetune.device import DeviceProfile
 from edgetune.exporter import agreement, parity
@@ -47,7 +49,7 @@ from edgetune.hub import model_folder
 from edgetune.memory import Meter
 from edgetune.models.decoder import Decoder, load_decoder
 from edgetune.output import folder_in_progress
-from edgetune.weights import TensorInfo, sha256_file, write_safetensors
+from edgetune.weights import sha256_file
 
 # onnxruntime-genai allocates its cache for this many positions where a client does not say.
 _GENAI_LENGTH = 2048
@@ -95,8 +97,9 @@ def export(
     ):
         job = read_job(Path(folder), Path(work), weights, merge, eval_data, device)
         figures, rounding = _write_model(job, temporary, Path(work), accept_loss=accept_loss)
+        adapters = _write_adapter(job, temporary)
         _write_companions(job, temporary)
-        _write_manifest(job, temporary, figures, rounding, meter.peak_rss_bytes)
+        _write_manifest(job, temporary, figures, rounding, adapters, meter.peak_rss_bytes)
     return load_bundle(out)
 
 
@@ -160,17 +163,26 @@ def _attach(job: Job, decoder: Decoder) -> Adapter:
     return Adapter(config, {name: value.detach().numpy() for name, value in parameters.items()})
 
 
+def _write_adapter(job: Job, folder: Path) -> dict[str, Any]:
+    """The run's adapter beside the graph: its two files, and the manifest's entry. Empty where there is none."""
+    if job.adapter is None or job.merge:
+        return {}
+    config, feeds, rows = job.adapter.config, job.adapter.feeds, _probe_rows(job)
+    change = parity.probe_change(folder / MODEL, job.base.config, feeds, rows)
+    check_probe_change(change, origin="the run's adapter")
+    slots = tuple(dict.fromkeys(name.rpartition(".")[0] for name in feeds))
+    alpha = float(config.lora_alpha or 0)
+    binding = Binding(job.base_sha256, job.base.grid, job.tokenizer_sha256, config.rank, alpha, slots)
+    write_adapter(folder, ADAPTER, BoundAdapter(binding, feeds))
+    return {ADAPTER: {"binding": asdict(binding), "probe_change": change}}
+
+
+def _probe_rows(job: Job) -> list[list[int]]:
+    return [] if job.merge else probe_rows(job.base.config.vocab_size, job.context_length)
+
+
 def _write_companions(job: Job, folder: Path) -> None:
-    """The adapter's two files, the tokenizer's, and what onnxruntime-genai reads."""
-    if job.adapter is not None and not job.merge:
-        feeds = job.adapter.feeds
-        infos = {name: TensorInfo("F32", value.shape) for name, value in feeds.items()}
-        write_safetensors(folder / ADAPTER, infos, feeds.__getitem__, {"base_sha256": job.base_sha256})
-        file = onnxruntime.AdapterFormat()
-        file.set_adapter_version(1)
-        file.set_model_version(1)
-        file.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in feeds.items()})
-        file.export_adapter(str(folder / ADAPTER_ONNX))
+    """The tokenizer's files, and what onnxruntime-genai reads."""
     for path in job.tokenizer.files if job.tokenizer else []:
         shutil.copyfile(path, folder / path.name)
     (folder / GENAI_CONFIG).write_text(json.dumps(_genai_config(job), indent=1), encoding="utf-8")
@@ -208,7 +220,12 @@ def _genai_config(job: Job) -> dict[str, Any]:
 
 
 def _write_manifest(
-    job: Job, folder: Path, figures: Mapping[str, Any], rounding: Mapping[str, Any] | None, peak_rss_bytes: int
+    job: Job,
+    folder: Path,
+    figures: Mapping[str, Any],
+    rounding: Mapping[str, Any] | None,
+    adapters: Mapping[str, Any],
+    peak_rss_bytes: int,
 ) -> None:
     config = job.base.config
     model = {key: getattr(config, key) for key in (
@@ -220,7 +237,6 @@ def _write_manifest(
         "eos_token_ids": list(job.eos_token_ids),
     }  # fmt: skip
     linears = {} if job.merge else config.linears()
-    tokenizer = folder / "tokenizer.json"
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())
     }
@@ -228,9 +244,10 @@ def _write_manifest(
         "format_version": FORMAT_VERSION, "edgetune_version": __version__,
         "model": model, "grid": job.base.grid, "weights": job.weights, "merged": job.merge,
         "base_sha256": job.base_sha256,
-        "tokenizer_sha256": sha256_file(tokenizer) if tokenizer.is_file() else None,
+        "tokenizer_sha256": job.tokenizer_sha256,
         "slots": [{"name": name, "in_features": k, "out_features": n} for name, (n, k) in linears.items()],
-        "adapter": asdict(job.adapter.config) if job.adapter is not None else None,
+        "adapters": dict(adapters), "default_adapter": next(iter(adapters), None),
+        "probe_rows": _probe_rows(job), "merge": None,
         "parity": dict(figures), "rounding": None if rounding is None else dict(rounding),
         "peak_rss_bytes": peak_rss_bytes, "files": files,
         "versions": {

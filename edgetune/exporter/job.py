@@ -69,6 +69,10 @@ class Job:
         return min(self.base.config.max_position_embeddings, CONTEXT_LIMIT)
 
     @property
+    def tokenizer_sha256(self) -> str | None:
+        return sha256_file(self.base.folder / "tokenizer.json") if self.tokenizer else None
+
+    @property
     def bos_token_id(self) -> int | None:
         found = self.tokenizer.bos_token_id if self.tokenizer else None
         return self.base.config.bos_token_id if found is None else found

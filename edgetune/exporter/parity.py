@@ -11,6 +11,7 @@ disk, so that torch's and onnxruntime's copies of a model are never in memory to
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -55,6 +56,12 @@ class Graph:
         self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self._feeds, self._config = dict(feeds), config
         self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def without_adapter(self) -> Graph:
+        """The same session, fed with no adapter."""
+        graph = copy.copy(self)
+        graph._feeds = {}
+        return graph
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Logits float32 [B, T, vocab] of ids [B, T]."""
@@ -133,6 +140,16 @@ def compare(graph: Graph, items: Sequence[Probe], expected: np.ndarray) -> dict[
             agreement.add(expected[at : at + len(probe.ids)], row[: len(probe.ids)])
             at += len(probe.ids)
     return agreement.figures()
+
+
+def probe_change(
+    model: Path, config: DecoderConfig, feeds: Mapping[str, np.ndarray], rows: Sequence[Sequence[int]]
+) -> float:
+    """How far an adapter moves the base's logits on probe rows: the largest change of one by the largest logit."""
+    tuned = Graph(model, config, feeds, fp32_compute=True)
+    base = tuned.without_adapter()
+    pairs = [(tuned.logits(ids), base.logits(ids)) for ids in (np.array([row], np.int64) for row in rows)]
+    return float(max(np.abs(a - b).max() for a, b in pairs) / max(np.abs(b).max() for _, b in pairs))
 
 
 def task_metric(graph: Graph, items: Sequence[Probe]) -> dict[str, Any]:

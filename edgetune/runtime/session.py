@@ -1,9 +1,9 @@
 """A bundle's graph on plain onnxruntime with its KV cache: token ids in, logits out, one sequence at a time.
 
-The adapter is fed as ordinary graph inputs, read from `adapter.safetensors`. That gives the same bits as onnxruntime's
-own `.onnx_adapter` mechanism and works in every binding, also under IO binding, where active adapters are silently
-ignored. It also makes the adapter hot-swappable: leaving the feeds out selects the graph's empty default, which is the
-base exactly.
+An adapter is fed as ordinary graph inputs, read from its `.safetensors`. That gives the same bits as onnxruntime's own
+`.onnx_adapter` mechanism and works in every binding, also under IO binding, where active adapters are silently ignored.
+It also makes adapters hot-swappable, of any rank: other feeds are another adapter, and leaving them out selects the
+graph's empty default, which is the base exactly.
 
 The cache travels as numpy arrays from one `run` to the next. Measured on a 12-layer, 576-wide int4 decoder at 1024 past
 tokens this is as fast as passing OrtValues (6.6 against 6.7 ms per token), so the simpler form stays. Left out: a cache
@@ -19,7 +19,8 @@ import numpy as np
 import onnxruntime
 
 from edgetune import host
-from edgetune.bundle import Bundle, load_adapter_tensors, load_bundle
+from edgetune.adapter_file import is_name
+from edgetune.bundle import Bundle, check_probe_change, load_adapter_tensors, load_bundle
 from edgetune.errors import BundleError, ConfigError
 
 # A longer prompt is read in pieces of this many tokens, so that logits and activations stay bounded: the logits of one
@@ -33,11 +34,11 @@ class Session:
     `length` is the number of tokens in the cache and `context_length` the most it can hold.
     """
 
-    def __init__(self, bundle: Bundle, native: onnxruntime.InferenceSession, adapter: dict[str, np.ndarray]) -> None:
+    def __init__(self, bundle: Bundle, native: onnxruntime.InferenceSession) -> None:
         self.bundle = bundle
         self._native = native
-        self._adapter = adapter
-        self._feeds = adapter
+        self._loaded: dict[bool | str | Path, dict[str, np.ndarray]] = {}
+        self._feeds: dict[str, np.ndarray] = {}
         model = bundle.model
         self.context_length = model.max_position_embeddings
         parts = [f"{i}.{kind}" for i in range(model.num_hidden_layers) for kind in ("key", "value")]
@@ -64,15 +65,45 @@ class Session:
         self._cache = dict.fromkeys(self._past, empty)
         self.length = 0
 
-    def use_adapter(self, active: bool) -> None:
-        """Switch the adapter that the session was opened with on or off; the sequence is forgotten with it."""
-        self._feeds = self._adapter if active else {}
+    def use_adapter(self, adapter: bool | str | Path = True) -> None:
+        """Switch to another adapter, given as in `open_session`; the sequence is forgotten, the weights stay loaded.
+
+        One of the bundle's is kept when it was loaded once, so that switching back reads nothing.
+        Raises AdapterError; the session then goes on with the adapter that it had.
+        """
+        tensors = self._loaded.get(adapter) or _read_tensors(self.bundle, adapter)
+        self._use(adapter, tensors)
+
+    def _use(self, adapter: bool | str | Path, tensors: dict[str, np.ndarray]) -> None:
+        if _is_file(adapter):
+            check_probe_change(self.probe_change(tensors), origin=str(adapter))
+        else:
+            self._loaded[adapter] = tensors
+        self._feeds = tensors
         self.reset()
+
+    def probe_change(self, tensors: dict[str, np.ndarray]) -> float:
+        """How far adapter tensors move the base's logits on the bundle's probe rows: the largest change of one by the
+        largest logit. Forgets the sequence.
+        """
+        before, change, largest = self._feeds, 0.0, 0.0
+        for row in self.bundle.probe_rows:
+            logits = []
+            for feeds in ({}, tensors):
+                self._feeds = feeds
+                self.reset()
+                logits.append(np.concatenate(list(self.logits(row))))
+            base, tuned = logits
+            with np.errstate(invalid="ignore"):  # infinite logits: the change is no number, which the caller refuses
+                change, largest = np.maximum((change, largest), (np.abs(tuned - base).max(), np.abs(base).max()))
+        self._feeds = before
+        self.reset()
+        return float(change / largest)
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the session was opened with an adapter, active or not."""
-        return bool(self._adapter)
+        """Whether an adapter is in use."""
+        return bool(self._feeds)
 
     def forward(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Append tokens to the sequence; the fp32 logits [vocab_size] that follow the last of them.
@@ -126,18 +157,16 @@ def open_session(
 ) -> Session:
     """Load a bundle for inference.
 
-    `adapter`: True is the bundle's own where it has one, False is the base, a path is a file laid out like
-    `adapter.safetensors`. It is checked against the manifest before onnxruntime opens anything. `threads` defaults to
-    the cores that this process may use. `fp32_compute` makes 4-bit kernels of accuracy level 4 compute in fp32 instead
-    of on int8 activations: slower, and what parity is measured with.
+    `adapter`: True is the bundle's default where it has one, False is the base, a name is one of the bundle's, a path
+    (with its suffix) is a file such as `adapter add` writes. It is checked against the manifest before onnxruntime
+    opens anything; a file is then refused if it changes nothing on the probe rows. `use_adapter` switches later.
+    `threads` defaults to the cores that this process may use. `fp32_compute` makes 4-bit kernels of accuracy level 4
+    compute in fp32 instead of on int8 activations: slower, and what parity is measured with.
     Raises BundleError, AdapterError, ConfigError.
     """
     if not isinstance(bundle, Bundle):
         bundle = load_bundle(bundle)
-    if adapter is True:
-        tensors = bundle.adapter_tensors()
-    else:
-        tensors = {} if adapter is False else load_adapter_tensors(bundle, adapter)
+    tensors = _read_tensors(bundle, adapter)
     options = _session_options(threads if threads is not None else host.threads(), fp32_compute)
     try:
         native = onnxruntime.InferenceSession(bundle.model_path, options, providers=["CPUExecutionProvider"])
@@ -147,7 +176,22 @@ def open_session(
             f"onnxruntime {onnxruntime.__version__} cannot load {bundle.model_path}: {reason}. "
             f"Export the bundle again, or install the onnxruntime that it was exported for"
         ) from error
-    return Session(bundle, native, tensors)
+    session = Session(bundle, native)
+    session._use(adapter, tensors)
+    return session
+
+
+def _is_file(adapter: bool | str | Path) -> bool:
+    return isinstance(adapter, Path) or (isinstance(adapter, str) and not is_name(adapter))
+
+
+def _read_tensors(bundle: Bundle, adapter: bool | str | Path) -> dict[str, np.ndarray]:
+    """The feeds of an adapter, checked."""
+    if adapter is False:
+        return {}
+    if isinstance(adapter, bool):
+        return bundle.adapter_tensors()
+    return load_adapter_tensors(bundle, adapter) if _is_file(adapter) else bundle.adapter_tensors(str(adapter))
 
 
 def _session_options(threads: int, fp32_compute: bool) -> onnxruntime.SessionOptions:

@@ -7,22 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 from tiny_bundle import (
     CONTEXT,
     EOS,
     SLOTS,
     VOCAB,
     Reference,
+    bound,
     build_graph,
     byte_ids,
     random_adapter,
     random_reference,
     scripted_reference,
+    sha256,
     write_bundle,
 )  # fmt: skip
 
 from edgetune import host
+from edgetune.adapter_file import write_adapter
 from edgetune.bundle import load_bundle
 from edgetune.errors import AdapterError, BundleError, ConfigError, ModelError
 from edgetune.runtime.generate import Sampling, choose_token, generate, sampling_probabilities
@@ -90,7 +92,7 @@ def test_the_adapter_swaps_on_one_session(bundle: Path, reference: Reference, ad
 
 def test_an_adapter_of_another_rank_comes_from_a_file(bundle: Path, reference: Reference, tmp_path: Path) -> None:
     other = random_adapter(seed=8, r=7)
-    save_file(other, tmp_path / "other.safetensors")
+    write_adapter(tmp_path, "other", bound(other, sha256(bundle / "tokenizer.json")))
     session = open_session(bundle, adapter=tmp_path / "other.safetensors")
     np.testing.assert_allclose(session.forward([5, 6]), reference.logits([5, 6], other)[-1], atol=2e-4)
 
@@ -104,7 +106,7 @@ def test_a_wrong_adapter_is_refused_before_a_session_exists(
     monkeypatch.setattr("onnxruntime.InferenceSession", fail)
     wrong = random_adapter()
     wrong[f"{SLOTS[1]}.lora_B"] = wrong[f"{SLOTS[1]}.lora_B"][:, :-1].copy()
-    save_file(wrong, tmp_path / "wrong.safetensors")
+    write_adapter(tmp_path, "wrong", bound(wrong, sha256(bundle / "tokenizer.json")))
     with pytest.raises(AdapterError, match=rf"{SLOTS[1]}\.lora_B: has shape"):
         open_session(bundle, adapter=tmp_path / "wrong.safetensors")
 
