@@ -41,6 +41,13 @@ if TYPE_CHECKING:
     from edgetune.exporter import export
     from edgetune.planner import Plan, TrainConfig, plan
     from edgetune.quantizer import quantize
+    from edgetune.runtime.adapters import (
+        add_adapter,
+        check_adapters,
+        list_adapters,
+        remove_adapter,
+        set_default_adapter,
+    )
     from edgetune.runtime.generate import generate
     from edgetune.training.loop import Run, train
 
@@ -66,13 +73,18 @@ __all__ = [
     "Plan",
     "Run",
     "TrainConfig",
+    "add_adapter",
     "bench",
+    "check_adapters",
     "export",
     "generate",
+    "list_adapters",
     "list_devices",
     "load_device",
     "plan",
     "quantize",
+    "remove_adapter",
+    "set_default_adapter",
     "train",
 ]
 
@@ -84,13 +96,18 @@ _HOME = {
     "Plan": "edgetune.planner",
     "Run": "edgetune.training.loop",
     "TrainConfig": "edgetune.planner",
+    "add_adapter": "edgetune.runtime.adapters",
     "bench": "edgetune.benchmark",
+    "check_adapters": "edgetune.runtime.adapters",
     "export": "edgetune.exporter",
     "generate": "edgetune.runtime.generate",
+    "list_adapters": "edgetune.runtime.adapters",
     "list_devices": "edgetune.device",
     "load_device": "edgetune.device",
     "plan": "edgetune.planner",
     "quantize": "edgetune.quantizer",
+    "remove_adapter": "edgetune.runtime.adapters",
+    "set_default_adapter": "edgetune.runtime.adapters",
     "train": "edgetune.training.loop",
 }
 

@@ -11,6 +11,7 @@ that with the bundle (`bundle.check_adapter`). Torch, onnx and onnxruntime stay 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -72,6 +73,8 @@ def write_adapter(folder: Path, name: str, adapter: BoundAdapter) -> None:
     temporary = native.with_name(f".{native.name}.tmp")
     try:
         file.export_adapter(str(temporary))
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
         temporary.replace(native)
     finally:
         temporary.unlink(missing_ok=True)

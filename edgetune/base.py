@@ -6,6 +6,7 @@ exporter and the tests all see weights through it, so there is one place that kn
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from edgetune.errors import ModelError
 from edgetune.grids import GRIDS
 from edgetune.models import load_config
 from edgetune.models.config import DecoderConfig
-from edgetune.weights import Weights, open_weights
+from edgetune.weights import Weights, open_weights, sha256_file
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,14 @@ def open_base(folder: str | Path) -> Base:
             + "\nCheck that both files belong to the same model."
         )  # fmt: skip
     return base
+
+
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 of a folder's weight file; of the shards' hashes in order where there are several."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if len(files) == 1:
+        return sha256_file(files[0])
+    return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
 
 
 def _expected(base: Base) -> dict[str, tuple[int, ...]]:

@@ -192,11 +192,7 @@ def load_bundle(folder: str | Path) -> Bundle:
     """
     folder = Path(folder)
     path = folder / MANIFEST
-    if not path.is_file():
-        raise BundleError(
-            f"{folder} has no {MANIFEST}, so it is no bundle. `edgetune export run/ --out bundle/` writes one"
-        )
-    manifest = _read_manifest(path)
+    manifest = read_manifest(folder)
     _check_files(folder, manifest["files"])
     model = _parse(BundleModel, manifest["model"], f"{path}: model")
     slots = tuple(_parse(AdapterSlot, slot, f"{path}: slots[{i}]") for i, slot in enumerate(manifest["slots"]))
@@ -332,7 +328,16 @@ def _read_entries(manifest: Mapping[str, Any], path: Path) -> dict[str, AdapterE
     return entries
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """`edgetune.json` of a bundle, its keys and types checked and nothing else.
+
+    Raises BundleError naming the file and the field.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(
+            f"{folder} has no {MANIFEST}, so it is no bundle. `edgetune export run/ --out bundle/` writes one"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

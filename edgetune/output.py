@@ -11,7 +11,7 @@ from pathlib import Path
 
 from edgetune.errors import ConfigError
 
-__all__ = ["folder_in_progress"]
+__all__ = ["folder_in_progress", "sync_folder"]
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def folder_in_progress(out: Path, manifest: str, *, force: bool = False) -> Iter
             replaced = out.with_name(f".{out.name}.old-{os.getpid()}")
             out.rename(replaced)
         temporary.rename(out)
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
         if replaced is not None:
             shutil.rmtree(replaced)
     finally:
@@ -76,10 +76,11 @@ def _sync(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk: a rename before this call is there after a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

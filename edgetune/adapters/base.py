@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgetune.adapters.lora import LoraConfig, config_from_peft, config_to_peft, slots
+from edgetune.adapters.lora import LoraConfig, config_from_peft, config_to_peft, slot
 from edgetune.errors import AdapterError, ModelError
 from edgetune.models.config import DecoderConfig
 from edgetune.weights import TensorInfo, open_tensors, write_atomic, write_safetensors
@@ -38,10 +38,17 @@ def save_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, np.ndar
 
 
 def load_adapter(folder: str | Path, model: DecoderConfig) -> tuple[LoraConfig, dict[str, np.ndarray]]:
-    """A resolved config and float32 tensors, from a folder that edgetune or PEFT wrote.
+    """A resolved config and float32 tensors, from a folder that edgetune or PEFT wrote. Raises as `read_adapter`."""
+    return read_adapter(folder, model.linears())
+
+
+def read_adapter(
+    folder: str | Path, linears: Mapping[str, tuple[int, int]]
+) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """The same where only the linears are known: name -> (out_features, in_features), in the model's order.
 
     Raises:
-        AdapterError: files are missing or damaged, the method is not supported, or tensors do not fit the model; the
+        AdapterError: files are missing or damaged, the method is not supported, or tensors do not fit the linears; the
             message lists the first of them with both shapes.
     """
     folder = Path(folder)
@@ -57,14 +64,16 @@ def load_adapter(folder: str | Path, model: DecoderConfig) -> tuple[LoraConfig, 
         raise AdapterError(f"{folder / MODEL} holds {foreign[0]}; names like {PREFIX}….lora_A.weight were expected.")
     names = {name[len(PREFIX) : -len(".weight")]: name for name in weights}
     ranks = {n.removesuffix(".lora_A"): weights[full].shape[0] for n, full in names.items() if n.endswith(".lora_A")}
-    linears = model.linears()
     unknown = [name for name in ranks if name not in linears]
     if unknown:
-        raise AdapterError(f"{folder / MODEL} adapts {unknown[0]}, which is no linear of this {model.model_type}.")
+        raise AdapterError(f"{folder / MODEL} adapts {unknown[0]}, which is no linear of this model.")
     config = config_from_peft(peft, ranks)
     # The linears found need not be every target in every layer: the shapes come from the model, the set from the file.
     expected = {
-        name: shape for slot in slots(config, model) if slot.linear in ranks for name, shape in slot.names.items()
+        name: shape
+        for linear, size in linears.items()
+        if linear in ranks
+        for name, shape in slot(linear, size, config).names.items()
     }
     problems = [f"{name} is missing" for name in expected if name not in names]
     problems += [f"{name} has no place" for name in names if name not in expected]

@@ -102,11 +102,17 @@ def slots(config: LoraConfig, model: DecoderConfig) -> list[Slot]:
     """The adapted linears in the model's order, for a resolved config."""
     assert config.target_modules is not None and config.layers_to_transform is not None
     return [
-        Slot(f"model.layers.{i}.{path}", k, n, {"lora_A": (config.rank, k), "lora_B": (n, config.rank)})
+        slot(f"model.layers.{i}.{path}", shape, config)
         for i in sorted(config.layers_to_transform)
-        for path, (n, k) in model.linear_shapes.items()
+        for path, shape in model.linear_shapes.items()
         if path.rpartition(".")[2] in config.target_modules
     ]
+
+
+def slot(linear: str, shape: tuple[int, int], config: LoraConfig) -> Slot:
+    """The slot of one linear of shape (out_features, in_features), for a resolved config."""
+    n, k = shape
+    return Slot(linear, k, n, {"lora_A": (config.rank, k), "lora_B": (n, config.rank)})
 
 
 def initialize(slot: Slot, rng: np.random.Generator) -> dict[str, np.ndarray]:

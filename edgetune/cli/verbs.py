@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from edgetune import __version__
+from edgetune.cli import adapters
 from edgetune.cli.console import answer, fail, flat, stream_text, tell, tell_text, tensor_progress, warnings_told
 from edgetune.cli.flags import (
     Budget,
@@ -53,6 +54,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+app.add_typer(adapters.app, name="adapter")
 
 
 def _show_version(wanted: bool) -> None:
@@ -379,8 +383,15 @@ def run(
         list[str] | None, typer.Option("--stop", help="End at this text; may be repeated.", show_default=False)
     ] = None,
     adapter: Annotated[
-        bool, typer.Option("--adapter/--no-adapter", help="With the bundle's adapter, or the base alone.")
-    ] = True,
+        str | None,
+        typer.Option(
+            "--adapter",
+            metavar="NAME",
+            help="An adapter of the bundle, or a .safetensors file of one. (default: the bundle's default)",
+            show_default=False,
+        ),
+    ] = None,
+    no_adapter: Annotated[bool, typer.Option("--no-adapter", help="The base alone.")] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -390,17 +401,20 @@ def run(
     """
     from edgetune.runtime.generate import Sampling, generate
 
+    if no_adapter and adapter is not None:
+        raise typer.BadParameter("--adapter and --no-adapter do not go together")
+    chosen = not no_adapter if adapter is None else adapter
     if prompt is None:
         if as_json or not sys.stdin.isatty():
             raise typer.BadParameter("give --prompt TEXT, or --prompt - to read stdin; a conversation needs a terminal")
         from edgetune.cli.chat import converse
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
-        converse(bundle, sampling, threads=threads, adapter=adapter)
+        converse(bundle, sampling, threads=threads, adapter=chosen)
         return
     made = generate(
         bundle, sys.stdin.read() if prompt == "-" else prompt, max_new_tokens=max_new_tokens, temperature=temperature,
-        top_k=top_k, top_p=top_p, seed=seed, stop=stop or (), chat=chat, adapter=adapter, threads=threads,
+        top_k=top_k, top_p=top_p, seed=seed, stop=stop or (), chat=chat, adapter=chosen, threads=threads,
         on_text=tell_text if as_json else stream_text,
     )  # fmt: skip
     answer(asdict(made), "", as_json)

@@ -5,7 +5,6 @@ Everything that does not go together is refused here, before a byte is written.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 from edgetune.adapters import lora
 from edgetune.adapters.base import load_adapter
 from edgetune.adapters.lora import LoraConfig
-from edgetune.base import Base, open_base
+from edgetune.base import Base, open_base, weights_sha256
 from edgetune.data import Row, read_rows, split_eval
 from edgetune.device import DeviceProfile, load_device
 from edgetune.errors import DeviceError, EdgetuneWarning, ExportError
@@ -109,7 +108,7 @@ def read_job(
         )
     if adapter is None:
         base = _on_grid(base, chosen, work)
-    sha256 = _base_sha256(base)
+    sha256 = weights_sha256(base.folder)
     if base.grid is not None and (wanted := read_manifest(base.folder)["base_sha256"]) != sha256:
         raise ExportError(
             f"{base.folder} has weights with SHA-256 {sha256[:12]}, but its manifest names {wanted[:12]}. Run "
@@ -187,14 +186,6 @@ def _on_grid(base: Base, weights: str, work: Path) -> Base:
             f"original model for another grid."
         )
     return open_base(quantize(base.folder, grid, work / "base"))
-
-
-def _base_sha256(base: Base) -> str:
-    """SHA-256 of the weight file; of the shards' hashes in order where there are several."""
-    files = sorted(base.folder.glob("model*.safetensors"))
-    if len(files) == 1:
-        return sha256_file(files[0])
-    return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
 
 
 def _held_out(
