@@ -166,12 +166,16 @@ def explain(summary: Mapping[str, Any]) -> str:
     if parity.get("task"):
         losses = ", ".join(f"{task['loss']:.4f} {name}" for name, task in parity["task"].items())
         lines.append(f"  held out  loss {losses}")
+    if summary["merge"] is not None:
+        lines += _sweep_lines(summary["merge"])
     if rounding is not None:
         ratio = rounding["max_error_over_delta"]
         if ratio is not None:
-            verdict = "MORE than training changed it" if ratio > 1 else "less than training changed it"
+            merged = summary["merge"]["alpha"] if summary["merge"] is not None else 1
+            change = "training" if merged == 1 else f"{merged:g} of training"
+            verdict = f"{'MORE' if ratio > 1 else 'less'} than {change} changed it"
             lines.append(
-                f"  rounding  moved {rounding['worst_layer']} {ratio:.2f} times as far as training did, {verdict}; "
+                f"  rounding  moved {rounding['worst_layer']} {ratio:.2f} times as far as {change} did, {verdict}; "
                 f"{rounding['mean_error_over_delta']:.2f} times on average"
             )
         else:
@@ -183,6 +187,19 @@ def explain(summary: Mapping[str, Any]) -> str:
         if rounding["loss_before"] is not None:
             lines.append(f"            held-out loss {rounding['loss_before']:.4f} -> {rounding['loss_after']:.4f}")
     return "\n".join(lines)
+
+
+def _sweep_lines(merge: Mapping[str, Any]) -> Iterator[str]:
+    """The table of a merge: the metrics at each alpha, the chosen one marked."""
+    yield f"  merged    {merge['alpha']:g} of the adapter's change ({merge['chosen_by']}; 0 is the base, 1 as trained)"
+    if not merge["sweep"]:
+        return
+    sets = [name for name in ("task", "retention") if merge["sweep"][0][name] is not None]
+    columns = "".join(f"{name + ' loss':>16} {'accuracy':>9}" for name in sets)
+    yield f"            {'alpha':<7}{columns}"
+    for row in merge["sweep"]:
+        figures = "".join(f"{row[name]['loss']:>16.4f} {row[name]['token_accuracy']:>9.1%}" for name in sets)
+        yield f"            {row['alpha']:<7g}{figures}{'  <- chosen' if row['alpha'] == merge['alpha'] else ''}"
 
 
 def load_bundle(folder: str | Path) -> Bundle:

@@ -175,6 +175,43 @@ def test_an_answer_that_the_context_ended_is_said(way: Way, capsys: pytest.Captu
     assert captured.err.endswith(f"ended after {len(said['token_ids'])} tokens, not 500: the model's context is full\n")
 
 
+def test_a_second_adapter_is_added_and_named(way: Way, tmp_path: Path) -> None:
+    bundle = shutil.copytree(way / "bundle", tmp_path / "bundle")
+    words = (
+        "--device",
+        "host",
+        "--data",
+        way / "rows.jsonl",
+        "--learning-rate",
+        "0.05",
+        "--max-steps",
+        "3",
+        "--r",
+        "2",
+    )
+    answer("train", way / "base", *words, "--out", tmp_path / "mail")
+    said = answer("adapter", "add", bundle, tmp_path / "mail")
+    assert (said["added"], said["default"], list(said["adapters"])) == ("mail", "adapter", ["adapter", "mail"])
+    assert answer("adapter", "check", bundle)["adapters"]["mail"]["r"] == 2
+    prompt = ("--prompt", "turn on lamp 3: ", "--max-new-tokens", "6")
+    tokens = [
+        answer("run", bundle, *prompt, *flags)["token_ids"]
+        for flags in (("--adapter", "mail"), ("--adapter", bundle / "mail.safetensors"), (), ("--no-adapter",))
+    ]
+    assert tokens[0] == tokens[1] not in (tokens[2], tokens[3])
+    assert answer("run", bundle, *prompt, "--adapter", "none", code=1)["error"] == "AdapterError"
+    assert edgetune("run", bundle, *prompt, "--adapter", "mail", "--no-adapter").returncode == 2
+
+
+def test_export_chooses_how_much_to_merge(way: Way, tmp_path: Path) -> None:
+    words = ("export", way / "run", "--merge", "--weights", "fp32", "--retention-data", way / "rows.jsonl")
+    said = answer(*words, "--out", tmp_path / "a")["merge"]
+    assert said["chosen_by"] == "least sum of task and retention loss"
+    assert all(row["retention"]["positions"] > row["task"]["positions"] > 0 for row in said["sweep"])
+    given = edgetune(*words, "--out", tmp_path / "b", "--alpha", "0.3")
+    assert re.search(r"^ +0\.3 .*<- chosen$", given.stdout, re.MULTILINE), given.stdout + given.stderr
+
+
 def test_run_without_a_prompt_needs_a_terminal(way: Way) -> None:
     result = edgetune("run", way / "bundle", stdin="hello\n")
     assert result.returncode == 2
@@ -596,6 +633,19 @@ def options(verb: str) -> dict[str, str]:
 
     command = typer.main.get_command(cli.app).commands[verb]  # type: ignore[attr-defined]
     return {name: parameter.help or "" for parameter in command.params for name in getattr(parameter, "opts", [])}
+
+
+def test_the_verbs_of_adapters_have_a_help_worth_reading_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    import typer.main
+
+    group = typer.main.get_command(cli.app).commands["adapter"]  # type: ignore[attr-defined]
+    assert sorted(group.commands) == ["add", "check", "default", "list", "remove"]
+    for name, command in group.commands.items():
+        assert call("adapter", name, "--help") == 0
+        assert f"edgetune adapter {name}" in capsys.readouterr().out, "an example"
+        helps = {parameter.name: parameter.help or "" for parameter in command.params if parameter.name != "help"}
+        assert "as_json" in helps
+        assert all(text.endswith((".", ")")) and len(text) > 10 for text in helps.values()), helps
 
 
 @pytest.mark.parametrize("verb", VERBS)

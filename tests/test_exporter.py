@@ -24,6 +24,7 @@ from edgetune.adapters.base import load_adapter
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import open_base
 from edgetune.bundle import Bundle, explain, load_bundle
+from edgetune.data import read_rows
 from edgetune.device import load_device
 from edgetune.errors import ConfigError, DataError, DeviceError, EdgetuneWarning, ExportError, ModelError, ParityError
 from edgetune.exporter import agreement, export, parity
@@ -32,8 +33,10 @@ from edgetune.graphs import FORMATS
 from edgetune.graphs.builder import Builder
 from edgetune.models.decoder import load_decoder
 from edgetune.quantizer import quantize
+from edgetune.runtime.evaluate import mean_nll
 from edgetune.runtime.generate import generate
 from edgetune.runtime.session import open_session
+from edgetune.tokenizer import load_tokenizer
 from edgetune.weights import sha256_file
 
 
@@ -650,3 +653,140 @@ def test_a_copied_run_keeps_its_base(bases: dict[str, Path], tmp_path: Path) -> 
     assert export(moved, out=tmp_path / "bundle").manifest["base_sha256"] == sha256_file(
         bases["nf4"] / "model.safetensors"
     )
+
+
+# --- how much is merged
+
+
+def write_other_rows(path: Path, count: int = 30) -> Path:
+    rows = [{"prompt": f"say {i}:", "completion": f" {i} {i} and {i + 1}"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def mean_loss(run: Path, base: Path, alpha: float, rows: Path) -> float:
+    """Torch's loss on supervised tokens with alpha times the adapter's change, before any rounding."""
+    decoder = load_decoder(base)
+    config, tensors = load_adapter(run, decoder.config)
+    weaker = {name: value * np.float32(alpha if name.endswith("lora_B") else 1) for name, value in tensors.items()}
+    load_tensors(attach(decoder, config), weaker)
+    total, count = 0.0, 0
+    for row in read_rows(rows, load_tokenizer(base), 256):
+        with torch.no_grad():
+            logits = decoder(torch.from_numpy(row.input_ids[None].astype(np.int64)))[0, :-1]
+        labels = torch.from_numpy(row.labels[1:].astype(np.int64))
+        total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
+        count += int((labels != -100).sum())
+    return total / count
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int4", "int8-dynamic", "standard"])
+def test_a_sweep_measures_each_alpha_and_chooses_by_both_sets(
+    bases: dict[str, Path], tmp_path: Path, weights: str
+) -> None:
+    run, base = write_run(tmp_path / "run", bases["int4"]), bases["int4"]
+    new, old = write_rows(tmp_path / "new.jsonl"), write_other_rows(tmp_path / "old.jsonl")
+    bundle = export(run, out=tmp_path / "bundle", merge=True, weights=weights, eval_data=new, retention_data=old)
+    merge = bundle.manifest["merge"]
+    assert [row["alpha"] for row in merge["sweep"]] == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    tolerance = 1e-4 if weights == "fp32" else 0.2  # torch's losses are those before rounding
+    for row in merge["sweep"]:
+        for name, path in (("task", new), ("retention", old)):
+            assert row[name]["loss"] == pytest.approx(mean_loss(run, base, row["alpha"], path), rel=tolerance)
+            assert 0 <= row[name]["token_accuracy"] <= 1
+            assert row[name]["positions"] > 100
+    sums = {row["alpha"]: row["task"]["loss"] + row["retention"]["loss"] for row in merge["sweep"] if row["alpha"]}
+    assert merge["alpha"] == min(sums, key=lambda alpha: sums[alpha])
+    assert merge["chosen_by"] == "least sum of task and retention loss"
+    assert (merge["adapter"]["r"], merge["adapter"]["lora_alpha"]) == (3, 5), "as it was trained"
+    chosen = next(row for row in merge["sweep"] if row["alpha"] == merge["alpha"])
+    task = bundle.manifest["parity"]["task"]
+    assert chosen["task"] == task.get("fast", task["exact"]), "the graph of that row is the one that is shipped"
+    told = explain(bundle.summary())
+    assert f"merged    {merge['alpha']:g} of the adapter's change (least sum of task and retention loss;" in told
+    table = [line.split() for line in told.splitlines() if line.startswith(" " * 12) and line.split()[0][0].isdigit()]
+    assert [float(line[0]) for line in table] == [0, 0.2, 0.4, 0.6, 0.8, 1]
+    assert [line[-1] == "chosen" for line in table] == [row["alpha"] == merge["alpha"] for row in merge["sweep"]]
+    assert table[2][1] == f"{merge['sweep'][2]['task']['loss']:.4f}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "new.jsonl", "old.jsonl", "run"]
+
+
+def test_what_is_merged_is_the_chosen_share(bases: dict[str, Path], tmp_path: Path) -> None:
+    run, base = write_run(tmp_path / "run", bases["nf4"]), open_base(bases["nf4"])
+    bundle = export(run, out=tmp_path / "bundle", merge=True, weights="fp32", alpha=0.3)
+    merge = bundle.manifest["merge"]
+    assert (merge["alpha"], merge["chosen_by"], merge["sweep"]) == (0.3, "user", [])
+    assert "merged    0.3 of the adapter's change (user; 0 is the base, 1 as trained)" in explain(bundle.summary())
+    module = "model.layers.1.mlp.down_proj"
+    _, tensors = load_adapter(run, base.config)
+    change = tensors[f"{module}.lora_B"].astype(np.float64) @ tensors[f"{module}.lora_A"] * 5 / 3
+    written = parity.read_back(bundle.model_path)[f"{module}.weight"]
+    np.testing.assert_allclose(written, base.dequantize(module) + 0.3 * change, atol=1e-6)
+
+
+def test_rounding_that_loses_the_merged_share_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    run, rows = write_run(tmp_path / "run", bases["int4"]), write_rows(tmp_path / "rows.jsonl")
+    whole = export(run, out=tmp_path / "whole", merge=True).manifest["rounding"]
+    message = (
+        r"loses the adapter: it moves \d of 4 matrices further than 0.02 of training did, .* Leave --merge out, which "
+        r"is exact, or merge more with a larger --alpha, or take --weights int8"
+    )
+    with pytest.raises(ExportError, match=message):
+        export(run, out=tmp_path / "bundle", merge=True, alpha=0.02, eval_data=rows)
+    assert not (tmp_path / "bundle").exists()
+    bundle = export(run, out=tmp_path / "bundle", merge=True, alpha=0.02, accept_loss=True)
+    rounding = bundle.manifest["rounding"]
+    assert rounding["max_error_over_delta"] > 1 > whole["max_error_over_delta"]
+    assert "times as far as 0.02 of training did, MORE than 0.02 of training changed it" in explain(bundle.summary())
+
+
+def test_without_a_retention_set_the_adapter_stays_as_trained(bases: dict[str, Path], tmp_path: Path) -> None:
+    run, rows = write_run(tmp_path / "run", bases["int4"]), write_rows(tmp_path / "rows.jsonl")
+    bundle = export(run, out=tmp_path / "bundle", merge=True, eval_data=rows)
+    merge = bundle.manifest["merge"]
+    assert (merge["alpha"], merge["chosen_by"], len(merge["sweep"])) == (1.0, "as trained", 6)
+    assert all(row["retention"] is None and row["task"]["loss"] > 0 for row in merge["sweep"])
+    told = explain(bundle.summary())
+    assert "task loss" in told
+    assert "retention loss" not in told
+    given = export(run, out=tmp_path / "given", merge=True, eval_data=rows, alpha=0.5).manifest["merge"]
+    assert [row["alpha"] for row in given["sweep"]] == [0.0, 0.5], "the base and what the user chose"
+    plain = export(run, out=tmp_path / "plain", merge=True).manifest["merge"]
+    assert (plain["alpha"], plain["chosen_by"], plain["sweep"]) == (1.0, "as trained", [])
+    assert export(run, out=tmp_path / "beside").manifest["merge"] is None
+
+
+def test_the_base_is_the_row_of_alpha_zero(bases: dict[str, Path], tmp_path: Path) -> None:
+    run, rows = write_run(tmp_path / "run", bases["int4"]), write_rows(tmp_path / "rows.jsonl")
+    merged = export(run, out=tmp_path / "bundle", merge=True, eval_data=rows, alpha=1.0).manifest["merge"]["sweep"][0]
+    base = export(bases["int4"], out=tmp_path / "base")
+    nll = mean_nll(base, read_rows(rows, load_tokenizer(bases["int4"]), 256))
+    assert (merged["task"]["loss"], merged["task"]["positions"]) == (pytest.approx(nll["nll"], rel=1e-4), nll["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"alpha": 0.5}, ExportError, "say how an adapter is merged. Give them with --merge"),
+        ({"retention_data": "old.jsonl"}, ExportError, "say how an adapter is merged. Give them with --merge"),
+        ({"merge": True, "alpha": 0.0}, ExportError, r"alpha = 0.0; a number above 0, the base, and up to 1"),
+        ({"merge": True, "alpha": 1.5}, ExportError, "alpha = 1.5; a number above 0"),
+        ({"merge": True, "alpha": float("nan")}, ExportError, "alpha = nan; a number above 0"),
+        ({"merge": True, "retention_data": "none.jsonl"}, DataError, "none.jsonl"),
+        ({"merge": True, "retention_data": "old.jsonl"}, ExportError, "no held-out rows of the new task .*--eval-data"),
+    ],
+)
+def test_what_cannot_be_weighed_is_refused(
+    bases: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_other_rows(tmp_path / "old.jsonl")
+    run = write_run(tmp_path / "run", bases["int4"])
+    with pytest.raises(error, match=message):
+        export(run, out=tmp_path / "bundle", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old.jsonl", "run"]

@@ -345,7 +345,24 @@ def export(
     accept_loss: Annotated[
         bool, typer.Option("--accept-loss", help="Write it even if rounding moves a weight further than training did.")
     ] = False,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            "--alpha",
+            help="With --merge: how much of the adapter, up to 1. (default: what --retention-data chooses, else 1)",
+            show_default=False,
+        ),
+    ] = None,
     eval_data: EvalRows = None,
+    retention_data: Annotated[
+        Path | None,
+        typer.Option(
+            "--retention-data",
+            metavar="FILE",
+            help="With --merge: rows of what the base could do already. (default: none)",
+            show_default=False,
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -357,8 +374,8 @@ def export(
 
     with warnings_told():
         result = exporter.export(
-            source, out=out, weights=weights, device=device, merge=merge, accept_loss=accept_loss, eval_data=eval_data,
-            force=force,
+            source, out=out, weights=weights, device=device, merge=merge, alpha=alpha, accept_loss=accept_loss,
+            eval_data=eval_data, retention_data=retention_data, force=force,
         ).summary()  # fmt: skip
     answer(result, bundle.explain(result), as_json)
 

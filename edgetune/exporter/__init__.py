@@ -4,7 +4,7 @@ The graph is built over the base's mapped bytes and streamed to disk tensor by t
 are the codes that the adapter was trained around, unless another format is asked for, and any adapter of that base
 fits the graph. The parity gate of `parity` then decides whether the folder may appear.
 
-Left out: several adapters in one bundle, training graphs.
+Left out: training graphs. `runtime.adapters` puts further adapters into a bundle.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,11 @@ from edgetune.bundle import (
     probe_rows,
 )
 from edgetune.device import DeviceProfile
+from edgetune.errors import ExportError
 from edgetune.exporter import agreement, parity
 from edgetune.exporter.job import Adapter, Job, read_job
 from edgetune.exporter.merging import BaseWeights, RoundedWeights
+from edgetune.exporter.sweep import choose_alpha
 from edgetune.graphs import FORMATS
 from edgetune.graphs.decoder import decoder_graph
 from edgetune.graphs.ops import has_fused_attention
@@ -62,8 +64,10 @@ def export(
     weights: str | None = None,
     device: DeviceProfile | str | Path | None = None,
     merge: bool = False,
+    alpha: float | None = None,
     accept_loss: bool = False,
     eval_data: str | Path | None = None,
+    retention_data: str | Path | None = None,
     force: bool = False,
 ) -> Bundle:
     """Write a bundle folder and return it; `bundle.summary()` has the figures.
@@ -77,8 +81,11 @@ def export(
         device: the profile, its id or its file that chooses the default; an EdgetuneWarning says where weights are
             slow on it. None takes that of the run's plan.
         merge: fold the run's adapter into the weights and round them again.
+        alpha: the share of the adapter's change that is merged, above 0 and up to 1; None chooses it by the rows
+            of `retention_data` and the held-out ones, or takes 1 where there are none of the former.
         accept_loss: write a bundle whose rounding moved a weight further than training did, or costs the task.
         eval_data: held-out rows (JSON Lines) for the parity gate; None takes those of the run.
+        retention_data: rows of what the base could do already and the merged model should still do.
         force: replace an existing bundle.
 
     Raises:
@@ -87,6 +94,12 @@ def export(
         ParityError: the graph does not compute what was trained; nothing is written.
         ConfigError, DeviceError, ModelError, AdapterError, DataError: from what is read and where it is written.
     """
+    if not merge and (alpha is not None or retention_data is not None):
+        raise ExportError(
+            "alpha and retention_data say how an adapter is merged. Give them with --merge, or not at all."
+        )
+    if alpha is not None and not 0 < alpha <= 1:
+        raise ExportError(f"alpha = {alpha}; a number above 0, the base, and up to 1, as trained, was expected.")
     out = Path(out)
     folder = getattr(source, "folder", None) or model_folder(source)
     with (
@@ -95,18 +108,26 @@ def export(
         # Beside the output: logits are compared through files, which need the disk that the bundle needs anyway.
         tempfile.TemporaryDirectory(prefix=f".{out.name}.work-", dir=temporary.parent) as work,
     ):
-        job = read_job(Path(folder), Path(work), weights, merge, eval_data, device)
-        figures, rounding = _write_model(job, temporary, Path(work), accept_loss=accept_loss)
+        job = read_job(Path(folder), Path(work), weights, merge, eval_data, device, retention_data)
+        merged = share = None
+        if merge and job.adapter is not None:
+            merged = choose_alpha(job, job.adapter, alpha, Path(work))
+            share = merged["alpha"]
+            job = replace(job, adapter=job.adapter.weakened(share))
+        figures, rounding = _write_model(job, temporary, Path(work), share, accept_loss=accept_loss)
         adapters = _write_adapter(job, temporary)
         _write_companions(job, temporary)
-        _write_manifest(job, temporary, figures, rounding, adapters, meter.peak_rss_bytes)
+        _write_manifest(job, temporary, figures, rounding, adapters, merged, meter.peak_rss_bytes)
     return load_bundle(out)
 
 
 def _write_model(
-    job: Job, folder: Path, work: Path, *, accept_loss: bool
+    job: Job, folder: Path, work: Path, alpha: float | None, *, accept_loss: bool
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Write the graph and its weights, then pass the parity gate: (parity figures, cost of rounding)."""
+    """Write the graph and its weights, then pass the parity gate: (parity figures, cost of rounding).
+
+    `alpha` is the share of the trained adapter that the job merges, None where it merges none.
+    """
     config, stored = job.base.config, job.base.grid or "fp32"
     source = BaseWeights(job.base)
     if job.merge or job.weights != stored:
@@ -132,7 +153,7 @@ def _write_model(
         expected = parity.spool_logits(decoder, items, work / "rounded")
         rounding = source.figures() | agreement.rounding_cost(items, trained, expected)
         if tuned and not accept_loss:
-            parity.check_rounding(rounding, stored, job.weights, merged=job.merge)
+            parity.check_rounding(rounding, stored, job.weights, alpha=alpha)
     feeds = job.adapter.feeds if job.adapter and not job.merge else {}
     if rounding is None or not tuned:
         feeds = _attach(job, decoder).feeds
@@ -225,6 +246,7 @@ def _write_manifest(
     figures: Mapping[str, Any],
     rounding: Mapping[str, Any] | None,
     adapters: Mapping[str, Any],
+    merged: Mapping[str, Any] | None,
     peak_rss_bytes: int,
 ) -> None:
     config = job.base.config
@@ -247,7 +269,7 @@ def _write_manifest(
         "tokenizer_sha256": job.tokenizer_sha256,
         "slots": [{"name": name, "in_features": k, "out_features": n} for name, (n, k) in linears.items()],
         "adapters": dict(adapters), "default_adapter": next(iter(adapters), None),
-        "probe_rows": _probe_rows(job), "merge": None,
+        "probe_rows": _probe_rows(job), "merge": merged,
         "parity": dict(figures), "rounding": None if rounding is None else dict(rounding),
         "peak_rss_bytes": peak_rss_bytes, "files": files,
         "versions": {

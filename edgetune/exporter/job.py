@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ class Adapter:
         """The same as inputs of the graph."""
         return lora.onnx_tensors(self.config, self.tensors)
 
+    def weakened(self, alpha: float) -> Adapter:
+        """The adapter whose change of the weights is `alpha` times this one's."""
+        return replace(self, config=replace(self.config, lora_alpha=alpha * (self.config.lora_alpha or 0)))
+
 
 @dataclass(frozen=True)
 class Job:
@@ -56,6 +60,9 @@ class Job:
     weights: str
     merge: bool
     rows: Sequence[Row]
+    "held-out rows of the new task"
+    retention: Sequence[Row]
+    "rows of what the base could do already"
     tokenizer: Tokenizer | None
 
     @property
@@ -89,6 +96,7 @@ def read_job(
     merge: bool,
     eval_data: str | Path | None,
     device: DeviceProfile | str | Path | None,
+    retention_data: str | Path | None,
 ) -> Job:
     """Open everything that the export needs; refuse what does not go together."""
     if weights is not None and weights not in FORMATS:
@@ -122,7 +130,14 @@ def read_job(
     tokenizer = load_tokenizer(base.folder) if (base.folder / "tokenizer.json").is_file() else None
     if tokenizer is not None:
         tokenizer.check_vocab(base.config.vocab_size)
-    return Job(base, sha256, adapter, chosen, merge, _held_out(run, tokenizer, base, eval_data), tokenizer)
+    rows = _held_out(run, tokenizer, base, eval_data)
+    retention = () if retention_data is None else _held_out({}, tokenizer, base, retention_data)
+    if retention and not rows:
+        raise ExportError(
+            f"There are no held-out rows of the new task to weigh those of {retention_data} against. Give them with "
+            f"--eval-data."
+        )
+    return Job(base, sha256, adapter, chosen, merge, rows, retention, tokenizer)
 
 
 def _read_run(folder: Path) -> dict[str, Any]:

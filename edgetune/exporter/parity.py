@@ -288,8 +288,10 @@ def _check_task(exact: Mapping[str, Any], fast: Mapping[str, Any]) -> None:
         )
 
 
-def check_rounding(figures: Mapping[str, Any], stored: str, weights: str, *, merged: bool) -> None:
+def check_rounding(figures: Mapping[str, Any], stored: str, weights: str, *, alpha: float | None) -> None:
     """The gate on a rounding of weights that an adapter was trained around; `figures` are those of the manifest.
+
+    `alpha` is the share of the adapter that was merged, None where it stays beside the graph.
 
     Raises ExportError where rounding moved a matrix further than the adapter did, or cost more than one point of token
     accuracy on held-out rows: what was trained may be lost in it.
@@ -297,8 +299,9 @@ def check_rounding(figures: Mapping[str, Any], stored: str, weights: str, *, mer
     problems = []
     above = [name for name, ratio in figures["error_over_delta"].items() if ratio > 1]
     if above:
+        change = "training" if alpha in (None, 1) else f"{alpha:g} of training"
         problems.append(
-            f"it moves {len(above)} of {len(figures['error_over_delta'])} matrices further than training did, "
+            f"it moves {len(above)} of {len(figures['error_over_delta'])} matrices further than {change} did, "
             f"{figures['worst_layer']} {figures['max_error_over_delta']:.2f} times as far"
         )
     before, after = figures["token_accuracy_before"], figures["token_accuracy_after"]
@@ -309,7 +312,9 @@ def check_rounding(figures: Mapping[str, Any], stored: str, weights: str, *, mer
     loss = ""
     if figures["loss_before"] is not None:
         loss = f", held-out loss goes from {figures['loss_before']:.4f} to {figures['loss_after']:.4f}"
-    ways = ["Leave --merge out, which is exact" if merged else f"Keep --weights {stored}, which is exact"]
+    ways = [f"Keep --weights {stored}, which is exact" if alpha is None else "Leave --merge out, which is exact"]
+    if above and alpha not in (None, 1):
+        ways.append("merge more with a larger --alpha")
     if weights != "int8":
         ways.append("take --weights int8, which is near lossless")
     if stored == "nf4" and weights != "nf4":
