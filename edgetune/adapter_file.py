@@ -5,7 +5,8 @@
 
 An adapter of another base with the same shapes runs without an error and gives nonsense; onnxruntime stores versions in
 its adapter files and never checks them. So each file says itself what it was trained on, and whoever loads it compares
-that with the bundle (`bundle.check_adapter`). Torch, onnx and onnxruntime stay out, but for writing.
+that with the bundle (`bundle.check_adapter`). An adapter of no effect is found by what it does to a few probe rows.
+Torch, onnx and onnxruntime stay out, but for writing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,9 @@ from edgetune.weights import TensorInfo, open_tensors, write_safetensors
 FORMAT_VERSION = 1
 SUFFIXES = (".safetensors", ".onnx_adapter")
 _METADATA = "edgetune"  # key in the safetensors header, whose values are strings
+# As a share of the largest logit. What changes less cannot be told from the rounding of float32.
+MIN_PROBE_CHANGE = 1e-6
+_PROBE_ROWS, _PROBE_LENGTH = 2, 32
 # Lower case: the file systems of phones and SD cards do not tell "Notes" from "notes".
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
@@ -42,6 +46,23 @@ class Binding:
     lora_alpha: Annotated[float, Key("strength that training used; it is folded into lora_B", low=0)]
     slots: tuple[str, ...]
     "the adapted linears, as the graph names them"
+
+
+@dataclass(frozen=True)
+class AdapterSlot:
+    """Where an adapter plugs in: inputs `<name>.lora_A` [in_features, r] and `<name>.lora_B` [r, out_features]."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """What the manifest says of an adapter; its files are `<name>.safetensors` and `<name>.onnx_adapter`."""
+
+    binding: Binding
+    probe_change: Annotated[float, Key("largest change of a logit on the probe rows by the largest logit", low=0)]
 
 
 @dataclass(frozen=True)
@@ -115,3 +136,51 @@ def _read_binding(path: Path, metadata: Mapping[str, str]) -> Binding:
     if binding is None:
         raise AdapterError(f"{path}: what it says of its base is wrong: {'; '.join(reader.problems)}")
     return binding
+
+
+def probe_rows(vocab_size: int, context_length: int) -> list[list[int]]:
+    """Token ids to probe adapters on: seeded ones, because a bundle is given away and held-out rows may be private."""
+    length = min(_PROBE_LENGTH, context_length)
+    rows: list[list[int]] = np.random.default_rng(0).integers(0, vocab_size, (_PROBE_ROWS, length)).tolist()
+    return rows
+
+
+def check_probe_change(change: float, *, origin: str = "the adapter") -> None:
+    """Refuse an adapter by what it does to the logits of the probe rows, as a share of the largest one.
+
+    Raises AdapterError where that is nothing, or no number.
+    """
+    if not np.isfinite(change):
+        raise AdapterError(f"{origin} makes logits that are no numbers on the probe rows. Train it with a lower rate")
+    if change <= MIN_PROBE_CHANGE:
+        raise AdapterError(
+            f"{origin} changes nothing: on the probe rows no logit moves by more than {change:.1e} of the largest one, "
+            f"and {MIN_PROBE_CHANGE:.0e} is the rounding of float32. Train it longer, or use the base alone"
+        )
+
+
+def tensor_problems(adapter: BoundAdapter, slots: Mapping[str, AdapterSlot]) -> Iterator[str]:
+    """What is wrong with each tensor: missing, extra, or not as its slot needs it."""
+    tensors, r = adapter.tensors, adapter.binding.r
+    expected: dict[str, tuple[int, ...]] = {}
+    for name in adapter.binding.slots:
+        slot = slots.get(name)
+        if slot is None:
+            yield f"{name}: the graph has no such slot"
+            continue
+        expected |= {f"{name}.lora_A": (slot.in_features, r), f"{name}.lora_B": (r, slot.out_features)}
+    if not adapter.binding.slots:
+        yield "it names no slot, expected at least one"
+    for name, shape in expected.items():
+        array = tensors.get(name)
+        if array is None:
+            yield f"{name}: is missing, expected {list(shape)}"
+        elif array.dtype != np.float32:
+            yield f"{name}: is {array.dtype}, expected float32"
+        elif array.shape != shape:
+            yield f"{name}: has shape {list(array.shape)}, expected {list(shape)}"
+        elif not np.isfinite(array).all():
+            yield f"{name}: holds NaN or infinity"
+    known = {f"{slot}.{kind}" for slot in adapter.binding.slots for kind in ("lora_A", "lora_B")}
+    for name in sorted(tensors.keys() - known):
+        yield f"{name}: is not of a slot that the adapter names"

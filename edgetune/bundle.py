@@ -14,14 +14,24 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from edgetune.adapter_file import SUFFIXES, Binding, BoundAdapter, is_name, read_adapter
+from edgetune.adapter_file import (
+    SUFFIXES,
+    AdapterEntry,
+    AdapterSlot,
+    Binding,
+    BoundAdapter,
+    check_probe_change,
+    is_name,
+    read_adapter,
+    tensor_problems,
+)
 from edgetune.errors import AdapterError, BundleError
 from edgetune.memory import format_mib
-from edgetune.schema import Key, Reader
+from edgetune.schema import Reader
 from edgetune.weights import sha256_file
 
 FORMAT_VERSION = 1
@@ -30,9 +40,6 @@ MODEL = "model.onnx"
 DATA = "model.onnx.data"
 ADAPTER = "adapter"  # the name of the adapter that an export brings along
 GENAI_CONFIG = "genai_config.json"
-# As a share of the largest logit. What changes less cannot be told from the rounding of float32.
-MIN_PROBE_CHANGE = 1e-6
-_PROBE_ROWS, _PROBE_LENGTH = 2, 32
 
 _AGAIN = "Export the bundle again"
 _TEXT, _OPTIONAL_TEXT = (str,), (str, type(None))
@@ -59,23 +66,6 @@ class BundleModel:
     max_position_embeddings: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class AdapterSlot:
-    """Where an adapter plugs in: inputs `<name>.lora_A` [in_features, r] and `<name>.lora_B` [r, out_features]."""
-
-    name: str
-    in_features: int
-    out_features: int
-
-
-@dataclass(frozen=True)
-class AdapterEntry:
-    """What the manifest says of an adapter; its files are `<name>.safetensors` and `<name>.onnx_adapter`."""
-
-    binding: Binding
-    probe_change: Annotated[float, Key("largest change of a logit on the probe rows by the largest logit", low=0)]
 
 
 @dataclass(frozen=True)
@@ -227,13 +217,6 @@ def load_adapter_tensors(bundle: Bundle, path: str | Path) -> dict[str, np.ndarr
     return adapter.tensors
 
 
-def probe_rows(vocab_size: int, context_length: int) -> list[list[int]]:
-    """Token ids to probe adapters on: seeded ones, because a bundle is given away and held-out rows may be private."""
-    length = min(_PROBE_LENGTH, context_length)
-    rows: list[list[int]] = np.random.default_rng(0).integers(0, vocab_size, (_PROBE_ROWS, length)).tolist()
-    return rows
-
-
 def check_adapter(bundle: Bundle, adapter: BoundAdapter, *, origin: str = "the adapter") -> None:
     """Refuse an adapter that does not fit this bundle, before an inference session exists.
 
@@ -243,7 +226,7 @@ def check_adapter(bundle: Bundle, adapter: BoundAdapter, *, origin: str = "the a
     if not bundle.slots:
         raise AdapterError(f"{bundle.folder} is merged and takes no adapter; export without --merge to keep slots")
     _check_binding(bundle, adapter.binding, origin)
-    problems = list(_problems(adapter, {slot.name: slot for slot in bundle.slots}))
+    problems = list(tensor_problems(adapter, {slot.name: slot for slot in bundle.slots}))
     if problems:
         shown = "\n  ".join(problems[:20])
         raise AdapterError(
@@ -253,20 +236,6 @@ def check_adapter(bundle: Bundle, adapter: BoundAdapter, *, origin: str = "the a
     pairs = [(adapter.tensors[f"{slot}.lora_A"], adapter.tensors[f"{slot}.lora_B"]) for slot in adapter.binding.slots]
     if not any(a.any() and b.any() for a, b in pairs):
         raise AdapterError(f"{origin} changes nothing: lora_A or lora_B of every slot is zero. Train it")
-
-
-def check_probe_change(change: float, *, origin: str = "the adapter") -> None:
-    """Refuse an adapter by what it does to the logits of the probe rows, as a share of the largest one.
-
-    Raises AdapterError where that is nothing, or no number.
-    """
-    if not np.isfinite(change):
-        raise AdapterError(f"{origin} makes logits that are no numbers on the probe rows. Train it with a lower rate")
-    if change <= MIN_PROBE_CHANGE:
-        raise AdapterError(
-            f"{origin} changes nothing: on the probe rows no logit moves by more than {change:.1e} of the largest one, "
-            f"and {MIN_PROBE_CHANGE:.0e} is the rounding of float32. Train it longer, or use the base alone"
-        )
 
 
 def _check_binding(bundle: Bundle, binding: Binding, origin: str) -> None:
@@ -288,33 +257,6 @@ def _check_binding(bundle: Bundle, binding: Binding, origin: str) -> None:
             f"{origin} was trained with tokenizer {theirs}, {bundle.folder} has {ours}: the same text would be other "
             f"tokens. Train it with this tokenizer, or export a bundle with the adapter's"
         )
-
-
-def _problems(adapter: BoundAdapter, slots: Mapping[str, AdapterSlot]) -> Iterator[str]:
-    """What is wrong with each tensor: missing, extra, or not as its slot needs it."""
-    tensors, r = adapter.tensors, adapter.binding.r
-    expected: dict[str, tuple[int, ...]] = {}
-    for name in adapter.binding.slots:
-        slot = slots.get(name)
-        if slot is None:
-            yield f"{name}: the graph has no such slot"
-            continue
-        expected |= {f"{name}.lora_A": (slot.in_features, r), f"{name}.lora_B": (r, slot.out_features)}
-    if not adapter.binding.slots:
-        yield "it names no slot, expected at least one"
-    for name, shape in expected.items():
-        array = tensors.get(name)
-        if array is None:
-            yield f"{name}: is missing, expected {list(shape)}"
-        elif array.dtype != np.float32:
-            yield f"{name}: is {array.dtype}, expected float32"
-        elif array.shape != shape:
-            yield f"{name}: has shape {list(array.shape)}, expected {list(shape)}"
-        elif not np.isfinite(array).all():
-            yield f"{name}: holds NaN or infinity"
-    known = {f"{slot}.{kind}" for slot in adapter.binding.slots for kind in ("lora_A", "lora_B")}
-    for name in sorted(tensors.keys() - known):
-        yield f"{name}: is not of a slot that the adapter names"
 
 
 def _read_entries(manifest: Mapping[str, Any], path: Path) -> dict[str, AdapterEntry]:

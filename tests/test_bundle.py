@@ -16,8 +16,16 @@ from conftest import tiny_config, write_model
 from safetensors.numpy import save_file
 from tiny_run import write_run
 
-from edgetune.adapter_file import Binding, BoundAdapter, is_name, read_adapter, write_adapter
-from edgetune.bundle import AdapterSlot, Bundle, check_adapter, check_probe_change, load_adapter_tensors, load_bundle
+from edgetune.adapter_file import (
+    AdapterSlot,
+    Binding,
+    BoundAdapter,
+    check_probe_change,
+    is_name,
+    read_adapter,
+    write_adapter,
+)
+from edgetune.bundle import Bundle, check_adapter, load_adapter_tensors, load_bundle
 from edgetune.errors import AdapterError, BundleError
 from edgetune.exporter import export
 from edgetune.quantizer import quantize

@@ -23,7 +23,7 @@ import onnxruntime
 import torch
 
 from edgetune import __version__
-from edgetune.adapter_file import Binding, BoundAdapter, write_adapter
+from edgetune.adapter_file import Binding, BoundAdapter, check_probe_change, probe_rows, write_adapter
 from edgetune.adapters.attach import attach
 from edgetune.adapters.lora import LoraConfig
 from edgetune.bundle import (
@@ -34,9 +34,7 @@ from edgetune.bundle import (
     MANIFEST,
     MODEL,
     Bundle,
-    check_probe_change,
     load_bundle,
-    probe_rows,
 )
 from edgetune.device import DeviceProfile
 from edgetune.errors import ExportError

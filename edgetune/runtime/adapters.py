@@ -19,19 +19,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edgetune.adapter_file import SUFFIXES, Binding, BoundAdapter, is_name, read_adapter, write_adapter
+from edgetune.adapter_file import (
+    SUFFIXES,
+    AdapterEntry,
+    Binding,
+    BoundAdapter,
+    check_probe_change,
+    is_name,
+    read_adapter,
+    write_adapter,
+)
 from edgetune.adapters import base as peft
 from edgetune.adapters.lora import onnx_tensors
 from edgetune.base import open_base, weights_sha256
-from edgetune.bundle import (
-    MANIFEST,
-    AdapterEntry,
-    Bundle,
-    check_adapter,
-    check_probe_change,
-    load_bundle,
-    read_manifest,
-)
+from edgetune.bundle import MANIFEST, Bundle, check_adapter, load_bundle, read_manifest
 from edgetune.errors import AdapterError, BundleError
 from edgetune.output import sync_folder
 from edgetune.runtime.session import open_session

@@ -19,8 +19,8 @@ import numpy as np
 import onnxruntime
 
 from edgetune import host
-from edgetune.adapter_file import is_name
-from edgetune.bundle import Bundle, check_probe_change, load_adapter_tensors, load_bundle
+from edgetune.adapter_file import check_probe_change, is_name
+from edgetune.bundle import Bundle, load_adapter_tensors, load_bundle
 from edgetune.errors import BundleError, ConfigError
 
 # A longer prompt is read in pieces of this many tokens, so that logits and activations stay bounded: the logits of one
