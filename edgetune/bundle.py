@@ -120,6 +120,8 @@ class Bundle:
             )
         entry, path = self.adapters[name], self.folder / f"{name}{SUFFIXES[0]}"
         adapter = read_adapter(path)
+        if sha256_file(path) != self.manifest["files"][path.name]["sha256"]:
+            raise AdapterError(f"{path} was changed after the bundle was loaded. Load the bundle again")
         if adapter.binding != entry.binding:
             raise AdapterError(f"{path} says something else of itself than {MANIFEST} does. Add the adapter again")
         check_adapter(self, adapter, origin=f"adapter {name}")

@@ -26,7 +26,16 @@ from edgetune.base import open_base
 from edgetune.bundle import Bundle, explain, load_bundle
 from edgetune.data import read_rows
 from edgetune.device import load_device
-from edgetune.errors import ConfigError, DataError, DeviceError, EdgetuneWarning, ExportError, ModelError, ParityError
+from edgetune.errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    EdgetuneWarning,
+    ExportError,
+    ModelError,
+    ParityError,
+)
 from edgetune.exporter import agreement, export, parity
 from edgetune.exporter import job as export_job
 from edgetune.graphs import FORMATS
@@ -469,6 +478,10 @@ def test_runs_that_cannot_be_exported(bases: dict[str, Path], tmp_path: Path) ->
     save_file({n: v * ("lora_A" in n) for n, v in tensors.items()}, other / "adapter_model.safetensors")
     with pytest.raises(ExportError, match="changes nothing: every lora_B is zero"):
         export(other, out=tmp_path / "bundle")
+    save_file({n: v * np.float32(1e-12) for n, v in tensors.items()}, other / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="the run's adapter changes nothing: on the probe rows no logit moves"):
+        export(other, out=tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_base_whose_weights_are_not_those_of_its_manifest(bases: dict[str, Path], tmp_path: Path) -> None:

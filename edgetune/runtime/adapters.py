@@ -63,14 +63,12 @@ def list_adapters(bundle: Bundle | str | Path) -> dict[str, Any]:
     return {"bundle": str(bundle.folder), "default": bundle.default_adapter, "adapters": adapters}
 
 
-def add_adapter(
-    bundle: Bundle | str | Path, source: str | Path, *, name: str | None = None, default: bool = False
-) -> Bundle:
+def add_adapter(bundle: Bundle | str | Path, source: Any, *, name: str | None = None, default: bool = False) -> Bundle:
     """Add an adapter to a bundle; the bundle as it is then.
 
     Args:
         bundle: the bundle, or its folder.
-        source: a run folder, a PEFT folder, or a `.safetensors` file that a bundle carries.
+        source: a run (`Run` or its folder), a PEFT folder, or a `.safetensors` file that a bundle carries.
         name: what it is called in the bundle; None takes it from the source.
         default: use it where none is named. The first adapter of a bundle always becomes the default.
 
@@ -78,7 +76,7 @@ def add_adapter(
         AdapterError: it does not fit the bundle, changes nothing, or its name is taken or no name.
         BundleError: the bundle is damaged, or cannot be written; it is then as it was.
     """
-    folder, source = _folder(bundle), Path(source)
+    folder, source = _folder(bundle), Path(getattr(source, "folder", source))
     with _locked(folder):
         bundle = load_bundle(folder)
         name = _new_name(bundle, source, name)
@@ -159,7 +157,10 @@ def _locked(folder: Path) -> Iterator[None]:
     import fcntl
 
     read_manifest(folder)  # refuses what is no bundle
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         for pattern in _UNFINISHED:
@@ -205,7 +206,7 @@ def _unwritable(folder: Path, error: OSError) -> BundleError:
 
 
 def _check_known(folder: Path, manifest: dict[str, Any], name: str) -> None:
-    if name not in manifest["adapters"]:
+    if name not in manifest["adapters"] or not is_name(name):  # no path, whatever the manifest holds
         known = f"it has {', '.join(manifest['adapters'])}" if manifest["adapters"] else "it has none"
         raise AdapterError(f"{folder} has no adapter {name!r}; {known}")
 

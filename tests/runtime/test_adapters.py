@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,18 @@ def test_a_session_keeps_what_it_loaded(bundle: Path) -> None:
     session.use_adapter(False)
     session.use_adapter("mail")
     np.testing.assert_array_equal(session.forward([5, 6]), wanted)
+
+
+def test_a_file_that_was_changed_after_the_bundle_was_loaded_is_refused(bundle: Path, tmp_path: Path) -> None:
+    session = open_session(bundle)
+    remove_adapter(bundle, "mail")
+    with pytest.raises(AdapterError, match=r"mail\.safetensors cannot be read"):
+        session.use_adapter("mail")
+    other = adapter_file(bundle, tmp_path / "files", "mail", adapter_of(bundle, 99, RANKS["mail"]))
+    add_adapter(bundle, other)
+    with pytest.raises(AdapterError, match=r"mail\.safetensors was changed after the bundle was loaded"):
+        session.use_adapter("mail")
+    assert open_session(bundle, adapter="mail").has_adapter
 
 
 def test_evaluation_takes_a_name(original: Path) -> None:
@@ -387,6 +400,16 @@ def test_what_is_not_there_cannot_be_removed_or_chosen(bundle: Path) -> None:
     assert files(bundle) == before
 
 
+def test_a_manifest_cannot_make_remove_reach_outside(bundle: Path) -> None:
+    manifest = json.loads((bundle / "edgetune.json").read_text(encoding="utf-8"))
+    manifest["adapters"]["../mine"] = manifest["adapters"]["mail"]
+    (bundle / "edgetune.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (bundle.parent / "mine.safetensors").write_text("x", encoding="utf-8")
+    with pytest.raises(AdapterError, match=r"has no adapter '../mine'"):
+        remove_adapter(bundle, "../mine")
+    assert (bundle.parent / "mine.safetensors").exists()
+
+
 def test_check_names_every_adapter_that_is_wrong(bundle: Path) -> None:
     manifest = json.loads((bundle / "edgetune.json").read_text(encoding="utf-8"))
     for name in ("mail", "notes"):
@@ -421,7 +444,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_second_run_is_added_as_it_would_have_been_exported(trained: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(trained / "bundle", tmp_path / "bundle"))
-    made = add_adapter(bundle, trained / "run-mail")
+    made = add_adapter(bundle, SimpleNamespace(folder=trained / "run-mail"))
     alone = et.export(trained / "run-mail", out=tmp_path / "alone")
     assert list(made.adapters) == ["adapter", "run-mail"]
     one, other = made.adapters["run-mail"], alone.adapters["adapter"]
