@@ -462,6 +462,26 @@ def test_a_second_run_is_added_as_it_would_have_been_exported(trained: Path, tmp
     assert list(again.adapters) == ["adapter"], "what edgetune added counts as its own"
 
 
+@pytest.mark.parametrize("weights", ["int8", "nf4", "standard"])
+def test_weights_rounded_to_another_kind_keep_the_base_that_adapters_are_bound_to(
+    trained: Path, tmp_path: Path, weights: str
+) -> None:
+    bundle = et.export(trained / "run", out=tmp_path / "bundle", weights=weights, accept_loss=True)
+    said = {key: bundle.manifest[key] for key in ("base_sha256", "grid")}
+    assert said == {key: load_bundle(trained / "bundle").manifest[key] for key in said}
+    alone = et.export(trained / "run-mail", out=tmp_path / "alone", weights=weights, accept_loss=True)
+    one, other = add_adapter(bundle, trained / "run-mail").adapters["run-mail"], alone.adapters["adapter"]
+    assert one.binding == other.binding
+    # A session computes 4-bit products in fp32 here, the export those of 8 bits too.
+    assert one.probe_change == pytest.approx(other.probe_change, rel=0.05 if weights == "int8" else 1e-4)
+    assert list(check_adapters(bundle)["adapters"]) == ["adapter", "run-mail"]
+    file = trained / "bundle" / "adapter.safetensors"
+    assert list(add_adapter(bundle, file, name="same").adapters) == ["adapter", "run-mail", "same"]
+    requantized = et.quantize(trained / "model", "nf4", tmp_path / "base")
+    with pytest.raises(AdapterError, match=r"mail was trained on base [0-9a-f]{12}, .*bundle holds"):
+        add_adapter(bundle, write_run(tmp_path / "mail", requantized))
+
+
 def test_a_run_says_what_it_was_trained_on(trained: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(trained / "bundle", tmp_path / "bundle"))
     manifest = load_bundle(bundle).manifest
