@@ -30,6 +30,8 @@ def real() -> Callable[[str], Path]:
 def tiny_config(family: str, **overrides: Any) -> dict[str, Any]:
     """An HF config with shapes that are no multiple of 32 or 64, grouped heads and, for llama, scaled rope.
 
+    An override of None leaves the key out.
+
     No row length is a multiple of 16 that is no multiple of 64: the AVX-512 path of bitsandbytes 0.50 dequantizes
     those wrongly (grids/test_contract.py), and it is an oracle here.
     """
@@ -48,8 +50,10 @@ def tiny_config(family: str, **overrides: Any) -> dict[str, Any]:
         },
         "qwen2": {"tie_word_embeddings": False},
         "qwen3": {"head_dim": 24},
+        "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": 0},  # the default one is beyond this vocabulary
     }  # fmt: skip
-    return config | per_family.get(family, {}) | overrides
+    config |= per_family.get(family, {}) | overrides
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -21,7 +21,6 @@ from edgetune.graphs import FORMATS, ops
 from edgetune.graphs.builder import Builder
 from edgetune.grids.int4 import Read
 from edgetune.models.config import DecoderConfig
-from edgetune.models.rope import rope_tables
 
 
 class Matrices(Protocol):
@@ -67,10 +66,10 @@ class _Decoder:
         embedding = "model.embed_tokens"
         emit = FORMATS[self.source.format_of(embedding)].emit_embedding
         x = emit(b, _path(embedding), ids, f"{embedding}.weight", c.matrices()[embedding], self._read(embedding))
-        shared = ops.attention_inputs(b, ids, mask, rope_tables(c, context_length), c)
+        shared = ops.attention_inputs(b, ids, mask, c, context_length)
         present = []
         for i in range(c.num_hidden_layers):
-            x, *kv = self._layer(x, f"model.layers.{i}", past[i], shared)
+            x, *kv = self._layer(x, i, past[i], shared)
             present.append(kv)
         x = self._norm(x, "model.norm")
         logits = self._linear(x, "lm_head", embedding if c.tie_word_embeddings else "lm_head")
@@ -84,16 +83,17 @@ class _Decoder:
         return ["batch_size", self.config.num_key_value_heads, length, self.config.head_dim]
 
     def _layer(
-        self, x: ir.Value, name: str, past: list[ir.Value], shared: ops.AttentionInputs
+        self, x: ir.Value, index: int, past: list[ir.Value], shared: ops.AttentionInputs
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """One block: x + attention(norm(x)), then x + mlp(norm(x)); also the layer's present key and value."""
+        name, kind = f"model.layers.{index}", self.config.layer_kinds[index]
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
         h = self._norm(x, f"{name}.input_layernorm")
         q, k, v = (self._linear(h, f"{attention}.{part}") for part in ("q_proj", "k_proj", "v_proj"))
         if self.config.qk_norm:
             q = self._head_norm(q, f"{attention}.q_norm", self.config.num_attention_heads)
             k = self._head_norm(k, f"{attention}.k_norm", self.config.num_key_value_heads)
-        h, key, value = ops.attention(self.b, _path(attention), (q, k, v), past, shared, self.config)
+        h, key, value = ops.attention(self.b, _path(attention), (q, k, v), past, shared, self.config, kind)
         x = self.b.op(f"{_path(attention)}/Add", "Add", [x, self._linear(h, f"{attention}.o_proj")])
         h = self._norm(x, f"{name}.post_attention_layernorm")
         gate, up = self._linear(h, f"{mlp}.gate_proj"), self._linear(h, f"{mlp}.up_proj")

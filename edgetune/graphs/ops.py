@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from edgetune.graphs.builder import CONTRIB, Builder
 from edgetune.models.config import DecoderConfig
+from edgetune.models.rope import rope_tables
 
 Produce = Callable[[], np.ndarray]
 _INT32 = int(ir.DataType.INT32)
@@ -21,9 +22,9 @@ _INT32 = int(ir.DataType.INT32)
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What the attention of every layer shares: rotary tables [context, head_dim/2], and the lengths or positions."""
+    """What attention shares: rotary tables [context, head_dim/2] of each kind, and the lengths or positions."""
 
-    tables: tuple[ir.Value, ir.Value]
+    tables: list[tuple[ir.Value, ir.Value] | None]  # None: layers of this kind do not rotate
     seqlens_k: ir.Value | None  # int32 [b] and int32 [], for the contrib operator
     total_sequence_length: ir.Value | None
     position_ids: ir.Value | None  # int64 [b, s], for the standard operators
@@ -75,17 +76,24 @@ def has_fused_attention(config: DecoderConfig) -> bool:
 
 
 def attention_inputs(
-    b: Builder, ids: ir.Value, mask: ir.Value, tables: Sequence[np.ndarray], config: DecoderConfig
+    b: Builder, ids: ir.Value, mask: ir.Value, config: DecoderConfig, context_length: int
 ) -> AttentionInputs:
-    """The shared inputs of `attention`, from ids [b, s], mask [b, total] (1 = token) and (cos, sin)."""
-    cos, sin = (_table(b, name, table) for name, table in zip(("cos_cache", "sin_cache"), tables, strict=True))
+    """The shared inputs of `attention`, from ids [b, s] and mask [b, total] (1 = token)."""
+    tables = [
+        None if kind.rope_theta is None else _tables(b, index, rope_tables(kind, config.head_dim, context_length))
+        for index, kind in enumerate(config.attention_kinds)
+    ]
     if b.contrib and has_fused_attention(config):
-        return AttentionInputs((cos, sin), *_lengths(b, mask), None)
-    return AttentionInputs((cos, sin), None, None, _positions(b, ids, mask))
+        return AttentionInputs(tables, *_lengths(b, mask), None)
+    return AttentionInputs(tables, None, None, _positions(b, ids, mask))
 
 
-def _table(b: Builder, name: str, table: np.ndarray) -> ir.Value:
-    return b.weight(name, "float32", table.shape, lambda: table)
+def _tables(b: Builder, kind: int, tables: tuple[np.ndarray, np.ndarray]) -> tuple[ir.Value, ir.Value]:
+    cos, sin = tables
+    return (
+        b.weight(f"cos_cache.{kind}", "float32", cos.shape, lambda: cos),
+        b.weight(f"sin_cache.{kind}", "float32", sin.shape, lambda: sin),
+    )
 
 
 # mask ─┬─ ReduceSum ── Sub(1) ── Cast ── seqlens_k [b]
@@ -119,8 +127,9 @@ def attention(
     past: Sequence[ir.Value],
     shared: AttentionInputs,
     config: DecoderConfig,
+    kind: int,
 ) -> Sequence[ir.Value]:
-    """Causal grouped-query attention with rotary embedding over past and new tokens.
+    """Causal grouped-query attention of a kind over past and new tokens.
 
     `qkv` are [b, s, heads*head_dim]; `past` and the returned present are key and value [b, kv_heads, length, head_dim].
     Returns (output [b, s, heads*head_dim], present key, present value).
@@ -130,18 +139,23 @@ def attention(
     """
     heads, kv_heads, scale = config.num_attention_heads, config.num_key_value_heads, config.head_dim**-0.5
     outputs = ("output", "key", "value")
+    tables = shared.tables[kind]
     if shared.position_ids is None:
         return b.op_many(
             f"{path}/GroupQueryAttention", "GroupQueryAttention",
-            [*qkv, *past, shared.seqlens_k, shared.total_sequence_length, *shared.tables],
-            outputs, domain=CONTRIB, num_heads=heads, kv_num_heads=kv_heads, do_rotary=1, scale=scale,
+            [*qkv, *past, shared.seqlens_k, shared.total_sequence_length, *(tables or ())],
+            outputs, domain=CONTRIB, num_heads=heads, kv_num_heads=kv_heads, do_rotary=int(tables is not None),
+            scale=scale,
         )  # fmt: skip
-    rotary = [*shared.tables, shared.position_ids]
-    q, k = (
-        b.op(f"{path}/{name}/RotaryEmbedding", "RotaryEmbedding", [x, *rotary], num_heads=count)
-        for name, x, count in (("q_rotary", qkv[0], heads), ("k_rotary", qkv[1], kv_heads))
-    )
+    q, k, v = qkv
+    if tables is not None:
+        q, k = (
+            b.op(
+                f"{path}/{name}/RotaryEmbedding", "RotaryEmbedding", [x, *tables, shared.position_ids], num_heads=count
+            )
+            for name, x, count in (("q_rotary", q, heads), ("k_rotary", k, kv_heads))
+        )
     return b.op_many(
-        f"{path}/Attention", "Attention", [q, k, qkv[2], None, *past], outputs,
+        f"{path}/Attention", "Attention", [q, k, v, None, *past], outputs,
         is_causal=1, q_num_heads=heads, kv_num_heads=kv_heads, scale=scale,
     )  # fmt: skip

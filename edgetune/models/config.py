@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,19 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class AttentionKind:
+    """What attention may differ in from layer to layer."""
+
+    rope_theta: float | None  # None: positions are not embedded (NoPE, arXiv 2305.19466)
+    rope_scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder-only transformer with RMSNorm, rotary embedding, grouped heads and a gated MLP. Keys as in HF."""
+    """A decoder-only transformer with RMSNorm, grouped heads and a gated MLP. Keys as in HF.
+
+    Layer i has attention of kind `attention_kinds[layer_kinds[i]]`.
+    """
 
     model_type: str
     vocab_size: int
@@ -41,8 +52,8 @@ class DecoderConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
+    attention_kinds: tuple[AttentionKind, ...]
+    layer_kinds: tuple[int, ...]
     max_position_embeddings: int
     tie_word_embeddings: bool
     qkv_bias: bool
@@ -117,22 +128,32 @@ class DecoderConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DecoderConfig:
-        scaling = values["rope_scaling"]
         return cls(
             **{
                 **values,
-                "rope_scaling": None if scaling is None else RopeScaling(**scaling),
+                "attention_kinds": tuple(_attention_kind(kind) for kind in values["attention_kinds"]),
+                "layer_kinds": tuple(values["layer_kinds"]),
                 "eos_token_ids": tuple(values["eos_token_ids"]),
             }
         )
 
 
-def decoder_config(hf: Mapping[str, Any], **family: Any) -> DecoderConfig:
-    """What the families share: the HF keys of a Llama-like decoder, checked. `family` sets what differs."""
-    hidden = _integer(hf, "hidden_size")
-    heads = _integer(hf, "num_attention_heads")
-    kv_heads = _integer(hf, "num_key_value_heads", heads)
-    head_dim = _integer(hf, "head_dim", hidden // heads)
+def _attention_kind(values: Mapping[str, Any]) -> AttentionKind:
+    scaling = values["rope_scaling"]
+    return AttentionKind(**{**values, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
+
+
+def decoder_config(
+    hf: Mapping[str, Any], *, layers: Sequence[AttentionKind] | None = None, **family: Any
+) -> DecoderConfig:
+    """What the families share: the HF keys of a Llama-like decoder, checked. `family` sets what differs.
+
+    `layers` are the kinds of attention from the first layer to the last; None rotates alike in all of them.
+    """
+    hidden = integer(hf, "hidden_size")
+    heads = integer(hf, "num_attention_heads")
+    kv_heads = integer(hf, "num_key_value_heads", heads)
+    head_dim = integer(hf, "head_dim", hidden // heads)
     if heads % kv_heads:
         raise ModelError(
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads} in config.json."
@@ -144,23 +165,24 @@ def decoder_config(hf: Mapping[str, Any], **family: Any) -> DecoderConfig:
         raise ModelError(f"hidden_act {activation!r} in config.json is not supported; the families here use 'silu'.")
     if hf.get("use_sliding_window"):
         raise ModelError("use_sliding_window true in config.json is not supported; set it to false for full attention.")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = hf.get("rope_theta") or rope.get("rope_theta") or 10000.0
+    if layers is None:
+        layers = [rotary(hf)] * integer(hf, "num_hidden_layers")
+    kinds = tuple(dict.fromkeys(layers))
     eos = hf.get("eos_token_id")
     return DecoderConfig(
         **{
             "model_type": str(hf["model_type"]),
-            "vocab_size": _integer(hf, "vocab_size"),
+            "vocab_size": integer(hf, "vocab_size"),
             "hidden_size": hidden,
-            "intermediate_size": _integer(hf, "intermediate_size"),
-            "num_hidden_layers": _integer(hf, "num_hidden_layers"),
+            "intermediate_size": integer(hf, "intermediate_size"),
+            "num_hidden_layers": len(layers),
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
             "rms_norm_eps": float(hf.get("rms_norm_eps", 1e-6)),
-            "rope_theta": float(theta),
-            "rope_scaling": _rope_scaling(rope),
-            "max_position_embeddings": _integer(hf, "max_position_embeddings", 2048),
+            "attention_kinds": kinds,
+            "layer_kinds": tuple(map(kinds.index, layers)),
+            "max_position_embeddings": integer(hf, "max_position_embeddings", 2048),
             "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
             "qkv_bias": False,
             "o_bias": False,
@@ -173,13 +195,21 @@ def decoder_config(hf: Mapping[str, Any], **family: Any) -> DecoderConfig:
     )
 
 
-def _integer(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def integer(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """The positive integer at this key of a config.json."""
     value = hf.get(key)
     if value is None:
         value = default
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ModelError(f"config.json has {key} = {value!r}; a positive integer was expected.")
     return value
+
+
+def rotary(hf: Mapping[str, Any], default_theta: float = 10000.0) -> AttentionKind:
+    """Rotary attention as the keys of HF describe it, old (`rope_theta`, `rope_scaling`) or new (`rope_parameters`)."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    theta = hf.get("rope_theta") or rope.get("rope_theta") or default_theta
+    return AttentionKind(float(theta), _rope_scaling(rope))
 
 
 def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:

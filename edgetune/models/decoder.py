@@ -6,6 +6,7 @@ Module paths equal the Hugging Face names less their `model.` prefix. The pieces
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +16,15 @@ from torch import nn
 
 from edgetune.base import Base, open_base
 from edgetune.linear import FrozenLinear, Workspace, frozen_linear
-from edgetune.models.config import DecoderConfig
+from edgetune.models.config import AttentionKind, DecoderConfig
 from edgetune.models.rope import rope_tables
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer of one pass shares."""
+    """What the layers of one kind share in one pass."""
 
-    cos: torch.Tensor  # [B or 1, 1, T, head_dim/2]
-    sin: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor] | None  # cos and sin, [B or 1, 1, T, head_dim/2]; None: no rotation
     mask: torch.Tensor | None  # [B, 1, T, T], added to the scores: 0 = may look, -inf = may not; None = plain causal
 
 
@@ -42,9 +42,11 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: torch.Tensor, context: Context) -> torch.Tensor:
-    """Rotary embedding of x [B, heads, T, head_dim], rotate-half convention."""
+    """Rotary embedding of x [B, heads, T, head_dim], rotate-half convention; x itself where the kind has none."""
+    if context.rotary is None:
+        return x
     first, second = x.chunk(2, -1)
-    cos, sin = context.cos, context.sin
+    cos, sin = context.rotary
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
@@ -94,18 +96,20 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). `kind` is that of its attention."""
 
-    def __init__(self, base: Base, name: str, workspace: Workspace) -> None:
+    def __init__(self, base: Base, index: int, workspace: Workspace) -> None:
         super().__init__()
+        name = f"model.layers.{index}"
+        self.kind = base.config.layer_kinds[index]
         self.input_layernorm = RMSNorm(base, f"{name}.input_layernorm")
         self.self_attn = Attention(base, f"{name}.self_attn", workspace)
         self.post_attention_layernorm = RMSNorm(base, f"{name}.post_attention_layernorm")
         self.mlp = GatedMLP(base, f"{name}.mlp", workspace)
 
-    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, contexts: Sequence[Context]) -> torch.Tensor:
         """X [B, T, hidden] -> [B, T, hidden]."""
-        x = x + self.self_attn(self.input_layernorm(x), context)
+        x = x + self.self_attn(self.input_layernorm(x), contexts[self.kind])
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
@@ -119,12 +123,13 @@ class Decoder(nn.Module):
         self.workspace = Workspace(base.config.largest_linear)
         self.embed_tokens = frozen_linear(base, "model.embed_tokens", self.workspace)
         self.layers = nn.ModuleList(
-            Block(base, f"model.layers.{i}", self.workspace) for i in range(base.config.num_hidden_layers)
+            Block(base, index, self.workspace) for index in range(base.config.num_hidden_layers)
         )
         self.norm = RMSNorm(base, "model.norm")
         tied = base.config.tie_word_embeddings
         self.lm_head: FrozenLinear = self.embed_tokens if tied else frozen_linear(base, "lm_head", self.workspace)
-        self._cos = self._sin = torch.empty(0, base.config.head_dim // 2)
+        self._tables: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+        self._length = 0  # of the tables
 
     @property
     def blocks(self) -> list[Block]:
@@ -137,26 +142,23 @@ class Decoder(nn.Module):
 
     def context(
         self, length: int, position_ids: torch.Tensor | None = None, segment_ids: torch.Tensor | None = None
-    ) -> Context:
-        """Rotary tables and mask of one pass.
+    ) -> list[Context]:
+        """Rotary tables and mask of one pass, for each kind of attention.
 
         Args:
             length: T, the window's length.
             position_ids: [B, T], each below T, counted from zero in every segment; None counts 0..T-1.
             segment_ids: [B, T]; a position sees earlier ones of its own segment only. None is one segment.
         """
-        if len(self._cos) < length:  # only as long as windows are: a 128k context would take 32 MiB
-            self._cos, self._sin = (torch.from_numpy(table) for table in rope_tables(self.config, length))
-        if position_ids is None:
-            cos, sin = self._cos[None, None, :length], self._sin[None, None, :length]
-        else:
-            cos, sin = self._cos[position_ids][:, None], self._sin[position_ids][:, None]
-        if segment_ids is None:
-            return Context(cos, sin, None)
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        # Made float here: the attention kernel would turn a boolean mask into this once per layer, and keep each.
-        mask = torch.zeros(same.shape).masked_fill_(~same.tril_(), -torch.inf)
-        return Context(cos, sin, mask[:, None])
+        if self._length < length:  # only as long as windows are: a 128k context would take 32 MiB
+            self._tables = [_tables(kind, self.config.head_dim, length) for kind in self.config.attention_kinds]
+            self._length = length
+        mask = None if segment_ids is None else _mask(segment_ids)
+        at = slice(length) if position_ids is None else position_ids
+        return [
+            Context(None if tables is None else (_by_head(tables[0][at]), _by_head(tables[1][at])), mask)
+            for tables in self._tables
+        ]
 
     def forward(
         self,
@@ -165,11 +167,31 @@ class Decoder(nn.Module):
         segment_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Ids [B, T] -> logits [B, T, vocab], whole: for tests, evaluation of small models and the parity gate."""
-        context = self.context(input_ids.shape[1], position_ids, segment_ids)
+        contexts = self.context(input_ids.shape[1], position_ids, segment_ids)
         x = self.embed(input_ids)
         for layer in self.layers:
-            x = layer(x, context)
+            x = layer(x, contexts)
         return self.lm_head(self.norm(x))  # type: ignore[no-any-return]
+
+
+def _tables(kind: AttentionKind, head_dim: int, length: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(cos, sin), each [length, head_dim/2]."""
+    if kind.rope_theta is None:
+        return None
+    cos, sin = rope_tables(kind, head_dim, length)
+    return torch.from_numpy(cos), torch.from_numpy(sin)
+
+
+def _by_head(table: torch.Tensor) -> torch.Tensor:
+    """[T, head_dim/2] or [B, T, head_dim/2] -> [1 or B, 1, T, head_dim/2]."""
+    return table.unsqueeze(-3) if table.dim() == 3 else table[None, None]
+
+
+def _mask(segment_ids: torch.Tensor) -> torch.Tensor:
+    """The mask of a `Context` for segments [B, T]."""
+    allowed = (segment_ids[:, :, None] == segment_ids[:, None, :]).tril_()
+    # Made float here: the attention kernel would turn a boolean mask into this once per layer, and keep each.
+    return torch.zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)[:, None]
 
 
 def load_decoder(folder: str | Path) -> Decoder:

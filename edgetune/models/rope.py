@@ -12,13 +12,14 @@ import math
 
 import numpy as np
 
-from edgetune.models.config import DecoderConfig
+from edgetune.models.config import AttentionKind
 
 
-def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
-    """float64 [head_dim/2]: radians per position."""
-    inverse = config.rope_theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
-    scaling = config.rope_scaling
+def inverse_frequencies(kind: AttentionKind, head_dim: int) -> np.ndarray:
+    """float64 [head_dim/2]: radians per position of a kind of attention that rotates."""
+    assert kind.rope_theta is not None, "these layers embed no positions"
+    inverse = kind.rope_theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    scaling = kind.rope_scaling
     if scaling is None:
         return inverse
     if scaling.rope_type == "linear":
@@ -30,8 +31,9 @@ def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
     return (1 - smooth) * inverse / scaling.factor + smooth * inverse
 
 
-def rope_tables(config: DecoderConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
+def rope_tables(kind: AttentionKind, head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """(cos, sin), each float32 [length, head_dim/2]."""
     # Angles are multiplied in float32, as Hugging Face does, so that tables agree to the last bit of the angle.
-    angles = np.arange(length, dtype=np.float32)[:, None] * inverse_frequencies(config).astype(np.float32)[None, :]
+    frequencies = inverse_frequencies(kind, head_dim).astype(np.float32)
+    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies[None, :]
     return np.cos(angles), np.sin(angles)

@@ -173,6 +173,7 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         for prefixes in (("input",), ("slot",), {name.partition(".")[0] for name in sizes} - {"input", "slot"})
     )
     one_slot = activation_bytes(job)
+    num_rotary = sum(kind.rope_theta is not None for kind in job.model.attention_kinds)
     return {
         "floor": floor_bytes,
         "dequantized": FLOAT_BYTES * _per_block(job)[0] * job.dequantized_layers,
@@ -183,7 +184,7 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         "data": data_bytes(job),
         "kernels": PACK_BYTES * job.threads,
         # What all blocks share: the attention mask, and the rotary tables of every position.
-        "context": FLOAT_BYTES * job.tokens * (job.max_seq_length + job.model.head_dim),
+        "context": FLOAT_BYTES * job.tokens * (job.max_seq_length + num_rotary * job.model.head_dim),
         "block_inputs": inputs,
         "kept_activations": slots_ - one_slot,
         "block_workspace": work + one_slot,
@@ -214,13 +215,14 @@ def buffers(job: Job) -> dict[str, int]:
         (min(start + queries, job.max_seq_length) - start) * min(start + queries, job.max_seq_length)
         for start in range(0, job.max_seq_length, queries)
     )
+    rotates = any(model.attention_kinds[kind].rope_theta is not None for kind in model.layer_kinds[job.first_block :])
     logits = min(sft.TILE_TOKENS, job.loss_rows) * tile_rows((model.vocab_size, hidden), job.tile_weights)
     floats = {
         "weight": max(tile_rows(shape, job.tile_weights) * shape[1] for shape in model.matrices().values()),
         "h": positions * hidden,
         "d_h": job.supervised * hidden,  # the supervised rows, where those are not all
         "inner": max(positions * inner, logits),
-        "rotated": positions * q // 2,
+        "rotated": (positions if rotates else job.max_seq_length) * q // 2,  # else below the path, window by window
         "attention.q": queries * q,
         "attention.scores": model.num_attention_heads * scores,
     }

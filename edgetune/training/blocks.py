@@ -11,7 +11,7 @@ them; attention is computed in tiles of queries, so scores never exist whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,8 +57,8 @@ class _Tile(NamedTuple):
 class BlockPass:
     """The two passes over any block of a decoder, for micro-batches of B windows of T positions."""
 
-    def __init__(self, workspace: Workspace, context: Context, batch: int, length: int) -> None:
-        self.workspace, self.context, self.batch, self.length = workspace, context, batch, length
+    def __init__(self, workspace: Workspace, contexts: Sequence[Context], batch: int, length: int) -> None:
+        self.workspace, self.contexts, self.batch, self.length = workspace, contexts, batch, length
         self.positions = batch * length
 
     def forward(self, block: Block, x: torch.Tensor, y: torch.Tensor | None, name: str) -> Activations:
@@ -86,11 +86,12 @@ class BlockPass:
             self._linear(attention.q_proj, h, q)
             self._linear(attention.k_proj, h, k)
         self._linear(attention.v_proj, h, v)
-        self._rotate(q, config.head_dim, 1)
-        self._rotate(k, config.head_dim, 1)
+        context = self.contexts[block.kind]
+        self._rotate(q, config.head_dim, context, 1)
+        self._rotate(k, config.head_dim, context, 1)
         o, x2, gate, up = kept("o", q_width), kept("x2", config.hidden_size), kept("gate", inner), kept("up", inner)
         made = Activations(q, k, v, o, x2, gate, up, q_raw, k_raw)
-        self._attend(made, config.num_key_value_heads, config.head_dim)
+        self._attend(made, context, config.num_key_value_heads, config.head_dim)
         self._linear(attention.o_proj, o, x2)
         x2.add_(x)
         h = self._normed(x2, block.post_attention_layernorm, "h")
@@ -125,9 +126,10 @@ class BlockPass:
 
         d_o = take(positions, made.o.shape[1], "inner")
         self._linear_backward(attention.o_proj, made.o, d, d_o, first=True)
-        d_q, d_k, d_v = self._attend_backward(made, d_o, config.num_key_value_heads, config.head_dim)
-        self._rotate(d_q, config.head_dim, -1)
-        self._rotate(d_k, config.head_dim, -1)
+        context = self.contexts[block.kind]
+        d_q, d_k, d_v = self._attend_backward(made, d_o, context, config.num_key_value_heads, config.head_dim)
+        self._rotate(d_q, config.head_dim, context, -1)
+        self._rotate(d_k, config.head_dim, context, -1)
         if attention.q_norm is not None and attention.k_norm is not None:
             assert made.q_raw is not None and made.k_raw is not None
             for raw, grad, norm in ((made.q_raw, d_q, attention.q_norm), (made.k_raw, d_k, attention.k_norm)):
@@ -169,19 +171,21 @@ class BlockPass:
         if isinstance(layer, AdaptedLinear):
             layer.add_gradients(x, d_y, d_x)
 
-    def _rotate(self, x: torch.Tensor, head_dim: int, direction: int) -> None:
+    def _rotate(self, x: torch.Tensor, head_dim: int, context: Context, direction: int) -> None:
         """Rotary embedding of x [N, heads * head_dim] in place, rotate-half; backwards with direction -1."""
+        if context.rotary is None:
+            return
         heads = x.view(self.batch, self.length, -1, head_dim)
         first, second = heads.chunk(2, -1)
-        cos, sin = self.context.cos.transpose(1, 2), self.context.sin.transpose(1, 2)  # [B or 1, T, 1, head_dim/2]
+        cos, sin = (table.transpose(1, 2) for table in context.rotary)  # [B or 1, T, 1, head_dim/2]
         turned = self.workspace.take(len(x), x.shape[1] // 2, "rotated").view(first.shape)
         torch.mul(first, sin, out=turned)
         first.mul_(cos).addcmul_(second, sin, value=-direction)
         second.mul_(cos).add_(turned, alpha=direction)
 
-    def _tiles(self, made: Activations, kv_heads: int, head_dim: int) -> Iterator[_Tile]:
+    def _tiles(self, made: Activations, context: Context, kv_heads: int, head_dim: int) -> Iterator[_Tile]:
         """The tiles in turn, each in the memory of the one before."""
-        assert self.context.mask is not None, "windows have segments"
+        assert context.mask is not None, "windows have segments"
         batch, length = self.batch, self.length
         q = made.q.view(batch, length, kv_heads, -1, head_dim)
         rep = q.shape[3]
@@ -197,19 +201,19 @@ class BlockPass:
                 scores = self.workspace.take(kv_heads * rows, stop, "attention.scores").view(kv_heads, rows, stop)
                 torch.bmm(part, keys.transpose(1, 2), out=scores)
                 by_query = scores.view(kv_heads, stop - start, rep, stop)
-                by_query.add_(self.context.mask[window, :, start:stop, None, :stop])
+                by_query.add_(context.mask[window, :, start:stop, None, :stop])
                 softmax(scores, -1, False, out=scores)
                 yield _Tile(window, slice(start, stop), part, scores, keys, values)
 
-    def _attend(self, made: Activations, kv_heads: int, head_dim: int) -> None:
+    def _attend(self, made: Activations, context: Context, kv_heads: int, head_dim: int) -> None:
         """Fills `made.o`."""
         o = made.o.view(self.batch, self.length, kv_heads, -1, head_dim)
-        for window, at, part, scores, _, values in self._tiles(made, kv_heads, head_dim):
+        for window, at, part, scores, _, values in self._tiles(made, context, kv_heads, head_dim):
             found = torch.bmm(scores, values, out=part)
             o[window, at].copy_(found.view(kv_heads, at.stop - at.start, -1, head_dim).transpose(0, 1))
 
     def _attend_backward(
-        self, made: Activations, d_o: torch.Tensor, kv_heads: int, head_dim: int
+        self, made: Activations, d_o: torch.Tensor, context: Context, kv_heads: int, head_dim: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of q and k, rotated as those are, and of v; the latter two lie in k's and v's own memory."""
         take, batch, length = self.workspace.take, self.batch, self.length
@@ -219,7 +223,7 @@ class BlockPass:
             for name in ("d_k", "d_v")
         )
         d_o = d_o.view(batch, length, kv_heads, -1, head_dim)
-        for window, at, part, scores, keys, values in self._tiles(made, kv_heads, head_dim):
+        for window, at, part, scores, keys, values in self._tiles(made, context, kv_heads, head_dim):
             count = at.stop - at.start
             d_part = take(part.shape[0] * part.shape[1], head_dim, "attention.d_o").view(part.shape)
             by_head = d_part.view(kv_heads, count, -1, head_dim)

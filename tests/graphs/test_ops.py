@@ -215,15 +215,15 @@ def test_attention_from_an_empty_and_from_a_filled_cache(tmp_path: Path, head_di
     config = FAMILIES["llama"].config_from_hf(
         tiny_config("llama", num_attention_heads=6, num_key_value_heads=2, head_dim=head_dim)
     )
-    cos, sin = rope_tables(config, 32)
+    cos, sin = rope_tables(config.attention_kinds[0], head_dim, 32)
     assert ops.has_fused_attention(config) is (head_dim in (16, 48))
 
     def make(b: Builder) -> Any:
         ids, mask = b.input("ids", "int64", ["b", "s"]), b.input("mask", "int64", ["b", "t"])
         qkv = [b.input(name, "float32", ["b", "s", heads * head_dim]) for name, heads in (("q", 6), ("k", 2), ("v", 2))]
         past = [b.input(f"past_{name}", "float32", ["b", 2, "p", head_dim]) for name in ("key", "value")]
-        shared = ops.attention_inputs(b, ids, mask, (cos, sin), config)
-        output, key, value = ops.attention(b, "/a", qkv, past, shared, config)
+        shared = ops.attention_inputs(b, ids, mask, config, 32)
+        output, key, value = ops.attention(b, "/a", qkv, past, shared, config, 0)
         for present, name in ((key, "key"), (value, "value")):
             b.output(present, name, "float32", ["b", 2, "t", head_dim])
         return output

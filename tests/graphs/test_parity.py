@@ -279,10 +279,13 @@ def genai_greedy(folder: Path, prompt: list[int], count: int, adapter: bool) -> 
 
 
 @pytest.mark.parametrize("head_dim", [8, 16])  # a cache that grows, and one shared buffer
-@pytest.mark.parametrize("weights", FORMATS)
-def test_onnxruntime_genai_gives_the_same_tokens(tmp_path: Path, weights: str, head_dim: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "weights"),
+    [*(("llama", weights) for weights in FORMATS), *((family, "int4") for family in FAMILIES if family != "llama")],
+)
+def test_onnxruntime_genai_gives_the_same_tokens(tmp_path: Path, family: str, weights: str, head_dim: int) -> None:
     pytest.importorskip("onnxruntime_genai")
-    base = make_base(tmp_path, "llama", weights if weights in GRIDS else "int4", head_dim=head_dim)
+    base = make_base(tmp_path, family, weights if weights in GRIDS else "int4", head_dim=head_dim)
     bundle = export(write_run(tmp_path / "run", base), out=tmp_path / "bundle", weights=weights)
     shared = json.loads((bundle.folder / "genai_config.json").read_text(encoding="utf-8"))["search"]
     assert shared["past_present_share_buffer"] is (head_dim == 16 and weights != "standard")

@@ -26,6 +26,10 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"attention_bias": True, "mlp_bias": True, "rope_scaling": None}),
     ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "num_key_value_heads": 9}),
     ("qwen3", {"num_key_value_heads": 1, "rope_theta": 1e6}),
+    ("smollm3", {"num_hidden_layers": 5, "no_rope_layer_interval": 4}),
+    ("smollm3", {"num_hidden_layers": 3, "no_rope_layers": [0, 1, 0, 1]}),
+    ("smollm3", {"rope_theta": None, "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}),
+    ("smollm3", {"rope_theta": None}),
 ]
 
 
@@ -89,16 +93,16 @@ def test_llama_3_rope_scaling_equals_transformers() -> None:
         ),
         device=torch.device("cpu"),
     )
-    cos, sin = rope_tables(FAMILIES["llama"].config_from_hf(hf), 3000)
+    cos, sin = rope_tables(FAMILIES["llama"].config_from_hf(hf).attention_kinds[0], 64, 3000)
     angles = torch.arange(3000.0)[:, None] * theirs[None, :]
     assert np.abs(cos - angles.cos().numpy()).max() < 3e-4  # float32 angles of up to 3000 radians
     assert np.abs(sin - angles.sin().numpy()).max() < 3e-4
 
 
-def test_config_survives_json(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "model", tiny_config("llama"))
-    config = load_config(folder)
-    assert config.rope_scaling is not None
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_survives_json(family: str, tmp_path: Path) -> None:
+    config = load_config(write_model(tmp_path / "model", tiny_config(family)))
+    assert (family != "llama") or config.attention_kinds[0].rope_scaling is not None
     assert DecoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -124,12 +128,16 @@ def test_stories260k_writes_the_oracle_text(real: Callable[[str], Path]) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type 'gpt2'; supported are llama, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, r"model_type 'gpt2'; supported are " + ", ".join(FAMILIES)),
         ({"hidden_size": "72"}, r"hidden_size = '72'; a positive integer"),
         ({"hidden_act": "gelu"}, r"hidden_act 'gelu'"),
         ({"num_key_value_heads": 2}, r"num_attention_heads 9 is not a multiple of num_key_value_heads 2"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"rope scaling 'yarn'"),
         ({"head_dim": 7}, r"head_dim 7"),
+        ({"use_sliding_window": True}, r"use_sliding_window true"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, r"no_rope_layers = \[1\]; 0 or 1 for each of 2 layers"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, r"no_rope_layers = \[1, 2\]"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, r"no_rope_layer_interval = 0; a positive integer"),
     ],
 )
 def test_wrong_configs_are_refused_by_value(change: dict[str, Any], message: str, tmp_path: Path) -> None:

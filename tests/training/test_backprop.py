@@ -15,6 +15,7 @@ from edgetune.adapters.attach import attach
 from edgetune.adapters.lora import LoraConfig
 from edgetune.errors import ConfigError
 from edgetune.linear import Workspace
+from edgetune.models import FAMILIES
 from edgetune.models.decoder import Decoder, load_decoder
 from edgetune.training.backprop import Path as Walk
 from edgetune.training.backprop import loss_and_gradients
@@ -52,7 +53,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("grid", ["nf4", "int4"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_equals_peft(tmp_path: Path, family: str, grid: str) -> None:
     from peft_twin import loss_sum, peft_model, peft_parameters
 

@@ -163,9 +163,9 @@ class TestBits:
         decoder, batch = load_decoder(job.base), random_batch(301, 1, 31)
         ids, positions, segments = (torch.from_numpy(batch[k]) for k in ("input_ids", "position_ids", "segment_ids"))
         with torch.no_grad():
-            expected, context = decoder.embed(ids), decoder.context(31, positions, segments)
+            expected, contexts = decoder.embed(ids), decoder.context(31, positions, segments)
             for block in decoder.blocks[:2]:
-                expected = block(expected, context)
+                expected = block(expected, contexts)
             found = lower_blocks(decoder, batch, 2, lambda: None)
         torch.testing.assert_close(found, expected[0], rtol=1e-5, atol=1e-5)
 
