@@ -25,6 +25,7 @@ VARIANTS = {
     "as it comes": {},
     "head tied the other way": {"tie_word_embeddings": None},
     "one kv head": {"num_key_value_heads": 1},
+    "five layers": {"num_hidden_layers": 5},  # of both kinds, where a family has two
     "linear rope scaling": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     # Short enough an original context that all three bands of frequencies occur.
     "Llama 3 rope scaling": {"rope_scaling": LLAMA_3_SCALING | {"original_max_position_embeddings": 64}},

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ def transformers_model(folder: Path) -> nn.Module:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
     with torch.no_grad():
         for name in base.config.vectors():
-            model.get_parameter(name).copy_(torch.from_numpy(base.vector(name)))
+            model.get_parameter(name).copy_(torch.from_numpy(base.weights.float32(name)))
         for name in base.config.matrices():
             if base.grid_of(name) == "nf4" and name in base.config.linears():
                 _place(model, name, _linear4bit(base, name))
@@ -136,9 +136,17 @@ def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     apart = {}
     if segments.any():
         mask = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]
-        apart = {"position_ids": positions, "attention_mask": mask}
+        apart = {"position_ids": positions, "attention_mask": _masks(model, mask)}
     logits: torch.Tensor = model(input_ids=ids, use_cache=False, **apart).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+def _masks(model: nn.Module, mask: torch.Tensor) -> Any:
+    """The mask as the model takes it: one for each kind of layer where some have a sliding window."""
+    window = getattr(model.config, "sliding_window", None)
+    if "sliding_attention" not in (getattr(model.config, "layer_types", None) or ()):
+        return mask
+    return {"full_attention": mask, "sliding_attention": mask.triu(1 - window)}
 
 
 @dataclass

@@ -55,8 +55,9 @@ class Base:
         return weight
 
     def vector(self, name: str) -> np.ndarray:
-        """float32 copy of a norm or bias, by its full name."""
-        return self.weights.float32(name)
+        """float32 copy of a bias, or of what a norm multiplies by, by its full name."""
+        vector = self.weights.float32(name)
+        return vector + np.float32(self.config.norm_offset) if name.endswith("norm.weight") else vector
 
     def nbytes(self, module: str) -> int:
         """Stored bytes of a matrix."""

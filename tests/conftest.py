@@ -50,6 +50,10 @@ def tiny_config(family: str, **overrides: Any) -> dict[str, Any]:
         },
         "qwen2": {"tie_word_embeddings": False},
         "qwen3": {"head_dim": 24},
+        "gemma3_text": {
+            "rope_theta": 1000.0, "rope_local_base_freq": 100.0, "sliding_window": 11, "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 13,
+        },
         "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": 0},  # the default one is beyond this vocabulary
     }  # fmt: skip
     config |= per_family.get(family, {}) | overrides
@@ -67,7 +71,10 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
     for i in range(config["num_hidden_layers"]):
         at = f"model.layers.{i}."
-        shapes |= {at + "input_layernorm.weight": (hidden,), at + "post_attention_layernorm.weight": (hidden,)}
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        if config["model_type"] == "gemma3_text":
+            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        shapes |= {at + f"{norm}.weight": (hidden,) for norm in norms}
         for name, shape in {
             "self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
             "self_attn.o_proj": (hidden, q), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
@@ -76,7 +83,7 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[at + name + ".weight"] = shape
             if config["model_type"] == "qwen2" and name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
                 shapes[at + name + ".bias"] = shape[:1]
-        if config["model_type"] == "qwen3":
+        if config["model_type"] in ("qwen3", "gemma3_text"):
             shapes |= {at + "self_attn.q_norm.weight": (head,), at + "self_attn.k_norm.weight": (head,)}
     return shapes
 
@@ -117,9 +124,12 @@ def write_model(
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     numpy_dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    gemma = config["model_type"] == "gemma3_text"  # its norms multiply by 1 + weight
     tensors = {}
     for name, shape in tensor_shapes(config).items():
-        centre, spread = (1.0, 0.2) if len(shape) == 1 and name.endswith("norm.weight") else (0.0, 0.15)
+        centre, spread = (float(not gemma), 0.2) if len(shape) == 1 and name.endswith("norm.weight") else (0.0, 0.15)
+        if gemma and name == "model.embed_tokens.weight":
+            spread = 0.05  # it is scaled up, and a tied head would say the last token again and again
         tensors[name] = (centre + spread * rng.standard_normal(shape)).astype(numpy_dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}, indent=1), encoding="utf-8")

@@ -158,7 +158,7 @@ CASES: dict[str, tuple[Action, type[errors.EdgetuneError], str]] = {
     "model of another family": (
         lambda at: et.quantize(edited(model(at) / "config.json", model_type="gpt2"), "int4", at / "b"),
         et.ModelError,
-        "model_type 'gpt2'; supported are llama, qwen2, qwen3, smollm3",
+        "model_type 'gpt2'; supported are llama, qwen2, qwen3, smollm3, gemma3_text",
     ),
     "weights do not fit the config": (
         lambda at: et.quantize(

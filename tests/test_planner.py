@@ -203,6 +203,21 @@ def test_buffers_are_those_of_the_trainer(
         assert decoder.workspace.sizes == counted
 
 
+@pytest.mark.parametrize("length", [7, 11, 40])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_context_s_bytes_are_those_of_the_trainer(tmp_path: Path, family: str, length: int) -> None:
+    from edgetune.models.decoder import load_decoder
+    from edgetune.training.forward import start
+    from tests.training.conftest import random_batch
+
+    decoder = load_decoder(write_model(tmp_path, tiny_config(family, num_hidden_layers=4), tokenizer=False))
+    contexts = start(decoder, random_batch(301, 3, length)).contexts
+    shared = {id(x): x.nbytes for context in contexts for x in (context.mask, *(context.rotary or ())) if x is not None}
+    adapter = LoraConfig(r=2).resolved(decoder.config)
+    counted = peak_parts(job(decoder.config, adapter=adapter, batch_size=3, max_seq_length=length), FLOOR)[1]
+    assert counted["context"] == sum(shared.values())
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_optimizer_s_bytes_are_those_of_the_trainer(tmp_path: Path, optimizer: str) -> None:
     from edgetune.adapters.attach import attach

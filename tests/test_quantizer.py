@@ -35,7 +35,7 @@ def test_logits_are_those_of_the_dequantized_model(family: str, grid: str, dtype
     base = open_base(quantize(model, grid, tmp_path / "base"))
     assert base.grid == grid
     tensors = {f"{module}.weight": base.dequantize(module) for module in base.config.matrices()}
-    tensors |= {name: base.vector(name) for name in base.config.vectors()}
+    tensors |= {name: base.weights.float32(name) for name in base.config.vectors()}
     dense = tmp_path / "dense"
     dense.mkdir()
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})

@@ -66,6 +66,7 @@ class _Decoder:
         embedding = "model.embed_tokens"
         emit = FORMATS[self.source.format_of(embedding)].emit_embedding
         x = emit(b, _path(embedding), ids, f"{embedding}.weight", c.matrices()[embedding], self._read(embedding))
+        x = ops.scaled(b, f"{_path(embedding)}/scaled", x, c.embedding_scale)
         shared = ops.attention_inputs(b, ids, mask, c, context_length)
         present = []
         for i in range(c.num_hidden_layers):
@@ -85,19 +86,25 @@ class _Decoder:
     def _layer(
         self, x: ir.Value, index: int, past: list[ir.Value], shared: ops.AttentionInputs
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """One block: x + attention(norm(x)), then x + mlp(norm(x)); also the layer's present key and value."""
+        """One block, as `models.decoder.Block` has it; also the layer's present key and value."""
         name, kind = f"model.layers.{index}", self.config.layer_kinds[index]
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
-        h = self._norm(x, f"{name}.input_layernorm")
+        norms = self.config.block_norms
+        h = self._norm(x, f"{name}.{norms.before_attention}")
         q, k, v = (self._linear(h, f"{attention}.{part}") for part in ("q_proj", "k_proj", "v_proj"))
         if self.config.qk_norm:
             q = self._head_norm(q, f"{attention}.q_norm", self.config.num_attention_heads)
             k = self._head_norm(k, f"{attention}.k_norm", self.config.num_key_value_heads)
         h, key, value = ops.attention(self.b, _path(attention), (q, k, v), past, shared, self.config, kind)
-        x = self.b.op(f"{_path(attention)}/Add", "Add", [x, self._linear(h, f"{attention}.o_proj")])
-        h = self._norm(x, f"{name}.post_attention_layernorm")
+        h = self._linear(h, f"{attention}.o_proj")
+        if norms.after_attention:
+            h = self._norm(h, f"{name}.{norms.after_attention}")
+        x = self.b.op(f"{_path(attention)}/Add", "Add", [x, h])
+        h = self._norm(x, f"{name}.{norms.before_mlp}")
         gate, up = self._linear(h, f"{mlp}.gate_proj"), self._linear(h, f"{mlp}.up_proj")
-        h = self._linear(ops.silu_gate(self.b, _path(mlp), gate, up), f"{mlp}.down_proj")
+        h = self._linear(ops.GATES[self.config.hidden_act](self.b, _path(mlp), gate, up), f"{mlp}.down_proj")
+        if norms.after_mlp:
+            h = self._norm(h, f"{name}.{norms.after_mlp}")
         return self.b.op(f"{_path(mlp)}/Add", "Add", [x, h]), key, value
 
     def _linear(self, x: ir.Value, name: str, module: str | None = None) -> ir.Value:

@@ -28,6 +28,7 @@ class AttentionInputs:
     seqlens_k: ir.Value | None  # int32 [b] and int32 [], for the contrib operator
     total_sequence_length: ir.Value | None
     position_ids: ir.Value | None  # int64 [b, s], for the standard operators
+    masks: list[ir.Value | None]  # bool [s, total] of each kind with a sliding window, for those too
 
 
 def rms_norm(b: Builder, path: str, x: ir.Value, name: str, size: int, produce: Produce, epsilon: float) -> ir.Value:
@@ -70,6 +71,22 @@ def silu_gate(b: Builder, path: str, gate: ir.Value, up: ir.Value) -> ir.Value:
     return b.op(f"{path}/Mul", "Mul", [silu, up])
 
 
+# gate ── Gelu ── Mul(up)
+def gelu_gate(b: Builder, path: str, gate: ir.Value, up: ir.Value) -> ir.Value:
+    """The product gelu(gate) * up, with the approximation of gelu by tanh."""
+    return b.op(f"{path}/Mul", "Mul", [b.op(f"{path}/Gelu", "Gelu", [gate], approximate="tanh"), up])
+
+
+GATES = {"silu": silu_gate, "gelu_pytorch_tanh": gelu_gate}
+
+
+def scaled(b: Builder, path: str, x: ir.Value, scale: float) -> ir.Value:
+    """The product scale * x; x itself where the scale is 1."""
+    return (
+        x if scale == 1 else b.op(f"{path}/Mul", "Mul", [x, b.constant(f"{path}/scale", np.array(scale, np.float32))])
+    )
+
+
 def has_fused_attention(config: DecoderConfig) -> bool:
     """Whether the contrib operator takes this head size; its rotary embedding wants a multiple of 16."""
     return config.head_dim % 16 == 0
@@ -84,8 +101,12 @@ def attention_inputs(
         for index, kind in enumerate(config.attention_kinds)
     ]
     if b.contrib and has_fused_attention(config):
-        return AttentionInputs(tables, *_lengths(b, mask), None)
-    return AttentionInputs(tables, None, None, _positions(b, ids, mask))
+        return AttentionInputs(tables, *_lengths(b, mask), None, [])
+    masks = [
+        None if kind.sliding_window is None else _window(b, f"/window.{index}", ids, mask, kind.sliding_window)
+        for index, kind in enumerate(config.attention_kinds)
+    ]
+    return AttentionInputs(tables, None, None, _positions(b, ids, mask), masks)
 
 
 def _tables(b: Builder, kind: int, tables: tuple[np.ndarray, np.ndarray]) -> tuple[ir.Value, ir.Value]:
@@ -107,11 +128,28 @@ def _lengths(b: Builder, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 # ids, mask ── Range(total - s, total) ── Expand [b, s]
 def _positions(b: Builder, ids: ir.Value, mask: ir.Value) -> ir.Value:
-    total = _length(b, "/mask", mask)
-    start = b.op("/positions/Sub", "Sub", [total, _length(b, "/positions/ids", ids)])
-    step = b.constant("/positions/step", np.array(1, np.int64))
-    positions = b.op("/positions/Range", "Range", [start, total, step])
+    positions, _ = _ranges(b, "/positions", ids, mask)
     return b.op("/positions/Expand", "Expand", [positions, b.op("/positions/Shape", "Shape", [ids])])
+
+
+# Range(total - s, total) ── Unsqueeze [s, 1] ── Sub(Range(0, total)) ── Less(window) ── [s, total]
+def _window(b: Builder, path: str, ids: ir.Value, mask: ir.Value, window: int) -> ir.Value:
+    """Whether a key is less than `window` positions behind a query; that it is not ahead is for the operator."""
+    queries, keys = _ranges(b, path, ids, mask)
+    column = b.op(f"{path}/Unsqueeze", "Unsqueeze", [queries, b.constant("/shape/last", np.array([-1], np.int64))])
+    behind = b.op(f"{path}/Sub", "Sub", [column, keys])
+    return b.op(f"{path}/Less", "Less", [behind, b.constant(f"{path}/length", np.array(window, np.int64))])
+
+
+def _ranges(b: Builder, path: str, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The positions of the ids, int64 [s], and those of all keys, int64 [total]."""
+    zero, one = (b.constant(f"/positions/{n}", np.array(n, np.int64)) for n in (0, 1))
+    total = _length(b, f"{path}/mask", mask)
+    start = b.op(f"{path}/start/Sub", "Sub", [total, _length(b, f"{path}/ids", ids)])
+    return (
+        b.op(f"{path}/queries/Range", "Range", [start, total, one]),
+        b.op(f"{path}/keys/Range", "Range", [zero, total, one]),
+    )
 
 
 def _length(b: Builder, path: str, x: ir.Value) -> ir.Value:
@@ -137,7 +175,8 @@ def attention(
     The contrib operator is preferred because past and present may be one buffer there. The standard operators take
     every even head size and compute the same; they ignore padding in the mask.
     """
-    heads, kv_heads, scale = config.num_attention_heads, config.num_key_value_heads, config.head_dim**-0.5
+    heads, kv_heads, scale = config.num_attention_heads, config.num_key_value_heads, config.attention_scale
+    window = config.attention_kinds[kind].sliding_window
     outputs = ("output", "key", "value")
     tables = shared.tables[kind]
     if shared.position_ids is None:
@@ -145,7 +184,7 @@ def attention(
             f"{path}/GroupQueryAttention", "GroupQueryAttention",
             [*qkv, *past, shared.seqlens_k, shared.total_sequence_length, *(tables or ())],
             outputs, domain=CONTRIB, num_heads=heads, kv_num_heads=kv_heads, do_rotary=int(tables is not None),
-            scale=scale,
+            scale=scale, local_window_size=-1 if window is None else window,
         )  # fmt: skip
     q, k, v = qkv
     if tables is not None:
@@ -156,6 +195,6 @@ def attention(
             for name, x, count in (("q_rotary", q, heads), ("k_rotary", k, kv_heads))
         )
     return b.op_many(
-        f"{path}/Attention", "Attention", [q, k, v, None, *past], outputs,
+        f"{path}/Attention", "Attention", [q, k, v, shared.masks[kind], *past], outputs,
         is_causal=1, q_num_heads=heads, kv_num_heads=kv_heads, scale=scale,
     )  # fmt: skip

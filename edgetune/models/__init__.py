@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgetune.errors import ModelError
-from edgetune.models import llama, qwen2, qwen3, smollm3
+from edgetune.models import gemma3_text, llama, qwen2, qwen3, smollm3
 from edgetune.models.config import DecoderConfig, read_hf_config
 
-FAMILIES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "smollm3": smollm3}
+FAMILIES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "smollm3": smollm3, "gemma3_text": gemma3_text}
 
 
 def load_config(folder: str | Path) -> DecoderConfig:

@@ -14,6 +14,7 @@ LINEARS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 )  # fmt: skip
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 DEFAULT_TARGET_MODULES = tuple(path.rpartition(".")[2] for path in LINEARS)
 
 
@@ -34,13 +35,34 @@ class AttentionKind:
 
     rope_theta: float | None  # None: positions are not embedded (NoPE, arXiv 2305.19466)
     rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None  # positions that one sees, its own included; None: all up to its own
+
+    def window_within(self, length: int) -> int | None:
+        """The sliding window where it is shorter than a sequence of this length."""
+        return self.sliding_window if self.sliding_window is not None and self.sliding_window < length else None
+
+
+@dataclass(frozen=True)
+class BlockNorms:
+    """Names of a block's RMSNorms. Those after, where there are any, come before the residual sum."""
+
+    before_attention: str = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str = "post_attention_layernorm"
+    after_mlp: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        every = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
+        return tuple(name for name in every if name is not None)
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """A decoder-only transformer with RMSNorm, grouped heads and a gated MLP. Keys as in HF.
 
-    Layer i has attention of kind `attention_kinds[layer_kinds[i]]`.
+    Layer i has attention of kind `attention_kinds[layer_kinds[i]]`. Norms multiply by weight + `norm_offset`, scores
+    by `attention_scale`, and what the embedding gives by `embedding_scale`.
     """
 
     model_type: str
@@ -51,7 +73,12 @@ class DecoderConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    hidden_act: str
     rms_norm_eps: float
+    norm_offset: float
+    block_norms: BlockNorms
+    embedding_scale: float
+    attention_scale: float
     attention_kinds: tuple[AttentionKind, ...]
     layer_kinds: tuple[int, ...]
     max_position_embeddings: int
@@ -109,9 +136,7 @@ class DecoderConfig:
         shapes: dict[str, tuple[int]] = {}
         for i in range(self.num_hidden_layers):
             at = f"model.layers.{i}."
-            shapes |= {
-                at + f"{norm}.weight": (self.hidden_size,) for norm in ("input_layernorm", "post_attention_layernorm")
-            }
+            shapes |= {at + f"{norm}.weight": (self.hidden_size,) for norm in self.block_norms.names}
             if self.qk_norm:
                 shapes |= {at + f"self_attn.{norm}.weight": (self.head_dim,) for norm in ("q_norm", "k_norm")}
             shapes |= {
@@ -131,6 +156,7 @@ class DecoderConfig:
         return cls(
             **{
                 **values,
+                "block_norms": BlockNorms(**values["block_norms"]),
                 "attention_kinds": tuple(_attention_kind(kind) for kind in values["attention_kinds"]),
                 "layer_kinds": tuple(values["layer_kinds"]),
                 "eos_token_ids": tuple(values["eos_token_ids"]),
@@ -160,9 +186,6 @@ def decoder_config(
         )
     if head_dim % 2:
         raise ModelError(f"head_dim {head_dim} in config.json is odd; rotary embedding needs an even one.")
-    activation = hf.get("hidden_act", "silu")
-    if activation != "silu":
-        raise ModelError(f"hidden_act {activation!r} in config.json is not supported; the families here use 'silu'.")
     if hf.get("use_sliding_window"):
         raise ModelError("use_sliding_window true in config.json is not supported; set it to false for full attention.")
     if layers is None:
@@ -179,7 +202,12 @@ def decoder_config(
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
+            "hidden_act": activation(hf, "hidden_act", "silu"),
             "rms_norm_eps": float(hf.get("rms_norm_eps", 1e-6)),
+            "norm_offset": 0.0,
+            "block_norms": BlockNorms(),
+            "embedding_scale": 1.0,
+            "attention_scale": head_dim**-0.5,
             "attention_kinds": kinds,
             "layer_kinds": tuple(map(kinds.index, layers)),
             "max_position_embeddings": integer(hf, "max_position_embeddings", 2048),
@@ -203,6 +231,14 @@ def integer(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ModelError(f"config.json has {key} = {value!r}; a positive integer was expected.")
     return value
+
+
+def activation(hf: Mapping[str, Any], key: str, default: str) -> str:
+    """The name of the MLP's activation at this key."""
+    name = hf.get(key) or default
+    if name not in ACTIVATIONS:
+        raise ModelError(f"{key} {name!r} in config.json is not supported; supported are {', '.join(ACTIVATIONS)}.")
+    return str(name)
 
 
 def rotary(hf: Mapping[str, Any], default_theta: float = 10000.0) -> AttentionKind:

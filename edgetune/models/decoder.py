@@ -1,12 +1,14 @@
 """The decoder that all families share, in torch, over frozen weights.
 
-Module paths equal the Hugging Face names less their `model.` prefix. The pieces (`embed`, `context`, a layer, `norm`,
-`lm_head`) are public because the trainer drives them one block at a time; `forward` chains them for whole logits.
+Paths of the linears equal the Hugging Face names less their `model.` prefix. The pieces (`embed`, `context`, a layer,
+`norm`, `lm_head`) are public because the trainer drives them one block at a time; `forward` chains them for whole
+logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +52,11 @@ def rotate(x: torch.Tensor, context: Context) -> torch.Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu, "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
+}  # fmt: skip
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention; rows of a window see only their own segment."""
 
@@ -77,40 +84,49 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q.transpose(1, 2), context), rotate(k.transpose(1, 2), context)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=context.mask, is_causal=context.mask is None, enable_gqa=heads != kv_heads
-        )
+            q, k, v, attn_mask=context.mask, is_causal=context.mask is None, scale=self.config.attention_scale,
+            enable_gqa=heads != kv_heads,
+        )  # fmt: skip
         return self.o_proj(y.transpose(1, 2).reshape(batch, length, heads * head_dim))  # type: ignore[no-any-return]
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x))."""
 
     def __init__(self, base: Base, name: str, workspace: Workspace) -> None:
         super().__init__()
+        self.act = ACTIVATIONS[base.config.hidden_act]
         self.gate_proj = frozen_linear(base, f"{name}.gate_proj", workspace)
         self.up_proj = frozen_linear(base, f"{name}.up_proj", workspace)
         self.down_proj = frozen_linear(base, f"{name}.down_proj", workspace)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). `kind` is that of its attention."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)); some families norm what is added, too.
+
+    `kind` is that of its attention.
+    """
 
     def __init__(self, base: Base, index: int, workspace: Workspace) -> None:
         super().__init__()
         name = f"model.layers.{index}"
-        self.kind = base.config.layer_kinds[index]
-        self.input_layernorm = RMSNorm(base, f"{name}.input_layernorm")
+        self.kind, norms = base.config.layer_kinds[index], base.config.block_norms
+        self.before_attention = RMSNorm(base, f"{name}.{norms.before_attention}")
+        self.after_attention = RMSNorm(base, f"{name}.{norms.after_attention}") if norms.after_attention else None
+        self.before_mlp = RMSNorm(base, f"{name}.{norms.before_mlp}")
+        self.after_mlp = RMSNorm(base, f"{name}.{norms.after_mlp}") if norms.after_mlp else None
         self.self_attn = Attention(base, f"{name}.self_attn", workspace)
-        self.post_attention_layernorm = RMSNorm(base, f"{name}.post_attention_layernorm")
         self.mlp = GatedMLP(base, f"{name}.mlp", workspace)
 
     def forward(self, x: torch.Tensor, contexts: Sequence[Context]) -> torch.Tensor:
         """X [B, T, hidden] -> [B, T, hidden]."""
-        x = x + self.self_attn(self.input_layernorm(x), contexts[self.kind])
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+        y = self.self_attn(self.before_attention(x), contexts[self.kind])
+        x = x + (y if self.after_attention is None else self.after_attention(y))
+        y = self.mlp(self.before_mlp(x))
+        return x + (y if self.after_mlp is None else self.after_mlp(y))  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
@@ -138,7 +154,7 @@ class Decoder(nn.Module):
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Ids [B, T] -> [B, T, hidden]."""
-        return self.embed_tokens.lookup(input_ids)
+        return self.embed_tokens.lookup(input_ids).mul_(self.config.embedding_scale)
 
     def context(
         self, length: int, position_ids: torch.Tensor | None = None, segment_ids: torch.Tensor | None = None
@@ -153,11 +169,12 @@ class Decoder(nn.Module):
         if self._length < length:  # only as long as windows are: a 128k context would take 32 MiB
             self._tables = [_tables(kind, self.config.head_dim, length) for kind in self.config.attention_kinds]
             self._length = length
-        mask = None if segment_ids is None else _mask(segment_ids)
+        windows = [kind.window_within(length) for kind in self.config.attention_kinds]
+        masks = {window: _mask(segment_ids, length, window) for window in set(windows)}
         at = slice(length) if position_ids is None else position_ids
         return [
-            Context(None if tables is None else (_by_head(tables[0][at]), _by_head(tables[1][at])), mask)
-            for tables in self._tables
+            Context(None if tables is None else (_by_head(tables[0][at]), _by_head(tables[1][at])), masks[window])
+            for tables, window in zip(self._tables, windows, strict=True)
         ]
 
     def forward(
@@ -187,9 +204,15 @@ def _by_head(table: torch.Tensor) -> torch.Tensor:
     return table.unsqueeze(-3) if table.dim() == 3 else table[None, None]
 
 
-def _mask(segment_ids: torch.Tensor) -> torch.Tensor:
-    """The mask of a `Context` for segments [B, T]."""
+def _mask(segment_ids: torch.Tensor | None, length: int, window: int | None) -> torch.Tensor | None:
+    """The mask of a `Context` for segments [B, T] and a sliding window; None where plain causal is all."""
+    if segment_ids is None:
+        if window is None:
+            return None
+        segment_ids = torch.zeros(1, length)
     allowed = (segment_ids[:, :, None] == segment_ids[:, None, :]).tril_()
+    if window is not None:
+        allowed.triu_(1 - window)
     # Made float here: the attention kernel would turn a boolean mask into this once per layer, and keep each.
     return torch.zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)[:, None]
 

@@ -173,6 +173,7 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         for prefixes in (("input",), ("slot",), {name.partition(".")[0] for name in sizes} - {"input", "slot"})
     )
     one_slot = activation_bytes(job)
+    num_masks = len({kind.window_within(job.max_seq_length) for kind in job.model.attention_kinds})
     num_rotary = sum(kind.rope_theta is not None for kind in job.model.attention_kinds)
     return {
         "floor": floor_bytes,
@@ -183,8 +184,8 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         "optimizer": optimizer.state_bytes(trained) + optimizer.scratch_bytes(trained),
         "data": data_bytes(job),
         "kernels": PACK_BYTES * job.threads,
-        # What all blocks share: the attention mask, and the rotary tables of every position.
-        "context": FLOAT_BYTES * job.tokens * (job.max_seq_length + num_rotary * job.model.head_dim),
+        # What blocks share: the attention masks, and the rotary tables of every position.
+        "context": FLOAT_BYTES * job.tokens * (num_masks * job.max_seq_length + num_rotary * job.model.head_dim),
         "block_inputs": inputs,
         "kept_activations": slots_ - one_slot,
         "block_workspace": work + one_slot,
@@ -250,6 +251,10 @@ def buffers(job: Job) -> dict[str, int]:
     widths = {"q": q, "k": kv, "v": kv, "o": q, "x2": hidden, "gate": inner, "up": inner}
     if model.qk_norm:
         widths |= {"q_raw": q, "k_raw": kv}
+    if model.block_norms.after_attention:
+        widths["attention_out"] = hidden
+    if model.block_norms.after_mlp:
+        widths["mlp_out"] = hidden
     for slot in range(num_slots(job)):
         floats |= {f"slot.{slot}.{name}": positions * width for name, width in widths.items()}
     return {name: FLOAT_BYTES * count for name, count in floats.items()}

@@ -1,8 +1,10 @@
 """One block forward and backward by hand, in buffers that every step uses again.
 
     forward    h = norm(x)       q, k, v = h Wq, h Wk, h Wv, rotated      o = attention(q, k, v)
-               x2 = x + o Wo     gate, up = norm(x2) Wg, norm(x2) Wu      y = x2 + (silu(gate) * up) Wd
+               x2 = x + o Wo     gate, up = norm(x2) Wg, norm(x2) Wu      y = x2 + (act(gate) * up) Wd
     kept       q, k, v, o, x2, gate, up: what `Activations` names. Norms, products and scores are computed again.
+
+A family may norm o Wo and the MLP's output before they are added; these are kept too then.
 
 Autograd would keep twice as much, and its temporaries come from the system anew in every step: on small models more
 time went into fetching pages than into arithmetic. The same formulas as `models.decoder`, which the tests hold beside
@@ -11,7 +13,8 @@ them; attention is computed in tiles of queries, so scores never exist whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,12 +22,21 @@ import torch
 
 from edgetune.adapters.attach import AdaptedLinear
 from edgetune.linear import FrozenLinear, Workspace
+from edgetune.models.config import DecoderConfig
 from edgetune.models.decoder import Block, Context, RMSNorm
 from edgetune.planner.costs import TILE_QUERIES
 
 Linear = FrozenLinear | AdaptedLinear
 
 # Both take each row before they write it, so what is read and what is written may be the same memory.
+# Of each activation: f(x, out=...) and its backward (d, x, grad_input=...).
+_ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
+    "silu": (torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input),
+    "gelu_pytorch_tanh": (
+        functools.partial(torch.ops.aten.gelu.out, approximate="tanh"),
+        functools.partial(torch.ops.aten.gelu_backward.grad_input, approximate="tanh"),
+    ),
+}
 softmax, softmax_backward = torch.ops.aten._softmax.out, torch.ops.aten._softmax_backward_data.out
 
 
@@ -41,6 +53,8 @@ class Activations:
     up: torch.Tensor
     q_raw: torch.Tensor | None  # before q_norm, where the family has one
     k_raw: torch.Tensor | None
+    attention_out: torch.Tensor | None  # [N, hidden], before the norm after attention, where the family has one
+    mlp_out: torch.Tensor | None  # [N, hidden], before that after the MLP
 
 
 class _Tile(NamedTuple):
@@ -73,7 +87,8 @@ class BlockPass:
         def kept(key: str, width: int) -> torch.Tensor:
             return self.workspace.take(self.positions, width, f"{name}.{key}")
 
-        h = self._normed(x, block.input_layernorm, "h")
+        activate, _ = _ACTIVATIONS[config.hidden_act]
+        h = self._normed(x, block.before_attention, "h")
         q, k, v = kept("q", q_width), kept("k", kv_width), kept("v", kv_width)
         q_raw = k_raw = None
         if attention.q_norm is not None and attention.k_norm is not None:
@@ -90,16 +105,24 @@ class BlockPass:
         self._rotate(q, config.head_dim, context, 1)
         self._rotate(k, config.head_dim, context, 1)
         o, x2, gate, up = kept("o", q_width), kept("x2", config.hidden_size), kept("gate", inner), kept("up", inner)
-        made = Activations(q, k, v, o, x2, gate, up, q_raw, k_raw)
-        self._attend(made, context, config.num_key_value_heads, config.head_dim)
-        self._linear(attention.o_proj, o, x2)
+        attention_out = None if block.after_attention is None else kept("attention_out", config.hidden_size)
+        mlp_out = None if block.after_mlp is None else kept("mlp_out", config.hidden_size)
+        made = Activations(q, k, v, o, x2, gate, up, q_raw, k_raw, attention_out, mlp_out)
+        self._attend(made, context, config)
+        self._linear(attention.o_proj, o, x2 if attention_out is None else attention_out)
+        if block.after_attention is not None and attention_out is not None:
+            normalize(attention_out, block.after_attention, x2)
         x2.add_(x)
-        h = self._normed(x2, block.post_attention_layernorm, "h")
+        h = self._normed(x2, block.before_mlp, "h")
         self._linear(mlp.gate_proj, h, gate)
         self._linear(mlp.up_proj, h, up)
+        added = y if mlp_out is None else mlp_out
+        if added is not None:
+            product = activate(gate, out=self.workspace.take(self.positions, inner, "inner")).mul_(up)
+            self._linear(mlp.down_proj, product, added)
         if y is not None:
-            product = torch.ops.aten.silu.out(gate, out=self.workspace.take(self.positions, inner, "inner")).mul_(up)
-            self._linear(mlp.down_proj, product, y)
+            if block.after_mlp is not None and mlp_out is not None:
+                normalize(mlp_out, block.after_mlp, y)
             y.add_(x2)
         return made
 
@@ -110,24 +133,27 @@ class BlockPass:
         """
         config, attention, mlp = block.self_attn.config, block.self_attn, block.mlp
         take, positions, inner = self.workspace.take, self.positions, config.intermediate_size
+        activate, activate_backward = _ACTIVATIONS[config.hidden_act]
 
-        product = torch.ops.aten.silu.out(made.gate, out=take(positions, inner, "inner")).mul_(made.up)
+        d_out = self._before_norm(made.mlp_out, block.after_mlp, d)
+        product = activate(made.gate, out=take(positions, inner, "inner")).mul_(made.up)
         d_product = take(positions, inner, "d_inner")
-        self._linear_backward(mlp.down_proj, product, d, d_product, first=True)
+        self._linear_backward(mlp.down_proj, product, d_out, d_product, first=True)
         # From here "inner" is the gradient of up, and gate becomes its own.
-        d_up = torch.ops.aten.silu.out(made.gate, out=product).mul_(d_product)
+        d_up = activate(made.gate, out=product).mul_(d_product)
         d_gate = made.gate
-        torch.ops.aten.silu_backward.grad_input(made.up.mul_(d_product), made.gate, grad_input=d_gate)
-        h = self._normed(made.x2, block.post_attention_layernorm, "h")
+        activate_backward(made.up.mul_(d_product), made.gate, grad_input=d_gate)
+        h = self._normed(made.x2, block.before_mlp, "h")
         d_h = take(positions, config.hidden_size, "d_h")
         self._linear_backward(mlp.gate_proj, h, d_gate, d_h, first=True)
         self._linear_backward(mlp.up_proj, h, d_up, d_h)
-        normalize_backward(made.x2, block.post_attention_layernorm, d_h, d)
+        normalize_backward(made.x2, block.before_mlp, d_h, d)
 
+        d_out = self._before_norm(made.attention_out, block.after_attention, d)
         d_o = take(positions, made.o.shape[1], "inner")
-        self._linear_backward(attention.o_proj, made.o, d, d_o, first=True)
+        self._linear_backward(attention.o_proj, made.o, d_out, d_o, first=True)
         context = self.contexts[block.kind]
-        d_q, d_k, d_v = self._attend_backward(made, d_o, context, config.num_key_value_heads, config.head_dim)
+        d_q, d_k, d_v = self._attend_backward(made, d_o, context, config)
         self._rotate(d_q, config.head_dim, context, -1)
         self._rotate(d_k, config.head_dim, context, -1)
         if attention.q_norm is not None and attention.k_norm is not None:
@@ -138,12 +164,20 @@ class BlockPass:
                 total = take(len(by_head), config.head_dim, "d_inner").zero_()
                 normalize_backward(raw, norm, by_head, total)
                 by_head.copy_(total)
-        h = self._normed(x, block.input_layernorm, "h")
+        h = self._normed(x, block.before_attention, "h")
         parts = ((attention.q_proj, d_q), (attention.k_proj, d_k), (attention.v_proj, d_v))
         for index, (layer, grad) in enumerate(parts):
             self._linear_backward(layer, h, grad, d_h if to_input else None, first=index == 0)
         if to_input:
-            normalize_backward(x, block.input_layernorm, d_h, d)
+            normalize_backward(x, block.before_attention, d_h, d)
+
+    def _before_norm(self, x: torch.Tensor | None, norm: RMSNorm | None, d: torch.Tensor) -> torch.Tensor:
+        """The gradient of x where d is that of norm(x), in "d_h"; d itself where there is no norm."""
+        if x is None or norm is None:
+            return d
+        d_x = self.workspace.like(d, "d_h").zero_()
+        normalize_backward(x, norm, self.workspace.like(d, "h").copy_(d), d_x)
+        return d_x
 
     def _normed(self, x: torch.Tensor, norm: RMSNorm, name: str) -> torch.Tensor:
         return normalize(x, norm, self.workspace.like(x, name))
@@ -183,8 +217,9 @@ class BlockPass:
         first.mul_(cos).addcmul_(second, sin, value=-direction)
         second.mul_(cos).add_(turned, alpha=direction)
 
-    def _tiles(self, made: Activations, context: Context, kv_heads: int, head_dim: int) -> Iterator[_Tile]:
+    def _tiles(self, made: Activations, context: Context, config: DecoderConfig) -> Iterator[_Tile]:
         """The tiles in turn, each in the memory of the one before."""
+        kv_heads, head_dim = config.num_key_value_heads, config.head_dim
         assert context.mask is not None, "windows have segments"
         batch, length = self.batch, self.length
         q = made.q.view(batch, length, kv_heads, -1, head_dim)
@@ -196,7 +231,7 @@ class BlockPass:
                 rows = (stop - start) * rep
                 part = self.workspace.take(kv_heads * rows, head_dim, "attention.q").view(kv_heads, rows, head_dim)
                 by_head = part.view(kv_heads, stop - start, rep, head_dim)
-                torch.mul(q[window, start:stop].transpose(0, 1), head_dim**-0.5, out=by_head)
+                torch.mul(q[window, start:stop].transpose(0, 1), config.attention_scale, out=by_head)
                 keys, values = (x[window, :stop].transpose(0, 1) for x in (k, v))
                 scores = self.workspace.take(kv_heads * rows, stop, "attention.scores").view(kv_heads, rows, stop)
                 torch.bmm(part, keys.transpose(1, 2), out=scores)
@@ -205,25 +240,27 @@ class BlockPass:
                 softmax(scores, -1, False, out=scores)
                 yield _Tile(window, slice(start, stop), part, scores, keys, values)
 
-    def _attend(self, made: Activations, context: Context, kv_heads: int, head_dim: int) -> None:
+    def _attend(self, made: Activations, context: Context, config: DecoderConfig) -> None:
         """Fills `made.o`."""
+        kv_heads, head_dim = config.num_key_value_heads, config.head_dim
         o = made.o.view(self.batch, self.length, kv_heads, -1, head_dim)
-        for window, at, part, scores, _, values in self._tiles(made, context, kv_heads, head_dim):
+        for window, at, part, scores, _, values in self._tiles(made, context, config):
             found = torch.bmm(scores, values, out=part)
             o[window, at].copy_(found.view(kv_heads, at.stop - at.start, -1, head_dim).transpose(0, 1))
 
     def _attend_backward(
-        self, made: Activations, d_o: torch.Tensor, context: Context, kv_heads: int, head_dim: int
+        self, made: Activations, d_o: torch.Tensor, context: Context, config: DecoderConfig
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of q and k, rotated as those are, and of v; the latter two lie in k's and v's own memory."""
         take, batch, length = self.workspace.take, self.batch, self.length
+        kv_heads, head_dim = config.num_key_value_heads, config.head_dim
         d_q = self.workspace.like(made.q, "d_q").view(batch, length, kv_heads, -1, head_dim)
         d_k, d_v = (
             take(batch * kv_heads * length, head_dim, name).zero_().view(batch, kv_heads, length, head_dim)
             for name in ("d_k", "d_v")
         )
         d_o = d_o.view(batch, length, kv_heads, -1, head_dim)
-        for window, at, part, scores, keys, values in self._tiles(made, context, kv_heads, head_dim):
+        for window, at, part, scores, keys, values in self._tiles(made, context, config):
             count = at.stop - at.start
             d_part = take(part.shape[0] * part.shape[1], head_dim, "attention.d_o").view(part.shape)
             by_head = d_part.view(kv_heads, count, -1, head_dim)
@@ -234,7 +271,7 @@ class BlockPass:
             softmax_backward(d_scores, scores, -1, torch.float32, grad_input=d_scores)
             d_k[window, :, : at.stop].baddbmm_(d_scores.transpose(1, 2), part)
             found = torch.bmm(d_scores, keys, out=d_part)
-            torch.mul(found.view(by_head.shape).transpose(0, 1), head_dim**-0.5, out=d_q[window, at])
+            torch.mul(found.view(by_head.shape).transpose(0, 1), config.attention_scale, out=d_q[window, at])
         for grad, own in ((d_k, made.k), (d_v, made.v)):
             own.view(batch, length, kv_heads, head_dim).copy_(grad.transpose(1, 2))
         return d_q.view(made.q.shape), made.k, made.v

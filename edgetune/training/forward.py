@@ -48,7 +48,7 @@ def below(
     count, length = batch["input_ids"].shape
     x = decoder.workspace.take(count * length, decoder.config.hidden_size, "input.0")
     if not first_block:
-        return decoder.embed_tokens.lookup(torch.from_numpy(batch["input_ids"]), x)
+        return _embed(decoder, batch, x)
     for index in range(count):
         window = {key: value[index : index + 1] for key, value in batch.items()}
         rows = x[index * length : (index + 1) * length]
@@ -57,12 +57,18 @@ def below(
     return x
 
 
+def _embed(decoder: Decoder, batch: Batch, out: torch.Tensor) -> torch.Tensor:
+    """`Decoder.embed` into `out` [N, H]."""
+    ids = torch.from_numpy(batch["input_ids"])
+    return decoder.embed_tokens.lookup(ids, out).mul_(decoder.config.embedding_scale)
+
+
 def lower_blocks(decoder: Decoder, window: Batch, stop: int, check: Check) -> torch.Tensor:
     """What block `stop` gets of a micro-batch of one window, [T, H]: by turns in two buffers, nothing kept."""
     walk = start(decoder, window)
     x = decoder.workspace.take(walk.positions, decoder.config.hidden_size, "input.1")
     y = decoder.workspace.like(x, "d")
-    decoder.embed_tokens.lookup(torch.from_numpy(window["input_ids"]), x)
+    _embed(decoder, window, x)
     for block in decoder.blocks[:stop]:
         walk.forward(block, x, y, "slot.0")
         x, y = y, x

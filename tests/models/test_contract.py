@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config, write_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgetune.base import open_base
 from edgetune.errors import ModelError
@@ -30,6 +30,10 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("smollm3", {"num_hidden_layers": 3, "no_rope_layers": [0, 1, 0, 1]}),
     ("smollm3", {"rope_theta": None, "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}),
     ("smollm3", {"rope_theta": None}),
+    ("gemma3_text", {"num_hidden_layers": 7, "sliding_window_pattern": None, "sliding_window": 96}),
+    ("gemma3_text", {"attention_bias": True, "num_key_value_heads": 1, "rope_local_base_freq": None}),
+    ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_theta": None, "sliding_window": 1}),
+    ("gemma3_text", {"layer_types": ["full_attention", "sliding_attention"], "query_pre_attn_scalar": None}),
 ]
 
 
@@ -56,15 +60,39 @@ def _add_biases(folder: Path, config: dict[str, Any]) -> None:
 
     tensors = load_file(folder / "model.safetensors")
     rng = np.random.default_rng(9)
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+    without = () if config.get("mlp_bias") else ("mlp",)
+    for name in [name for name in tensors if name.endswith("_proj.weight") and name.split(".")[3] not in without]:
         tensors[name.removesuffix("weight") + "bias"] = rng.standard_normal(len(tensors[name])).astype(np.float32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_writes_of_a_config_means_the_same(family: str, tmp_path: Path) -> None:
+    """Its newer keys: `rope_parameters`, `layer_types`, `no_rope_layers`, and every default."""
+    config = tiny_config(family, num_hidden_layers=5)
+    rewritten = AutoConfig.for_model(**config).to_dict()
+    assert rewritten.keys() - config.keys() >= {"rope_parameters"}
+    assert FAMILIES[family].config_from_hf(rewritten) == FAMILIES[family].config_from_hf(config)
+
+
+@pytest.mark.parametrize("length", [40, 11, 5])
+def test_a_window_hides_what_lies_behind_it(length: int, tmp_path: Path) -> None:
+    """Two layers of windows of 4 see 6 positions back, however long the sequence and whatever stands before."""
+    config = tiny_config("gemma3_text", sliding_window=4, layer_types=["sliding_attention"] * 2)
+    decoder = load_decoder(write_model(tmp_path / "model", config))
+    ids = torch.randint(3, 301, (1, length), generator=torch.Generator().manual_seed(3))
+    for back in range(min(length, 10)):
+        other = ids.clone()
+        other[0, length - 1 - back] = (other[0, length - 1 - back] + 7) % 301
+        with torch.no_grad():
+            changed = (decoder(other)[0, -1] - decoder(ids)[0, -1]).abs().max()
+        assert (changed > 1e-4) == (back <= 6), back
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_packed_rows_do_not_see_each_other(family: str, tmp_path: Path) -> None:
     decoder = load_decoder(write_model(tmp_path / "model", tiny_config(family)))
-    rows = [torch.arange(5, 5 + n) for n in (7, 12, 3)]
+    rows = [torch.arange(5, 5 + n) for n in (7, 12, 3)]  # the second is longer than gemma3_text's window
     packed = torch.cat([*rows, torch.zeros(4, dtype=torch.long)])[None]
     positions = torch.cat([*(torch.arange(len(row)) for row in rows), torch.zeros(4, dtype=torch.long)])[None]
     segments = torch.tensor([0] * 7 + [1] * 12 + [2] * 3 + [-1] * 4)[None]
@@ -135,6 +163,23 @@ def test_stories260k_writes_the_oracle_text(real: Callable[[str], Path]) -> None
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"rope scaling 'yarn'"),
         ({"head_dim": 7}, r"head_dim 7"),
         ({"use_sliding_window": True}, r"use_sliding_window true"),
+        *(
+            ({"model_type": "gemma3_text"} | change, message)
+            for change, message in [
+                ({"use_bidirectional_attention": True}, r"use_bidirectional_attention = True in config.json is not"),
+                ({"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping = 50.0"),
+                ({"final_logit_softcapping": 30.0}, r"final_logit_softcapping = 30.0"),
+                ({"hidden_activation": "relu"}, r"hidden_activation 'relu'.*silu, gelu_pytorch_tanh"),
+                ({"sliding_window": 0}, r"sliding_window = 0; a positive integer"),
+                ({"query_pre_attn_scalar": "256"}, r"query_pre_attn_scalar = '256'"),
+                ({"layer_types": ["full_attention"]}, r"layer_types = \['full_attention'\]; .* each of 2 layers"),
+                ({"layer_types": ["full_attention", "chunked_attention"]}, r"chunked_attention.*sliding_attention for"),
+                (
+                    {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}},
+                    r"rope scaling 'yarn'",
+                ),
+            ]
+        ),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, r"no_rope_layers = \[1\]; 0 or 1 for each of 2 layers"),
         ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, r"no_rope_layers = \[1, 2\]"),
         ({"model_type": "smollm3", "no_rope_layer_interval": 0}, r"no_rope_layer_interval = 0; a positive integer"),
@@ -142,6 +187,7 @@ def test_stories260k_writes_the_oracle_text(real: Callable[[str], Path]) -> None
 )
 def test_wrong_configs_are_refused_by_value(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", tiny_config("llama"))
-    (folder / "config.json").write_text(json.dumps(tiny_config("llama") | change))
+    config = tiny_config(change.get("model_type", "llama")) | change
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=message):
         load_config(folder)
