@@ -59,6 +59,10 @@ CASES: dict[str, list[dict[str, Any]]] = {
         case("int4", "foreground", 256, 2, r=8, layers="20-29", targets=ALL, optimizer="adamw_8bit"),
         case("nf4", "foreground", 128, 2, r=32, layers="0-29", targets=ALL, optimizer="adamw_8bit"),
     ],
+    "gemma-3-270m": [
+        case("int4", "min", 256, r=8, layers="0-17", targets=ALL),
+        case("nf4", "foreground", 768, r=8, layers="6-17", targets=ALL),  # beyond the sliding window
+    ],
     "qwen2.5-0.5b": [
         case("int4", "min", 256, r=8, layers="0-23", targets=ALL),
         case("nf4", 700, 128, 2, r=16, layers="0-23", targets=ALL),

@@ -28,7 +28,6 @@ from edgetune.planner.costs import TILE_QUERIES
 
 Linear = FrozenLinear | AdaptedLinear
 
-# Both take each row before they write it, so what is read and what is written may be the same memory.
 # Of each activation: f(x, out=...) and its backward (d, x, grad_input=...).
 _ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
     "silu": (torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input),
@@ -37,6 +36,7 @@ _ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.T
         functools.partial(torch.ops.aten.gelu_backward.grad_input, approximate="tanh"),
     ),
 }
+# Both take each row before they write it, so what is read and what is written may be the same memory.
 softmax, softmax_backward = torch.ops.aten._softmax.out, torch.ops.aten._softmax_backward_data.out
 
 

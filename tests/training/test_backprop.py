@@ -73,9 +73,10 @@ def test_equals_peft(tmp_path: Path, family: str, grid: str) -> None:
         assert relative(gradient, reference[name].grad) < 1e-4, name
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_recomputation_changes_no_bit(tmp_path: Path, dropout: float) -> None:
-    base = make_base(tmp_path, num_hidden_layers=3)
+def test_recomputation_changes_no_bit(tmp_path: Path, dropout: float, family: str) -> None:
+    base = make_base(tmp_path, family, num_hidden_layers=3)
     decoder, parameters, _ = adapted(base, LoraConfig(r=3, lora_alpha=7, lora_dropout=dropout))
     batches = [random_batch(301, 2, 30, seed=1), random_batch(301, 2, 30, seed=2)]
     loss, kept = gradients(decoder, parameters, batches, Walk(0, 0))
@@ -97,10 +98,11 @@ def test_dropout_differs_between_steps_and_micro_batches(tmp_path: Path) -> None
     assert len({evaluate(decoder, [batch], check=lambda: None) for _ in range(2)}) == 1
 
 
+@pytest.mark.parametrize("family", ["llama", "smollm3", "gemma3_text"])
 @pytest.mark.parametrize("first", [1, 2])
-def test_top_blocks_alone_equal_autograd_over_the_whole_model(tmp_path: Path, first: int) -> None:
+def test_top_blocks_alone_equal_autograd_over_the_whole_model(tmp_path: Path, first: int, family: str) -> None:
     config = LoraConfig(r=3, layers_to_transform=(first,))
-    decoder, parameters, _ = adapted(make_base(tmp_path, num_hidden_layers=4), config)
+    decoder, parameters, _ = adapted(make_base(tmp_path, family, num_hidden_layers=4), config)
     batch = random_batch(301, 2, 30)
     tensors = {key: torch.from_numpy(value) for key, value in batch.items()}
     logits = decoder(tensors["input_ids"], tensors["position_ids"], tensors["segment_ids"])
