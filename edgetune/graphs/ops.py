@@ -82,9 +82,9 @@ GATES = {"silu": silu_gate, "gelu_pytorch_tanh": gelu_gate}
 
 def scaled(b: Builder, path: str, x: ir.Value, scale: float) -> ir.Value:
     """The product scale * x; x itself where the scale is 1."""
-    return (
-        x if scale == 1 else b.op(f"{path}/Mul", "Mul", [x, b.constant(f"{path}/scale", np.array(scale, np.float32))])
-    )
+    if scale == 1:
+        return x
+    return b.op(f"{path}/Mul", "Mul", [x, b.constant(f"{path}/scale", np.array(scale, np.float32))])
 
 
 def has_fused_attention(config: DecoderConfig) -> bool:
@@ -102,11 +102,13 @@ def attention_inputs(
     ]
     if b.contrib and has_fused_attention(config):
         return AttentionInputs(tables, *_lengths(b, mask), None, [])
+    queries = _queries(b, ids, mask)
     masks = [
-        None if kind.sliding_window is None else _window(b, f"/window.{index}", ids, mask, kind.sliding_window)
+        None if kind.sliding_window is None else _window(b, f"/window.{index}", queries, mask, kind.sliding_window)
         for index, kind in enumerate(config.attention_kinds)
     ]
-    return AttentionInputs(tables, None, None, _positions(b, ids, mask), masks)
+    positions = b.op("/positions/Expand", "Expand", [queries, b.op("/positions/Shape", "Shape", [ids])])
+    return AttentionInputs(tables, None, None, positions, masks)
 
 
 def _tables(b: Builder, kind: int, tables: tuple[np.ndarray, np.ndarray]) -> tuple[ir.Value, ir.Value]:
@@ -126,30 +128,23 @@ def _lengths(b: Builder, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
     return seqlens, b.op("/mask/total/Cast", "Cast", [_length(b, "/mask", mask)], to=_INT32)
 
 
-# ids, mask ── Range(total - s, total) ── Expand [b, s]
-def _positions(b: Builder, ids: ir.Value, mask: ir.Value) -> ir.Value:
-    positions, _ = _ranges(b, "/positions", ids, mask)
-    return b.op("/positions/Expand", "Expand", [positions, b.op("/positions/Shape", "Shape", [ids])])
+# ids, mask ── Range(total - s, total)
+def _queries(b: Builder, ids: ir.Value, mask: ir.Value) -> ir.Value:
+    """The positions of the new tokens, int64 [s]."""
+    total = _length(b, "/mask", mask)
+    start = b.op("/positions/Sub", "Sub", [total, _length(b, "/positions/ids", ids)])
+    step = b.constant("/positions/step", np.array(1, np.int64))
+    return b.op("/positions/Range", "Range", [start, total, step])
 
 
-# Range(total - s, total) ── Unsqueeze [s, 1] ── Sub(Range(0, total)) ── Less(window) ── [s, total]
-def _window(b: Builder, path: str, ids: ir.Value, mask: ir.Value, window: int) -> ir.Value:
+# queries ── Unsqueeze [s, 1] ── Sub(Range(0, total)) ── Less(window) ── [s, total]
+def _window(b: Builder, path: str, queries: ir.Value, mask: ir.Value, window: int) -> ir.Value:
     """Whether a key is less than `window` positions behind a query; that it is not ahead is for the operator."""
-    queries, keys = _ranges(b, path, ids, mask)
+    zero, one = (b.constant(f"/window/{n}", np.array(n, np.int64)) for n in (0, 1))
+    keys = b.op(f"{path}/Range", "Range", [zero, _length(b, path, mask), one])
     column = b.op(f"{path}/Unsqueeze", "Unsqueeze", [queries, b.constant("/shape/last", np.array([-1], np.int64))])
     behind = b.op(f"{path}/Sub", "Sub", [column, keys])
     return b.op(f"{path}/Less", "Less", [behind, b.constant(f"{path}/length", np.array(window, np.int64))])
-
-
-def _ranges(b: Builder, path: str, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The positions of the ids, int64 [s], and those of all keys, int64 [total]."""
-    zero, one = (b.constant(f"/positions/{n}", np.array(n, np.int64)) for n in (0, 1))
-    total = _length(b, f"{path}/mask", mask)
-    start = b.op(f"{path}/start/Sub", "Sub", [total, _length(b, f"{path}/ids", ids)])
-    return (
-        b.op(f"{path}/queries/Range", "Range", [start, total, one]),
-        b.op(f"{path}/keys/Range", "Range", [zero, total, one]),
-    )
 
 
 def _length(b: Builder, path: str, x: ir.Value) -> ir.Value:

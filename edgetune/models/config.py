@@ -151,23 +151,6 @@ class DecoderConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> DecoderConfig:
-        return cls(
-            **{
-                **values,
-                "block_norms": BlockNorms(**values["block_norms"]),
-                "attention_kinds": tuple(_attention_kind(kind) for kind in values["attention_kinds"]),
-                "layer_kinds": tuple(values["layer_kinds"]),
-                "eos_token_ids": tuple(values["eos_token_ids"]),
-            }
-        )
-
-
-def _attention_kind(values: Mapping[str, Any]) -> AttentionKind:
-    scaling = values["rope_scaling"]
-    return AttentionKind(**{**values, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
-
 
 def decoder_config(
     hf: Mapping[str, Any], *, layers: Sequence[AttentionKind] | None = None, **family: Any

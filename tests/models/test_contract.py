@@ -19,6 +19,7 @@ from edgetune.models import FAMILIES, load_config
 from edgetune.models.config import DecoderConfig
 from edgetune.models.decoder import load_decoder
 from edgetune.models.rope import rope_tables
+from edgetune.schema import Reader
 
 ROWS: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),
@@ -131,7 +132,7 @@ def test_llama_3_rope_scaling_equals_transformers() -> None:
 def test_config_survives_json(family: str, tmp_path: Path) -> None:
     config = load_config(write_model(tmp_path / "model", tiny_config(family)))
     assert (family != "llama") or config.attention_kinds[0].rope_scaling is not None
-    assert DecoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert Reader().read(DecoderConfig, json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_parameters_are_counted(tmp_path: Path) -> None:
