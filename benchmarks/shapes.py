@@ -55,10 +55,11 @@ def write_shape(name: str, folder: Path, *, seed: int = 0, num_hidden_layers: in
     shapes: dict[str, tuple[int, ...]] = {f"{m}.weight": shape for m, shape in config.matrices().items()}
     shapes |= config.vectors()
     rng = np.random.default_rng(seed)
+    norm = 1.0 - config.norm_offset  # what norms multiply by is 1, about
 
     def produce(tensor: str) -> np.ndarray:
         shape = shapes[tensor]
-        centre, spread = (0.0, 1 / math.sqrt(shape[-1])) if len(shape) == 2 else (float("norm" in tensor), 0.02)
+        centre, spread = (0.0, 1 / math.sqrt(shape[-1])) if len(shape) == 2 else (norm * ("norm" in tensor), 0.02)
         values = rng.standard_normal(shape, dtype=np.float32) * np.float32(spread) + np.float32(centre)
         return (values.view(np.uint32) >> 16).astype(np.uint16)  # bfloat16 by truncation
 
