@@ -578,12 +578,12 @@ def test_a_graph_that_computes_something_else_fails_the_gate(
 def test_a_cache_that_is_wrong_fails_the_gate(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = parity.Graph._run
+    call = parity.Graph._call
 
-    def forgetful(self: parity.Graph, ids: np.ndarray, cache: Any) -> dict[str, np.ndarray]:
-        return run(self, ids, {name: value[:, :, 1:] for name, value in cache.items()})
+    def forgetful(self: parity.Graph, session: Any, piece: Any, known: Any, cache: Any) -> dict[str, np.ndarray]:
+        return call(self, session, piece, known, {name: value[:, :, 1:] for name, value in cache.items()})
 
-    monkeypatch.setattr(parity.Graph, "_run", forgetful)
+    monkeypatch.setattr(parity.Graph, "_call", forgetful)
     with pytest.raises(ParityError, match="does not compute what was trained"):
         export(bases["nf4"], out=tmp_path / "bundle")
 

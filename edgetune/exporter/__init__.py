@@ -113,7 +113,7 @@ def export(
             share = merged["alpha"]
             job = replace(job, adapter=job.adapter.weakened(share))
         figures, rounding = _write_model(job, temporary, Path(work), share, accept_loss=accept_loss)
-        adapters = _write_adapter(job, temporary)
+        adapters = _write_adapter(job, temporary, Path(work))
         _write_companions(job, temporary)
         _write_manifest(job, temporary, figures, rounding, adapters, merged, meter.peak_rss_bytes)
     return load_bundle(out)
@@ -159,7 +159,7 @@ def _write_model(
     del decoder
     fast = FORMATS[job.weights].ROUNDS_ACTIVATIONS
     gated = held_out if tuned else []
-    figures = parity.check_logits(model, config, feeds, items, expected, fast=fast, held_out=gated)
+    figures = parity.check_logits(model, config, feeds, items, expected, work, fast=fast, held_out=gated)
     figures |= {"adapter": "run" if tuned else "random", "held_out_rows": len(job.rows)}
     return figures, rounding
 
@@ -182,12 +182,12 @@ def _attach(job: Job, decoder: Decoder) -> Adapter:
     return Adapter(config, {name: value.detach().numpy() for name, value in parameters.items()})
 
 
-def _write_adapter(job: Job, folder: Path) -> dict[str, Any]:
+def _write_adapter(job: Job, folder: Path, work: Path) -> dict[str, Any]:
     """The run's adapter beside the graph: its two files, and the manifest's entry. Empty where there is none."""
     if job.adapter is None or job.merge:
         return {}
     config, feeds, rows = job.adapter.config, job.adapter.feeds, _probe_rows(job)
-    change = parity.probe_change(folder / MODEL, job.base.config, feeds, rows)
+    change = parity.probe_change(folder / MODEL, job.base.config, feeds, rows, work)
     check_probe_change(change, origin="the run's adapter")
     slots = tuple(dict.fromkeys(name.rpartition(".")[0] for name in feeds))
     alpha = float(config.lora_alpha or 0)

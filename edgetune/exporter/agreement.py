@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,8 @@ from edgetune.data import IGNORED, Row
 MIN_POSITIONS = 1000
 TASK_POSITIONS = 8192  # held-out positions for the task metric: one point is then some eighty tokens
 _ROW_LENGTH = 128  # of seeded rows
-_BATCH_POSITIONS = 256  # logits of a batch: 50 MB at a vocabulary of 49k
+_BATCH_POSITIONS = 256
+_LOGITS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,42 @@ def batches(items: Sequence[Probe]) -> Iterator[tuple[np.ndarray, list[Probe]]]:
         at += len(group)
 
 
+class Spool:
+    """Logits [positions, vocab_size] of all positions of some probes, in a file: written in tiles, read in ranges.
+
+    A vocabulary of 128k makes 1,000 positions half a gigabyte, so they are never in memory together. `ids` are the
+    batches [B, T] that the tiles are of.
+    """
+
+    def __init__(self, path: Path, items: Sequence[Probe], vocab_size: int) -> None:
+        plan = list(batches(items))
+        self.ids = [ids for ids, _ in plan]
+        lengths = [[len(probe.ids) for probe in group] for _, group in plan]
+        starts = iter(accumulate((n for group in lengths for n in group), initial=0))
+        self._rows = [[(next(starts), n) for n in group] for group in lengths]
+        self._path, self._vocab_size, self._count = path, vocab_size, num_positions(items)
+        self._file = path.open("wb")
+
+    def write(self, batch: int, columns: slice, logits: np.ndarray, first: int = 0) -> None:
+        """Logits [B, t, columns] of a batch, from its position `first` on; those of padding are left out."""
+        for (start, length), row in zip(self._rows[batch], logits, strict=True):
+            for at, values in enumerate(row[: length - first], start + first):
+                self._file.seek(4 * (at * self._vocab_size + columns.start))
+                self._file.write(np.ascontiguousarray(values, np.float32).data)
+
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """All positions in ranges, with their logits [n, vocab_size]."""
+        self._file.flush()
+        step = max(1, _LOGITS_AT_ONCE // self._vocab_size)
+        for start in range(0, self._count, step):
+            rows = slice(start, min(start + step, self._count))
+            count, offset = (rows.stop - start) * self._vocab_size, 4 * start * self._vocab_size
+            yield rows, np.fromfile(self._path, np.float32, count, offset=offset).reshape(-1, self._vocab_size)
+
+    def __del__(self) -> None:
+        self._file.close()
+
+
 class Agreement:
     """How far logits [n, vocab] are from expected ones: largest difference, equal top-1, mean KL(expected || got)."""
 
@@ -99,11 +138,11 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return result
 
 
-def compare_spools(expected: np.ndarray, got: np.ndarray) -> dict[str, Any]:
-    """Agreement of two spools of the same probes."""
+def compare(expected: Spool, got: Spool) -> dict[str, Any]:
+    """Agreement of two spools of the same probes; of the first ones where `got` has fewer."""
     agreement = Agreement()
-    for start in range(0, len(expected), _ROW_LENGTH):
-        agreement.add(expected[start : start + _ROW_LENGTH], got[start : start + _ROW_LENGTH])
+    for (_, wanted), (_, found) in zip(expected.blocks(), got.blocks(), strict=False):
+        agreement.add(wanted[: len(found)], found)
     return agreement.figures()
 
 
@@ -117,12 +156,19 @@ def loss_of(logits: np.ndarray, labels: np.ndarray) -> tuple[float, int, int]:
     return float(nll), int((chosen.argmax(-1) == targets).sum()), len(at)
 
 
-def rounding_cost(items: Sequence[Probe], trained: np.ndarray, rounded: np.ndarray) -> dict[str, Any]:
+def task_of(items: Sequence[Probe], spool: Spool) -> np.ndarray:
+    """The sums of `loss_of` over all probes of a spool."""
+    labels, totals = np.concatenate([probe.labels for probe in items]), np.zeros(3)
+    for rows, logits in spool.blocks():
+        totals += loss_of(logits, labels[rows])
+    return totals
+
+
+def rounding_cost(items: Sequence[Probe], trained: Spool, rounded: Spool) -> dict[str, Any]:
     """What rounding did to the trained model: agreement of both spools; loss and accuracy on held-out rows, or None."""
-    cost = compare_spools(trained, rounded)
-    labels = np.concatenate([probe.labels for probe in items])
+    cost = compare(trained, rounded)
     for when, spool in (("before", trained), ("after", rounded)):
-        loss, correct, count = loss_of(spool, labels)
+        loss, correct, count = task_of(items, spool)
         cost[f"loss_{when}"] = loss / count if count else None
         cost[f"token_accuracy_{when}"] = correct / count if count else None
     return cost

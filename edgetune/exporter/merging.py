@@ -6,10 +6,14 @@
 Either way the frozen codes that the adapter was trained around do not survive, so the bundle is no longer "the bytes
 you trained on". How far it is away is measured here per matrix, against the weight and against what the adapter changes
 there, and on logits and loss by `parity`. A matrix without an adapter keeps its codes where the target can hold them.
+
+Matrices come in ranges of rows: an embedding of 128k rows is never whole on the heap, in whatever format.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,15 +22,11 @@ from edgetune.adapters import lora
 from edgetune.base import Base
 from edgetune.exporter.job import Adapter
 from edgetune.graphs import FORMATS, standard
-from edgetune.grids import GRIDS, row_tiles
+from edgetune.grids import GRIDS, tile_rows
 from edgetune.weights import Matrix
 
 Codes = dict[str, np.ndarray]
-
-
-def base_codes(base: Base, module: str) -> Codes:
-    """The arrays of a matrix as its base has them: a grid's codes, or {"weight": float32 [N, K]}."""
-    return {"weight": base.dequantize(module)} if base.grid_of(module) is None else base.codes(module)
+_TILE_WEIGHTS = 1 << 20  # in float32, at once
 
 
 def round_to(weights: str, matrix: Matrix) -> Codes:
@@ -48,25 +48,38 @@ class BaseWeights:
     def format_of(self, module: str) -> str:
         return self.base.grid_of(module) or "fp32"
 
-    def codes(self, module: str) -> Codes:
-        return base_codes(self.base, module)
+    def parts(self, module: str) -> Iterator[tuple[slice, Codes]]:
+        """A matrix in ranges of rows, each with its arrays: a grid's codes, or {"weight": float32 [rows, K]}."""
+        yield from self._stored(module, self.format_of(module))
+
+    def _stored(self, module: str, weights: str) -> Iterator[tuple[slice, Codes]]:
+        """The ranges that have bytes of their own in a format as well, with what the base holds there."""
+        shape, grid = self.base.shape(module), self.base.grid_of(module)
+        units = FORMATS[weights].row_unit(shape), GRIDS[grid].row_unit(shape) if grid else 1
+        codes = self.base.codes(module) if grid else {}
+        for rows in _row_ranges(shape, math.lcm(*units)):
+            if grid is None:
+                yield rows, {"weight": self.base.dequantize(module, rows)}
+            else:
+                yield rows, GRIDS[grid].rows_of(codes, shape, rows)
+        self.base.weights.unmap()
+
+    def fill(self, module: str, arrays: Codes) -> None:
+        """Write a matrix into arrays of its format."""
+        weights, shape = FORMATS[self.format_of(module)], self.base.shape(module)
+        for rows, part in self.parts(module):
+            for key, view in weights.rows_of(arrays, shape, rows).items():
+                view[...] = part[key].reshape(view.shape)
 
     def vector(self, name: str) -> np.ndarray:
         return self.base.vector(name)
 
 
-class _Sum:
-    """The float32 matrix [N, K] that is to be rounded, computed in ranges of rows: W, and where merged W + delta."""
-
-    def __init__(self, base: Base, module: str, adapter: Adapter | None) -> None:
-        self.base, self.module, self.adapter = base, module, adapter
-        self.shape = base.shape(module)
-
-    def __getitem__(self, rows: slice, /) -> np.ndarray:
-        matrix = self.base.dequantize(self.module, rows)
-        if self.adapter is not None and (delta := _delta(self.adapter, self.module, rows)) is not None:
-            matrix += delta
-        return matrix
+def _row_ranges(shape: tuple[int, int], unit: int) -> Iterator[slice]:
+    """The rows of a weight [N, K] in ranges that start at multiples of `unit`."""
+    step = max(unit, tile_rows(shape, _TILE_WEIGHTS) // unit * unit)
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
 
 
 def _delta(adapter: Adapter, module: str, rows: slice) -> np.ndarray | None:
@@ -93,43 +106,43 @@ class RoundedWeights(BaseWeights):
         super().__init__(base)
         self.weights, self.adapter, self.merge = weights, adapter, merge
         self.rounding: dict[str, dict[str, float]] = {}
-        self._last: tuple[str, Codes] = ("", {})
 
     def format_of(self, module: str) -> str:
         return self.weights
 
-    def codes(self, module: str) -> Codes:
-        # Codes and scales of a matrix are asked for one after the other.
-        if self._last[0] != module:
-            self._last = ("", {})
-            self._last = (module, self._produce(module))
-        return self._last[1]
+    def parts(self, module: str) -> Iterator[tuple[slice, Codes]]:
+        stored, columns = super().format_of(module), self.base.shape(module)[1]
+        parts = self._stored(module, self.weights)
+        if self.merge and self.adapter is not None and _changes(self.adapter, module):
+            yield from self._rounded(module, stored, parts)
+        elif stored == self.weights:
+            yield from parts
+        elif (stored, self.weights) == ("int4", "standard"):
+            for rows, part in parts:
+                yield rows, standard.from_int4(part, (rows.stop - rows.start, columns))
+        else:
+            yield from self._rounded(module, stored, parts)
 
-    def _produce(self, module: str) -> Codes:
-        merged = self.adapter if self.merge else None
-        if not (merged and _changes(merged, module)):
-            stored = super().format_of(module)
-            if stored == self.weights:
-                return super().codes(module)
-            if (stored, self.weights) == ("int4", "standard"):
-                return standard.from_int4(super().codes(module), self.base.shape(module))
-        matrix = _Sum(self.base, module, merged)
-        codes = round_to(self.weights, matrix)
-        self.rounding[module] = self._measure(module, matrix, codes)
-        return codes
-
-    def _measure(self, module: str, matrix: Matrix, codes: Codes) -> dict[str, float]:
-        """Norms of the error against the weight and, where the adapter changes it, against that change."""
+    def _rounded(self, module: str, stored: str, parts: Iterator[tuple[slice, Codes]]) -> Iterator[tuple[slice, Codes]]:
+        """The parts of a matrix rounded, with the norms of the error measured on the way."""
+        columns = self.base.shape(module)[1]
         error = norm = change = 0.0
-        shape = self.base.shape(module)
-        for rows in row_tiles(shape):
-            wanted = matrix[rows]
-            error += _squares(FORMATS[self.weights].dequantize(codes, shape, rows) - wanted)
-            norm += _squares(wanted)
-            if self.adapter is not None and (delta := _delta(self.adapter, module, rows)) is not None:
+        for rows, part in parts:
+            shape = rows.stop - rows.start, columns
+            wanted = FORMATS[stored].dequantize(part, shape)
+            delta = None if self.adapter is None else _delta(self.adapter, module, rows)
+            if delta is not None:
                 change += _squares(delta)
+                if self.merge:
+                    wanted += delta
+            rounded = round_to(self.weights, wanted)
+            error += _squares(FORMATS[self.weights].dequantize(rounded, shape) - wanted)
+            norm += _squares(wanted)
+            yield rows, rounded
         figures = {"relative_error": (error / max(norm, 1e-60)) ** 0.5}
-        return figures | ({"error_over_delta": (error / change) ** 0.5} if change else {})
+        if change:  # against the weight, and where the adapter changes it, against that change
+            figures["error_over_delta"] = (error / change) ** 0.5
+        self.rounding[module] = figures
 
     @property
     def is_exact(self) -> bool:

@@ -5,29 +5,36 @@
     fast       the int8-activation kernels that a device will run: another computation, so its KL and top-1 are
                reported, and gated on what it is for: token accuracy on held-out rows may drop by one point at most
 
-At least 1,000 positions: held-out rows first, seeded token ids where they do not suffice. Torch's logits are spooled to
-disk, so that torch's and onnxruntime's copies of a model are never in memory together.
+At least 1,000 positions: held-out rows first, seeded token ids where they do not suffice. The gate runs in the process
+that exports, inside its memory: torch dequantizes a matrix at a time, onnxruntime runs the graph in `pieces`, and both
+spool logits to disk in tiles of the vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
+from onnx import helper, numpy_helper
 
 from edgetune import host
+from edgetune.data import IGNORED
 from edgetune.errors import ExportError, ParityError
-from edgetune.exporter.agreement import Agreement, Probe, batches, loss_of, num_positions
+from edgetune.exporter.agreement import MIN_POSITIONS, Probe, Spool, compare, num_positions, task_of
 from edgetune.exporter.merging import BaseWeights, RoundedWeights
+from edgetune.exporter.pieces import Piece, cut, row_ranges, serialized
 from edgetune.graphs import FORMATS
+from edgetune.graphs.builder import part_name
+from edgetune.grids import row_tiles, tile_rows
 from edgetune.models.config import DecoderConfig
 from edgetune.models.decoder import Decoder
 
@@ -37,127 +44,160 @@ MAX_ACCURACY_DROP = 0.01
 
 
 class Graph:
-    """An exported decoder on onnxruntime. `feeds` are adapter inputs."""
+    """An exported decoder on onnxruntime, a piece at a time. `feeds` are adapter inputs."""
 
     def __init__(
         self, model: Path, config: DecoderConfig, feeds: Mapping[str, np.ndarray], *, fp32_compute: bool
     ) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = host.threads()
-        options.log_severity_level = 3
-        options.enable_mem_pattern = options.enable_cpu_mem_arena = False
-        graph: Path | bytes = model
+        self._model = onnx.load(model, load_external_data=False)
+        self._options = _session_options(model.parent, fp32_compute=fp32_compute)
         if fp32_compute:
-            options.add_session_config_entry("mlas.qnbit.force_fp32", "1")
-            # DequantizeLinear and MatMul are fused into MatMulNBits, also with 8 bits and one scale for a row.
-            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
-            graph = _in_fp32(model)
-        self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            _compute_in_fp32(self._model.graph)
+        *self._pieces, head = cut(self._model)
+        step = tile_rows((config.vocab_size, config.hidden_size), config.largest_linear)
+        self._heads = functools.partial(row_ranges, head, model.parent, config.vocab_size, step)
         self._feeds, self._config = dict(feeds), config
-        self._outputs = [output.name for output in self._session.get_outputs()]
 
-    def without_adapter(self) -> Graph:
-        """The same session, fed with no adapter."""
-        graph = copy.copy(self)
-        graph._feeds = {}
-        return graph
+    def spool(self, items: Sequence[Probe], path: Path) -> Spool:
+        """Logits of all probes."""
+        spool = Spool(path, items, self._config.vocab_size)
+        for batch, _, rows, logits in self._tiles([[ids] for ids in spool.ids]):
+            spool.write(batch, rows, logits)
+        return spool
 
-    def logits(self, ids: np.ndarray) -> np.ndarray:
-        """Logits float32 [B, T, vocab] of ids [B, T]."""
-        return self._run(ids, self._empty(len(ids)))["logits"]
+    def spool_in_steps(self, item: Probe, path: Path) -> Spool:
+        """The same of one probe through the cache: half at once, then single tokens, then the rest at once."""
+        spool = Spool(path, [item], self._config.vocab_size)
+        half = len(item.ids) // 2
+        cuts = list(range(half, min(half + 5, len(item.ids))))
+        for _, first, rows, logits in self._tiles([np.split(item.ids[None], cuts, axis=1)]):
+            spool.write(0, rows, logits, first)
+        return spool
 
-    def logits_in_steps(self, ids: np.ndarray) -> np.ndarray:
-        """The same for ids [1, T] through the cache: half at once, then single tokens, then the rest at once."""
-        half = ids.shape[1] // 2
-        cuts = [0, *range(half, min(half + 5, ids.shape[1])), ids.shape[1]]
-        cache, parts = self._empty(1), []
-        for start, stop in pairwise(cuts):
-            result = self._run(ids[:, start:stop], cache)
-            parts.append(result.pop("logits"))
-            cache = {name.replace("present", "past_key_values"): value for name, value in result.items()}
-        return np.concatenate(parts, 1)
+    def _tiles(self, sequences: Sequence[Sequence[np.ndarray]]) -> Iterator[tuple[int, int, slice, np.ndarray]]:
+        """Runs batches of sequences, each in steps of ids [B, t] that follow each other through the cache.
 
-    def _run(self, ids: np.ndarray, cache: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        past = next(iter(cache.values())).shape[2]
-        mask = np.ones((len(ids), past + ids.shape[1]), np.int64)
-        feeds = {"input_ids": ids, "attention_mask": mask, **cache, **self._feeds}
-        return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+        Yields (index of the batch, first position of the step, rows of the vocabulary, logits [B, t, rows]).
+        """
+        values = [list(_steps(sequence)) for sequence in sequences]
+        for piece in self._pieces:
+            session = self._session(piece, values[0][0])
+            for sequence, steps in zip(sequences, values, strict=True):
+                cache = self._empty(piece, len(sequence[0]))
+                for index, known in enumerate(steps):
+                    found = self._call(session, piece, known, cache)
+                    cache = {name: found.pop(name.replace("past_key_values", "present")) for name in cache}
+                    steps[index] = {name: value for name, value in {**known, **found}.items() if name in piece.needed}
+            del session
+        firsts = [list(accumulate((step.shape[1] for step in sequence), initial=0)) for sequence in sequences]
+        for rows, piece in self._heads():
+            session = self._session(piece, values[0][0])
+            for index, steps in enumerate(values):
+                for first, known in zip(firsts[index], steps, strict=False):
+                    yield index, first, rows, self._call(session, piece, known, {})["logits"]
 
-    def _empty(self, batch: int) -> dict[str, np.ndarray]:
+    def _session(self, piece: Piece, known: Mapping[str, np.ndarray]) -> onnxruntime.InferenceSession:
+        content = serialized(piece, known, self._model)
+        return onnxruntime.InferenceSession(content, self._options, providers=["CPUExecutionProvider"])
+
+    def _call(
+        self,
+        session: onnxruntime.InferenceSession,
+        piece: Piece,
+        known: Mapping[str, np.ndarray],
+        cache: Mapping[str, np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        """One step of one piece: the outputs by name."""
+        feeds = {name: known[name] for name in [*piece.inputs, *piece.crossing] if name in known}
+        feeds |= {name: value for name, value in (*self._feeds.items(), *cache.items()) if name in piece.inputs}
+        return dict(zip(piece.outputs, session.run(piece.outputs, feeds), strict=True))
+
+    def _empty(self, piece: Piece, batch: int) -> dict[str, np.ndarray]:
         empty = np.zeros((batch, self._config.num_key_value_heads, 0, self._config.head_dim), np.float32)
-        layers = range(self._config.num_hidden_layers)
-        return {f"past_key_values.{i}.{kind}": empty for i in layers for kind in ("key", "value")}
+        return {name: empty for name in piece.inputs if name.startswith("past_key_values.")}
 
 
-def _in_fp32(model: Path) -> bytes:
-    """The model with 8-bit products in fp32 compute: their kernels do not know `force_fp32` (measured on 1.31.1)."""
-    loaded = ir.load(model)
-    for node in list(loaded.graph):
-        if node.op_type == "MatMulNBits" and node.attributes["bits"].as_int() == 8:
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
-        elif node.op_type == "DynamicQuantizeMatMul":
-            _replace_dynamic(loaded.graph, node)
-    serialized: bytes = ir.to_proto(loaded).SerializeToString()
-    return serialized
+def _session_options(folder: Path, *, fp32_compute: bool) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = host.threads()
+    options.log_severity_level = 3
+    options.enable_mem_pattern = options.enable_cpu_mem_arena = False
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if fp32_compute:
+        options.add_session_config_entry("mlas.qnbit.force_fp32", "1")
+        # DequantizeLinear and MatMul are fused into MatMulNBits, also with 8 bits and one scale for a row.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    return options
 
 
-def _replace_dynamic(graph: ir.Graph, node: ir.Node) -> None:
-    """The sum x dequantized(codes) + bias in standard operators, in place of a product of rounded activations."""
-    x, codes, scales, zero, *bias = node.inputs
-    assert zero is not None and zero.const_value is not None and scales is not None and scales.shape is not None
-    zeros = ir.tensor(np.full(scales.shape.numpy(), zero.const_value.numpy()), name=f"{node.name}/zeros")
-    value = ir.Value(name=zeros.name, const_value=zeros, type=ir.TensorType(zeros.dtype), shape=ir.Shape(scales.shape))
-    graph.register_initializer(value)
-    weight = ir.node("DequantizeLinear", [codes, scales, value], {"axis": 1})
-    nodes = [weight, ir.node("MatMul", [x, weight.outputs[0]])]
-    if bias:
-        nodes.append(ir.node("Add", [nodes[-1].outputs[0], bias[0]]))
-    graph.insert_before(node, nodes)
-    nodes[-1].outputs[0].name = node.outputs[0].name
-    node.outputs[0].replace_all_uses_with(nodes[-1].outputs[0], replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+def _steps(sequence: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """The inputs of the graph for each step."""
+    total = 0
+    for ids in sequence:
+        total += ids.shape[1]
+        yield {"input_ids": ids, "attention_mask": np.ones((len(ids), total), np.int64)}
 
 
-def spool_logits(decoder: Decoder, items: Sequence[Probe], path: Path) -> np.ndarray:
-    """Torch's logits of all positions in order, float32 [positions, vocab], mapped from `path`."""
-    spool = np.memmap(path, np.float32, "w+", shape=(num_positions(items), decoder.config.vocab_size))
-    at = 0
-    for ids, group in batches(items):
-        with torch.no_grad():
-            logits = decoder(torch.from_numpy(ids)).numpy()
-        for row, probe in zip(logits, group, strict=True):
-            spool[at : at + len(probe.ids)] = row[: len(probe.ids)]
-            at += len(probe.ids)
+def _compute_in_fp32(graph: onnx.GraphProto) -> None:
+    """8-bit products in fp32 compute: their kernels do not know `force_fp32` (measured on 1.31.1)."""
+    nodes = list(graph.node)
+    del graph.node[:]
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for node in nodes:
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        if node.op_type == "MatMulNBits" and attributes["bits"].i == 8:
+            attributes["accuracy_level"].i = 0
+        if node.op_type != "DynamicQuantizeMatMul":
+            graph.node.append(node)
+            continue
+        # x dequantized(codes) + bias in standard operators, in place of a product of rounded activations
+        x, codes, scales, zero, *bias = node.input
+        point = next(numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.name == zero)
+        graph.initializer.append(numpy_helper.from_array(np.full(shapes[scales], point), f"{node.name}/zeros"))
+        weight, product = f"{node.name}/weight", f"{node.name}/product" if bias else node.output[0]
+        operands = [codes, scales, f"{node.name}/zeros"]
+        graph.node.append(helper.make_node("DequantizeLinear", operands, [weight], weight, axis=1))
+        graph.node.append(helper.make_node("MatMul", [x, weight], [product], f"{node.name}/MatMul"))
+        if bias:
+            graph.node.append(helper.make_node("Add", [product, *bias], [node.output[0]], f"{node.name}/Add"))
+
+
+def spool_logits(decoder: Decoder, items: Sequence[Probe], path: Path) -> Spool:
+    """Torch's logits of all probes."""
+    spool = Spool(path, items, decoder.config.vocab_size)
+    for block in decoder.blocks:  # the pages of a block are not kept mapped for the next one
+        block.register_forward_hook(lambda *_: decoder.weights.unmap())
+    with torch.no_grad():
+        hidden = [decoder.hidden(torch.from_numpy(ids)) for ids in spool.ids]
+        for rows, weight in decoder.lm_head.tiles():
+            for batch, x in enumerate(hidden):
+                spool.write(batch, rows, (x @ weight.T).numpy())
+            decoder.weights.unmap()
     return spool
 
 
-def compare(graph: Graph, items: Sequence[Probe], expected: np.ndarray) -> dict[str, Any]:
-    """Agreement of the graph with spooled logits."""
-    agreement, at = Agreement(), 0
-    for ids, group in batches(items):
-        for row, probe in zip(graph.logits(ids), group, strict=True):
-            agreement.add(expected[at : at + len(probe.ids)], row[: len(probe.ids)])
-            at += len(probe.ids)
-    return agreement.figures()
-
-
 def probe_change(
-    model: Path, config: DecoderConfig, feeds: Mapping[str, np.ndarray], rows: Sequence[Sequence[int]]
+    model: Path, config: DecoderConfig, feeds: Mapping[str, np.ndarray], rows: Sequence[Sequence[int]], work: Path
 ) -> float:
-    """How far an adapter moves the base's logits on probe rows: the largest change of one by the largest logit."""
-    tuned = Graph(model, config, feeds, fp32_compute=True)
-    base = tuned.without_adapter()
-    pairs = [(tuned.logits(ids), base.logits(ids)) for ids in (np.array([row], np.int64) for row in rows)]
-    return float(max(np.abs(a - b).max() for a, b in pairs) / max(np.abs(b).max() for _, b in pairs))
+    """How far an adapter moves the base's logits on probe rows: the largest change of one by the largest logit.
+
+    `work` is a folder for the logits of both.
+    """
+    items = [Probe(np.array(row, np.int64), np.full(len(row), IGNORED)) for row in rows]
+    base = Graph(model, config, {}, fp32_compute=True).spool(items, work / "base")
+    tuned = Graph(model, config, feeds, fp32_compute=True).spool(items, work / "tuned")
+    largest = max(float(np.abs(logits).max()) for _, logits in base.blocks())
+    return float(compare(base, tuned)["max_abs_logit"]) / largest
 
 
-def task_metric(graph: Graph, items: Sequence[Probe]) -> dict[str, Any]:
+def task_metric(graph: Graph, items: Sequence[Probe], path: Path) -> dict[str, Any]:
     """Mean NLL (nats per token) and token accuracy on the supervised positions of held-out probes."""
-    totals = np.zeros(3)
-    for ids, group in batches(items):
-        for row, probe in zip(graph.logits(ids), group, strict=True):
-            totals += loss_of(row[: len(probe.ids)], probe.labels)
+    totals, group = np.zeros(3), []
+    for index, probe in enumerate(items, 1):
+        group.append(probe)
+        if num_positions(group) >= MIN_POSITIONS or index == len(items):
+            totals += task_of(group, graph.spool(group, path))
+            group = []
     return {"loss": totals[0] / totals[2], "token_accuracy": totals[1] / totals[2], "positions": int(totals[2])}
 
 
@@ -172,7 +212,7 @@ def check_bytes(model: Path, source: BaseWeights, produced: Mapping[str, str]) -
             name for name, digest in produced.items() if hashlib.sha256(written[name].data).hexdigest() != digest
         ]
     else:
-        differing = [name for name, array in _expected(source) if not np.array_equal(written[name], array)]
+        differing = list(_differing(source, written))
     if differing:
         raise ParityError(
             f"{len(differing)} tensors in {model} differ from the base, first {differing[0]}: the bundle would not "
@@ -180,21 +220,29 @@ def check_bytes(model: Path, source: BaseWeights, produced: Mapping[str, str]) -
         )
 
 
-def _expected(source: BaseWeights) -> Iterator[tuple[str, np.ndarray]]:
-    """Initializer name -> what it must hold, from the base."""
-    for module in source.config.matrices():
-        for kind, array in source.codes(module).items():
-            name = f"{module}.weight" if kind == "weight" else f"{module}.weight.{kind}"
+def _differing(source: BaseWeights, written: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """The initializers that are not what the base says."""
+    for module, shape in source.config.matrices().items():
+        weights = FORMATS[source.format_of(module)]
+        wrong: dict[str, None] = {}
+        for rows, part in source.parts(module):
+            arrays = {key: written[part_name(f"{module}.weight", key)] for key in part}
             # Float16 scales are widened, which is exact.
-            yield name, array if array.dtype == np.uint8 else array.astype(np.float32)
+            wrong |= {
+                part_name(f"{module}.weight", key): None
+                for key, found in weights.rows_of(arrays, shape, rows).items()
+                if not np.array_equal(found, part[key])
+            }
+        yield from wrong
     for name in source.config.vectors():
-        yield name, source.vector(name)
+        if not np.array_equal(written[name], source.vector(name)):
+            yield name
 
 
 def read_back(model: Path) -> dict[str, np.ndarray]:
-    """The initializers of a model file, those in its data file mapped."""
-    values = ir.load(model).graph.initializers.values()
-    return {str(value.name): value.const_value.numpy() for value in values if value.const_value is not None}
+    """The initializers of a model file, those of its data file mapped; not 4-bit views, which numpy cannot map."""
+    values = [value.const_value for value in ir.load(model).graph.initializers.values()]
+    return {str(value.name): value.numpy() for value in values if value is not None and value.dtype.bitwidth >= 8}
 
 
 class _WrittenLinear(torch.nn.Module):
@@ -204,12 +252,16 @@ class _WrittenLinear(torch.nn.Module):
         super().__init__()
         self._weights, self._codes, self._shape, self._bias = weights, codes, shape, bias
 
-    def _rows(self, rows: np.ndarray | None = None) -> torch.Tensor:
+    def _rows(self, rows: slice | np.ndarray | None = None) -> torch.Tensor:
         weight = FORMATS[self._weights].dequantize(self._codes, self._shape, rows)
         return torch.from_numpy(np.require(weight, requirements="W"))  # torch wants memory that it could write to
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x, self._rows(), self._bias)
+
+    def tiles(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        for rows in row_tiles(self._shape):
+            yield rows, self._rows(rows)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         unique, inverse = np.unique(ids.numpy(), return_inverse=True)
@@ -237,31 +289,30 @@ def check_logits(
     config: DecoderConfig,
     feeds: Mapping[str, np.ndarray],
     items: Sequence[Probe],
-    expected: np.ndarray,
+    expected: Spool,
+    work: Path,
     *,
     fast: bool,
     held_out: Sequence[Probe] = (),
 ) -> dict[str, Any]:
-    """The gate on logits; its figures. `expected` are torch's logits for `items`.
+    """The gate on logits; its figures. `expected` are torch's logits for `items`; `work` is a folder for others.
 
     The task metric is measured on `held_out` probes. With `fast` the kernels that round activations are measured too,
     and gated on that metric.
     Raises ParityError where fp32 compute is off by more than 1e-3, whole or through the cache, or its top-1 agrees
     below 99.9 %, or where int8 activations cost more than one point of token accuracy.
     """
-    graph = Graph(model, config, feeds, fp32_compute=True)
-    figures = compare(graph, items, expected)
-    first = Agreement()
-    first.add(expected[: len(items[0].ids)], graph.logits_in_steps(items[0].ids[None])[0])
-    figures["max_abs_logit_cached"] = first.figures()["max_abs_logit"]
+    graph, path = Graph(model, config, feeds, fp32_compute=True), work / "graph"
+    figures = compare(expected, graph.spool(items, path))
+    figures["max_abs_logit_cached"] = compare(expected, graph.spool_in_steps(items[0], path))["max_abs_logit"]
     _check_exact(figures)
     if held_out:
-        figures["task"] = {"exact": task_metric(graph, held_out)}
+        figures["task"] = {"exact": task_metric(graph, held_out, path)}
     if fast:
         graph = Graph(model, config, feeds, fp32_compute=False)
-        figures["fast"] = compare(graph, items, expected)
+        figures["fast"] = compare(expected, graph.spool(items, path))
         if held_out:
-            figures["task"]["fast"] = task_metric(graph, held_out)
+            figures["task"]["fast"] = task_metric(graph, held_out, path)
             _check_task(**figures["task"])
     return figures
 

@@ -63,6 +63,6 @@ def _measure(job: Job, adapter: Adapter, alpha: float, work: Path) -> dict[str, 
     result: dict[str, Any] = {"alpha": alpha}
     for name, rows in (("task", job.rows), ("retention", job.retention)):
         _, held_out = agreement.probes(rows, config.vocab_size, job.context_length)
-        result[name] = parity.task_metric(graph, held_out) if held_out else None
+        result[name] = parity.task_metric(graph, held_out, folder / "logits") if held_out else None
     shutil.rmtree(folder)
     return result

@@ -5,8 +5,9 @@
 
     NAME, ROUNDS_ACTIVATIONS
     quantize(weight) -> arrays, dequantize(arrays, shape, rows=None)        (a grid's stored names differ, see `grids`)
-    emit_linear(builder, path, x, name, shape, read, *, bias=None)
-    emit_embedding(builder, path, ids, name, shape, read)
+    row_unit(shape), rows_of(arrays, shape, rows)
+    emit_linear(builder, path, x, name, shape, fill, *, bias=None)
+    emit_embedding(builder, path, ids, name, shape, fill)
 """
 
 from __future__ import annotations

@@ -1,15 +1,17 @@
 """A graph while it grows, and its weights on their way to disk.
 
-Weights are announced with name, type, shape and a function that produces the bytes; the function runs once, when its
-tensor is written, so no more than one tensor is in memory. The layout of the data file follows from the announcements,
-which is why this module places the tensors itself instead of leaving it to `onnx_ir.save`: several initializers may
-then view the same bytes (a tied embedding, a head in row ranges, later the training graphs) without a second copy.
+Weights are announced with name, type, shape and a function that fills them; the function runs once, on arrays that are
+mapped over their place in the data file, so it may work in ranges of rows and nothing of a matrix need be on the heap.
+The layout of the file follows from the announcements, which is why this module places the tensors itself instead of
+leaving it to `onnx_ir.save`: several initializers may then view the same bytes (a tied embedding, a head in row ranges,
+later the training graphs) without a second copy.
 
 Node names are paths. No Constant or ConstantOfShape node is ever made: a 32-bit ARM runtime was seen to crash on them.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -21,6 +23,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+from edgetune.errors import ExportError
+from edgetune.memory import format_mib
+
 OPSET, IR_VERSION = 23, 10
 CONTRIB = "com.microsoft"
 _INLINE_BYTES = 1024  # smaller tensors travel inside model.onnx
@@ -28,6 +33,7 @@ _PAGE_BYTES, _PAGE_THRESHOLD = 16384, 65536  # 16 KiB pages: Apple, and Android 
 _ALIGNMENT = 64
 
 Shape = Sequence[int | str]
+Fill = Callable[[dict[str, np.ndarray]], None]
 
 
 class Placed(NamedTuple):
@@ -37,18 +43,24 @@ class Placed(NamedTuple):
     nbytes: int
 
 
-@dataclass
-class _Weight:
-    value: ir.Value
-    placed: Placed
-    produce: Callable[[], np.ndarray]
+@dataclass(frozen=True)
+class _Group:
+    """Arrays that are filled together: key -> (initializer, numpy's name of the type, shape)."""
+
+    arrays: dict[str, tuple[str, str, tuple[int, ...]]]
+    fill: Fill
+
+
+def part_name(name: str, key: str) -> str:
+    """The initializer of one array of the weight `name`: the weight itself, or a part such as its codes."""
+    return name if key == "weight" else f"{name}.{key}"
 
 
 class Builder:
     """Collects inputs, nodes, outputs and weights; `save` writes `model.onnx` and its data file.
 
     Without `contrib` only standard operators may be added. `placed` tells where each weight lies; after `save`,
-    `sha256` holds the digest of the bytes produced for it.
+    `sha256` holds the digest of the bytes that were filled in.
     """
 
     def __init__(self, name: str, data_file: str, *, contrib: bool = True) -> None:
@@ -59,7 +71,7 @@ class Builder:
         self._outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
         self._initializers: dict[str, ir.Value] = {}
-        self._weights: dict[str, _Weight] = {}
+        self._groups: list[_Group] = []
         self._end = 0
 
     def input(self, name: str, dtype: str, shape: Shape) -> ir.Value:
@@ -88,17 +100,36 @@ class Builder:
         return self._initializers[name]
 
     def weight(self, name: str, dtype: str, shape: Sequence[int], produce: Callable[[], np.ndarray]) -> ir.Value:
-        """An initializer whose bytes `produce()` makes when the file is written. The same name gives the same value."""
-        if name in self._initializers:
-            return self._initializers[name]
+        """An initializer that `produce()` makes when the file is written. The same name gives the same value again."""
+
+        def fill(arrays: dict[str, np.ndarray]) -> None:
+            array = produce()
+            assert array.shape == arrays["weight"].shape, f"{name}: {array.shape} produced for {tuple(shape)}"
+            arrays["weight"][...] = array
+
+        return self.weights(name, {"weight": (dtype, shape)}, fill)["weight"]
+
+    def weights(self, name: str, arrays: Mapping[str, tuple[str, Sequence[int]]], fill: Fill) -> dict[str, ir.Value]:
+        """The initializers of one matrix: key -> (type, shape), named by `part_name`.
+
+        `fill({key: array})` writes all of them when the file is written: the arrays are the file's own bytes, mapped.
+        The same name gives the same values again.
+        """
+        names = {key: part_name(name, key) for key in arrays}
+        if all(part in self._initializers for part in names.values()):
+            return {key: self._initializers[part] for key, part in names.items()}
+        values = {key: self._place(names[key], dtype, shape) for key, (dtype, shape) in arrays.items()}
+        announced = {key: (names[key], dtype, tuple(shape)) for key, (dtype, shape) in arrays.items()}
+        self._groups.append(_Group(announced, fill))
+        return values
+
+    def _place(self, name: str, dtype: str, shape: Sequence[int]) -> ir.Value:
         nbytes = _nbytes(dtype, shape)
         alignment = _PAGE_BYTES if nbytes >= _PAGE_THRESHOLD else _ALIGNMENT
         offset = -(-self._end // alignment) * alignment
         self._end = offset + nbytes
-        value = self._external(name, dtype, shape, offset)
         self.placed[name] = Placed(offset, nbytes)
-        self._weights[name] = _Weight(value, self.placed[name], produce)
-        return value
+        return self._external(name, dtype, shape, offset)
 
     def view(self, name: str, weight: str, dtype: str, shape: Sequence[int], *, start_byte: int = 0) -> ir.Value:
         """An initializer over bytes of a weight that exists already, in another shape or type. No copy on disk."""
@@ -141,12 +172,16 @@ class Builder:
         return node.outputs
 
     def save(self, folder: Path, filename: str, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the data file, tensor by tensor, then `folder/filename`; both are on disk when this returns."""
-        with (folder / self.data_file).open("wb") as file:
-            for name, weight in self._weights.items():
-                self.sha256[name] = _write(file, name, weight)
-            file.truncate(max(self._end, 1))  # an empty file cannot be mapped
-            file.flush()
+        """Write the data file, matrix by matrix, then `folder/filename`; both are on disk when this returns.
+
+        Raises:
+            ExportError: the disk has no room for the data file.
+        """
+        path = folder / self.data_file
+        with path.open("wb") as file:
+            _allocate(file, max(self._end, 1))  # an empty file cannot be mapped
+            for group in self._groups:
+                self._fill(path, group)
             os.fsync(file.fileno())
         graph = ir.Graph(
             self._inputs, self._outputs, nodes=self._nodes, initializers=list(self._initializers.values()),
@@ -156,16 +191,30 @@ class Builder:
         model.metadata_props.update(metadata or {})
         ir.save(model, folder / filename)
 
+    def _fill(self, path: Path, group: _Group) -> None:
+        arrays = {
+            key: np.memmap(path, dtype, "r+", self.placed[name].offset, shape)
+            for key, (name, dtype, shape) in group.arrays.items()
+        }
+        group.fill(dict(arrays))
+        for key, (name, _, _) in group.arrays.items():
+            self.sha256[name] = hashlib.sha256(arrays[key].reshape(-1).view(np.uint8).data).hexdigest()
 
-def _write(file: BinaryIO, name: str, weight: _Weight) -> str:
-    """Put one weight at its place; returns the SHA-256 of its bytes."""
-    array = np.ascontiguousarray(weight.produce())
-    expected = weight.value.shape
-    assert array.nbytes == weight.placed.nbytes, f"{name}: {array.shape} {array.dtype} produced for {expected}"
-    data = array.reshape(-1).view(np.uint8).data
-    file.seek(weight.placed.offset)
-    file.write(data)
-    return hashlib.sha256(data).hexdigest()
+
+def _allocate(file: BinaryIO, size: int) -> None:
+    """Give the file its size, and where the system can, its blocks: a write into a map cannot report a full disk."""
+    file.truncate(size)
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return  # a file system that cannot; its holes are filled as they are written
+        raise ExportError(
+            f"{Path(file.name).parent} cannot take {format_mib(size)} of weights: {error.strerror}. Free some "
+            f"storage, choose another --out, or smaller --weights."
+        ) from error
 
 
 def _initializer(name: str, tensor: Any) -> ir.Value:

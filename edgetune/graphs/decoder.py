@@ -11,7 +11,6 @@ compared with what was trained. Rows of a batch may end in padding; padding on t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +18,7 @@ import onnx_ir as ir
 
 from edgetune.graphs import FORMATS, ops
 from edgetune.graphs.builder import Builder
-from edgetune.grids.int4 import Read
+from edgetune.grids.int4 import Fill
 from edgetune.models.config import DecoderConfig
 
 
@@ -31,8 +30,8 @@ class Matrices(Protocol):
     def format_of(self, module: str) -> str:
         """The key in `FORMATS` of a matrix."""
 
-    def codes(self, module: str) -> Mapping[str, np.ndarray]:
-        """The arrays of a matrix in that format; called when they are written."""
+    def fill(self, module: str, arrays: dict[str, np.ndarray]) -> None:
+        """Fill the arrays of a matrix in that format; called when they are written."""
 
     def vector(self, name: str) -> np.ndarray:
         """A norm or bias, float32."""
@@ -65,7 +64,7 @@ class _Decoder:
         ]
         embedding = "model.embed_tokens"
         emit = FORMATS[self.source.format_of(embedding)].emit_embedding
-        x = emit(b, _path(embedding), ids, f"{embedding}.weight", c.matrices()[embedding], self._read(embedding))
+        x = emit(b, _path(embedding), ids, f"{embedding}.weight", c.matrices()[embedding], self._fill(embedding))
         x = ops.scaled(b, f"{_path(embedding)}/scaled", x, c.embedding_scale)
         shared = ops.attention_inputs(b, ids, mask, c, context_length)
         present = []
@@ -116,11 +115,11 @@ class _Decoder:
         if name in self.config.linears() and self.config.has_bias(name.split(".", 3)[3]):
             bias = self.b.weight(f"{name}.bias", "float32", shape[:1], lambda: self.source.vector(f"{name}.bias"))
         emit = FORMATS[self.source.format_of(module)].emit_linear
-        y: ir.Value = emit(self.b, _path(name), x, f"{module}.weight", shape, self._read(module), bias=bias)
+        y: ir.Value = emit(self.b, _path(name), x, f"{module}.weight", shape, self._fill(module), bias=bias)
         return ops.lora(self.b, _path(name), x, y, name, shape) if slot else y
 
-    def _read(self, module: str) -> Read:
-        return lambda: self.source.codes(module)
+    def _fill(self, module: str) -> Fill:
+        return lambda arrays: self.source.fill(module, arrays)
 
     def _norm(self, x: ir.Value, name: str) -> ir.Value:
         weight = f"{name}.weight"

@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from edgetune.grids.int4 import Read
+from edgetune.grids import int4
+from edgetune.grids.int4 import Fill
 from edgetune.weights import Matrix
 
 NAME = "fp32"
 ROUNDS_ACTIVATIONS = False
+
+row_unit, rows_of = int4.row_unit, int4.rows_of  # every row has bytes of its own there too
 
 
 def quantize(weight: Matrix) -> dict[str, np.ndarray]:
@@ -31,15 +34,15 @@ def dequantize(
 
 
 def emit_linear(
-    builder: Any, path: str, x: Any, name: str, shape: tuple[int, int], read: Read, *, bias: Any = None
+    builder: Any, path: str, x: Any, name: str, shape: tuple[int, int], fill: Fill, *, bias: Any = None
 ) -> Any:
-    """Gives x W^T + bias for the weight `name` [N, K]; `read()` gives it when the file is written."""
-    weight = builder.weight(name, "float32", shape, lambda: read()["weight"])
+    """Gives x W^T + bias for the weight `name` [N, K]; `fill` writes it into the file."""
+    weight = builder.weights(name, {"weight": ("float32", shape)}, fill)["weight"]
     y = builder.op(f"{path}/FusedMatMul", "FusedMatMul", [x, weight], domain="com.microsoft", transB=1)
     return y if bias is None else builder.op(f"{path}/bias/Add", "Add", [y, bias])
 
 
-def emit_embedding(builder: Any, path: str, ids: Any, name: str, shape: tuple[int, int], read: Read) -> Any:
+def emit_embedding(builder: Any, path: str, ids: Any, name: str, shape: tuple[int, int], fill: Fill) -> Any:
     """Rows of the weight `name` [V, K] for ids [b, s]."""
-    weight = builder.weight(name, "float32", shape, lambda: read()["weight"])
+    weight = builder.weights(name, {"weight": ("float32", shape)}, fill)["weight"]
     return builder.op(f"{path}/Gather", "Gather", [weight, ids], axis=0)

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from edgetune.errors import ExportError
-from edgetune.grids import row_tiles
-from edgetune.grids.int4 import Read
+from edgetune.grids import int4, row_tiles
+from edgetune.grids.int4 import Fill
 from edgetune.weights import Matrix
 
 NAME = "fp16"
 ROUNDS_ACTIVATIONS = False
+
+row_unit, rows_of = int4.row_unit, int4.rows_of  # every row has bytes of its own there too
 
 _FLOAT = 1  # onnx.TensorProto.FLOAT
 
@@ -48,18 +50,18 @@ def dequantize(
 # weight [N, K] ── Cast(float32) ─┐
 # x [..., K] ─────────────────────┴─ FusedMatMul(transB) ── Add(bias) ── y [..., N]
 def emit_linear(
-    builder: Any, path: str, x: Any, name: str, shape: tuple[int, int], read: Read, *, bias: Any = None
+    builder: Any, path: str, x: Any, name: str, shape: tuple[int, int], fill: Fill, *, bias: Any = None
 ) -> Any:
-    """Gives x W^T + bias for the weight `name` [N, K]; `read()` gives it when the file is written."""
-    weight = builder.weight(name, "float16", shape, lambda: read()["weight"])
+    """Gives x W^T + bias for the weight `name` [N, K]; `fill` writes it into the file."""
+    weight = builder.weights(name, {"weight": ("float16", shape)}, fill)["weight"]
     widened = builder.op(f"{path}/Cast", "Cast", [weight], to=_FLOAT)
     y = builder.op(f"{path}/FusedMatMul", "FusedMatMul", [x, widened], domain="com.microsoft", transB=1)
     return y if bias is None else builder.op(f"{path}/bias/Add", "Add", [y, bias])
 
 
-def emit_embedding(builder: Any, path: str, ids: Any, name: str, shape: tuple[int, int], read: Read) -> Any:
+def emit_embedding(builder: Any, path: str, ids: Any, name: str, shape: tuple[int, int], fill: Fill) -> Any:
     """Rows of the weight `name` [V, K] for ids [b, s]."""
-    weight = builder.weight(name, "float16", shape, lambda: read()["weight"])
+    weight = builder.weights(name, {"weight": ("float16", shape)}, fill)["weight"]
     return builder.op(
         f"{path}/Cast", "Cast", [builder.op(f"{path}/Gather", "Gather", [weight, ids], axis=0)], to=_FLOAT
     )

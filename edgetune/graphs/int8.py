@@ -21,6 +21,7 @@ ROUNDS_ACTIVATIONS = True
 
 emit_linear = partial(int4.emit_linear, bits=8)
 emit_embedding = partial(int4.emit_embedding, bits=8)
+row_unit, rows_of = int4.row_unit, int4.rows_of
 
 
 def quantize(weight: Matrix) -> dict[str, np.ndarray]:

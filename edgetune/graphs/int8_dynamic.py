@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from edgetune.grids import row_tiles
-from edgetune.grids.int4 import Read
+from edgetune.grids.int4 import Fill
 from edgetune.weights import Matrix
 
 NAME = "int8-dynamic"
@@ -38,6 +38,16 @@ def quantize(weight: Matrix) -> dict[str, np.ndarray]:
     return {"codes": codes, "scales": scales}
 
 
+def row_unit(shape: tuple[int, int]) -> int:
+    """Every row has bytes of its own."""
+    return 1
+
+
+def rows_of(codes: Mapping[str, np.ndarray], shape: tuple[int, int], rows: slice) -> dict[str, np.ndarray]:
+    """The part of the arrays that holds a range of rows; views."""
+    return {"codes": codes["codes"][:, rows], "scales": codes["scales"][rows]}
+
+
 def dequantize(
     codes: Mapping[str, np.ndarray], shape: tuple[int, int], rows: slice | np.ndarray | None = None
 ) -> np.ndarray:
@@ -51,10 +61,10 @@ def dequantize(
 
 # x [..., K] ── DynamicQuantizeMatMul(codes, scales, 128, bias) ── y [..., N]
 def emit_linear(
-    builder: Any, path: str, x: Any, name: str, shape: tuple[int, int], read: Read, *, bias: Any = None
+    builder: Any, path: str, x: Any, name: str, shape: tuple[int, int], fill: Fill, *, bias: Any = None
 ) -> Any:
-    """Gives x W^T + bias for the weight `name` [N, K]; `read()` gives its codes when the file is written."""
-    operands = [x, *_initializers(builder, name, shape, read), builder.constant("int8.zero", np.array(_ZERO, np.uint8))]
+    """Gives x W^T + bias for the weight `name` [N, K]; `fill` writes its codes into the file."""
+    operands = [x, *_initializers(builder, name, shape, fill), builder.constant("int8.zero", np.array(_ZERO, np.uint8))]
     return builder.op(
         f"{path}/DynamicQuantizeMatMul", "DynamicQuantizeMatMul", operands if bias is None else [*operands, bias],
         domain="com.microsoft",
@@ -63,9 +73,9 @@ def emit_linear(
 
 # ids [b, s] ─┬─ Gather(codes) [K, b, s] ── Transpose ── Cast ── Sub(128) ── Mul ── rows [b, s, K]
 #             └─ Gather(scales) ── Unsqueeze [b, s, 1] ──────────────────────┘
-def emit_embedding(builder: Any, path: str, ids: Any, name: str, shape: tuple[int, int], read: Read) -> Any:
+def emit_embedding(builder: Any, path: str, ids: Any, name: str, shape: tuple[int, int], fill: Fill) -> Any:
     """Rows of the weight `name` [V, K] for ids [b, s] from the bytes that `emit_linear` multiplies with: exact."""
-    codes, scales = _initializers(builder, name, shape, read)
+    codes, scales = _initializers(builder, name, shape, fill)
     found = builder.op(f"{path}/codes/Gather", "Gather", [codes, ids], axis=1)
     found = builder.op(f"{path}/codes/Transpose", "Transpose", [found], perm=[1, 2, 0])
     found = builder.op(f"{path}/codes/Cast", "Cast", [found], to=_FLOAT)
@@ -77,9 +87,8 @@ def emit_embedding(builder: Any, path: str, ids: Any, name: str, shape: tuple[in
     )
 
 
-def _initializers(builder: Any, name: str, shape: tuple[int, int], read: Read) -> tuple[Any, Any]:
+def _initializers(builder: Any, name: str, shape: tuple[int, int], fill: Fill) -> tuple[Any, Any]:
     """Codes and scales of a weight."""
     rows, columns = shape
-    codes = builder.weight(f"{name}.codes", "uint8", (columns, rows), lambda: read()["codes"])
-    scales = builder.weight(f"{name}.scales", "float32", (rows,), lambda: read()["scales"])
-    return codes, scales
+    values = builder.weights(name, {"codes": ("uint8", (columns, rows)), "scales": ("float32", (rows,))}, fill)
+    return values["codes"], values["scales"]

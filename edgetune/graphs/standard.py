@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgetune.grids import int4, row_tiles
-from edgetune.grids.int4 import BLOCK, Read
+from edgetune.grids.int4 import BLOCK, Fill
 from edgetune.weights import Matrix
 
 NAME = "standard"
@@ -47,6 +47,19 @@ def from_int4(codes: Mapping[str, np.ndarray], shape: tuple[int, int]) -> dict[s
     return {"codes": pairs[:, 0] | pairs[:, 1] << 4, "scales": scales}
 
 
+def row_unit(shape: tuple[int, int]) -> int:
+    """Two rows share the bytes of a column; where their number is odd, all of them do."""
+    return shape[0] if shape[0] % 2 else 2
+
+
+def rows_of(codes: Mapping[str, np.ndarray], shape: tuple[int, int], rows: slice) -> dict[str, np.ndarray]:
+    """The part of the arrays that holds a range of rows; views."""
+    if rows == slice(0, shape[0]):
+        return dict(codes)
+    by_column = codes["codes"].reshape(shape[1], shape[0] // 2)
+    return {"codes": by_column[:, rows.start // 2 : -(-rows.stop // 2)], "scales": codes["scales"][:, rows]}
+
+
 def dequantize(
     codes: Mapping[str, np.ndarray], shape: tuple[int, int], rows: slice | np.ndarray | None = None
 ) -> np.ndarray:
@@ -64,11 +77,11 @@ def dequantize(
 # codes, scales ── DequantizeLinear(axis 0, block 32) [K, N] ─┐
 # x [..., K] ─────────────────────────────────────────────────┴─ MatMul ── Add(bias) ── y [..., N]
 def emit_linear(
-    builder: Any, path: str, x: Any, name: str, shape: tuple[int, int], read: Read, *, bias: Any = None
+    builder: Any, path: str, x: Any, name: str, shape: tuple[int, int], fill: Fill, *, bias: Any = None
 ) -> Any:
-    """Gives x W^T + bias for the weight `name` [N, K]; `read()` gives its codes when the file is written."""
+    """Gives x W^T + bias for the weight `name` [N, K]; `fill` writes its codes into the file."""
     rows, columns = shape
-    _, scales = _initializers(builder, name, shape, read)
+    _, scales = _initializers(builder, name, shape, fill)
     codes = builder.view(f"{name}.codes.columns", f"{name}.codes", "uint4", (columns, rows))
     weight = builder.op(
         f"{path}/DequantizeLinear", "DequantizeLinear", [codes, scales, _zero_points(builder, scales)],
@@ -81,13 +94,13 @@ def emit_linear(
 # ids [b, s] ─ Unsqueeze ─ Add(k * V) ─┬─ Div(2) ─ Gather(bytes) ─ Cast ─ Mul(2) ─┐
 #                                      └─ Mod(2) ─ Cast ──────────────────────────┴─ Add ─ Gather(levels) ─ Mul ─ rows
 # ids ─ Gather(scales) [blocks, b, s] ─ Transpose ─ Gather(k / 32) [b, s, K] ─────────────────────────────────┘
-def emit_embedding(builder: Any, path: str, ids: Any, name: str, shape: tuple[int, int], read: Read) -> Any:
+def emit_embedding(builder: Any, path: str, ids: Any, name: str, shape: tuple[int, int], fill: Fill) -> Any:
     """Rows of the weight `name` [V, K] for ids [b, s] from the bytes that `emit_linear` multiplies with: exact.
 
     `DequantizeLinear` before `Gather` would dequantize the whole table for every token.
     """
     rows, columns = shape
-    codes, scales = _initializers(builder, name, shape, read)
+    codes, scales = _initializers(builder, name, shape, fill)
 
     def op(key: str, op_type: str, *inputs: Any, **attributes: Any) -> Any:
         return builder.op(f"{path}/{key}/{op_type}", op_type, inputs, **attributes)
@@ -108,12 +121,14 @@ def emit_embedding(builder: Any, path: str, ids: Any, name: str, shape: tuple[in
     return builder.op(f"{path}/Mul", "Mul", [levels, scale])
 
 
-def _initializers(builder: Any, name: str, shape: tuple[int, int], read: Read) -> tuple[Any, Any]:
+def _initializers(builder: Any, name: str, shape: tuple[int, int], fill: Fill) -> tuple[Any, Any]:
     """Bytes of the codes, flat, and scales of a weight."""
     rows, columns = shape
-    codes = builder.weight(f"{name}.codes", "uint8", (-(-rows * columns // 2),), lambda: read()["codes"])
-    scales = builder.weight(f"{name}.scales", "float32", (-(-columns // BLOCK), rows), lambda: read()["scales"])
-    return codes, scales
+    arrays = {
+        "codes": ("uint8", (-(-rows * columns // 2),)), "scales": ("float32", (-(-columns // BLOCK), rows))
+    }  # fmt: skip
+    values = builder.weights(name, arrays, fill)
+    return values["codes"], values["scales"]
 
 
 def _zero_points(builder: Any, scales: Any) -> Any:

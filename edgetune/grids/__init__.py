@@ -11,6 +11,8 @@ A grid is one file of pure functions over numpy arrays:
     PAIRS, flat(codes, shape) the same as one flat run of blocks, for whoever decodes with something faster than numpy:
                               weight[2i, 2i + 1] = PAIRS[packed[i]] * scales[2i // BLOCK]; None where K is no
                               multiple of BLOCK
+    row_unit(shape), rows_of(codes, shape, rows)        rows from a multiple of `row_unit` on have bytes of their own:
+                              views of these in the arrays, to read or to write
     nbytes(shape, **options)  -> int                    bytes of all that is stored
     MARK                                                the suffix by which a stored weight is recognised as this grid's
     emit_linear, emit_embedding                         the same weight as ONNX nodes, by a builder handed in

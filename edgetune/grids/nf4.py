@@ -29,7 +29,7 @@ MARK = ".quant_state.bitsandbytes__nf4"
 ROUNDS_ACTIVATIONS = False
 
 PIECE_BYTES = 16 << 20  # float32 weights that one MatMulBnb4 may dequantize at a time
-Read = Callable[[], Mapping[str, np.ndarray]]
+Fill = Callable[[dict[str, np.ndarray]], None]
 
 _NESTED_BLOCK = 256
 _QUANTIZED_AT_ONCE = 1 << 20  # weights, or a block's worth of rows
@@ -76,7 +76,7 @@ def quantize(weight: Matrix, *, double_quant: bool = False) -> dict[str, np.ndar
     tensor, quantize_4bit, quantize_blockwise = _import_bitsandbytes()
     rows, columns = weight.shape
     codes, absmax = np.empty((-(-rows * columns // 2), 1), np.uint8), np.empty(-(-rows * columns // BLOCK), np.float32)
-    unit = BLOCK // math.gcd(BLOCK, columns)
+    unit = row_unit((rows, columns))
     step = max(unit, _QUANTIZED_AT_ONCE // columns // unit * unit)
     for start in range(0, rows, step):
         piece = np.ascontiguousarray(weight[start : start + step])
@@ -164,6 +164,18 @@ def dequantize(
     return out
 
 
+def row_unit(shape: tuple[int, int]) -> int:
+    """A range of rows has bytes of its own where it starts with a block."""
+    return BLOCK // math.gcd(BLOCK, shape[1])
+
+
+def rows_of(codes: Mapping[str, np.ndarray], shape: tuple[int, int], rows: slice) -> dict[str, np.ndarray]:
+    """The part of the arrays that holds a range of rows, which starts at a multiple of `row_unit`; views."""
+    first, last = rows.start * shape[1], rows.stop * shape[1]
+    sizes = {"codes": 2, "absmax": BLOCK}  # weights of an element
+    return {key: codes[key][first // size : -(-last // size)] for key, size in sizes.items()}
+
+
 def flat(codes: Mapping[str, np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | None:
     """(packed uint8, absmax float32) of the whole weight as one run of blocks; None where blocks cross rows."""
     return None if shape[1] % BLOCK else (codes["codes"], codes["absmax"])
@@ -181,15 +193,15 @@ def _gather(codes: Mapping[str, np.ndarray], columns: int, rows: np.ndarray) -> 
 # x [..., K] ─┬─ MatMulBnb4(rows 0..n) ────┬─ Concat ── Add(bias) ── y [..., N]
 #             └─ MatMulBnb4(rows n..2n) … ─┘
 def emit_linear(
-    builder: Any, path: str, x: Any, name: str, shape: tuple[int, int], read: Read, *, bias: Any = None
+    builder: Any, path: str, x: Any, name: str, shape: tuple[int, int], fill: Fill, *, bias: Any = None
 ) -> Any:
-    """Gives x W^T + bias for the weight `name` [N, K]; `read()` gives its codes when the file is written.
+    """Gives x W^T + bias for the weight `name` [N, K]; `fill` writes its codes into the file.
 
     The kernel dequantizes its whole operand on every call, so a large weight is multiplied in ranges of rows.
     """
     rows, columns = shape
-    codes, absmax = _initializers(builder, name, shape, read)
-    unit = BLOCK // math.gcd(BLOCK, columns)  # a range has to start where a block does
+    codes, absmax = _initializers(builder, name, shape, fill)
+    unit = row_unit(shape)
     step = max(unit, PIECE_BYTES // (4 * columns) // unit * unit)
     pieces = []
     for start in range(0, rows, step):
@@ -207,7 +219,7 @@ def emit_linear(
 
 # ids [b, s] ─┬─ Gather(bytes) ── Cast ── Gather(level pairs) ── Reshape [b, s, groups, g] ── Mul ── Reshape [b, s, K]
 #             └─ Mul ── Add ── Div ── Gather(absmax) ── Unsqueeze [b, s, groups, 1] ───────────┘
-def emit_embedding(builder: Any, path: str, ids: Any, name: str, shape: tuple[int, int], read: Read) -> Any:
+def emit_embedding(builder: Any, path: str, ids: Any, name: str, shape: tuple[int, int], fill: Fill) -> Any:
     """Rows of the weight `name` [V, K] for ids [b, s], by table look-up in standard operators: exact.
 
     A block may cross rows; a group is the largest run of elements that always shares one.
@@ -218,7 +230,7 @@ def emit_embedding(builder: Any, path: str, ids: Any, name: str, shape: tuple[in
     rows, columns = shape
     if columns % 2:
         raise ExportError(f"{name} has {columns} columns; an nf4 embedding needs an even number. Use grid 'int4'.")
-    _, absmax = _initializers(builder, name, shape, read)
+    _, absmax = _initializers(builder, name, shape, fill)
     packed = builder.view(f"{name}.codes.rows", f"{name}.codes", "uint8", (rows, columns // 2))
     table = builder.constant("nf4.pairs", PAIRS.view(np.float32).reshape(256, 2))
     group = math.gcd(BLOCK, columns)
@@ -253,9 +265,9 @@ def _row_range(builder: Any, name: str, columns: int, start: int, count: int) ->
     return codes, absmax
 
 
-def _initializers(builder: Any, name: str, shape: tuple[int, int], read: Read) -> tuple[Any, Any]:
+def _initializers(builder: Any, name: str, shape: tuple[int, int], fill: Fill) -> tuple[Any, Any]:
     """Codes and absmax of a weight, flat; double quantization is undone by `load`."""
     count = math.prod(shape)
-    codes = builder.weight(f"{name}.codes", "uint8", (-(-count // 2),), lambda: read()["codes"])
-    absmax = builder.weight(f"{name}.absmax", "float32", (-(-count // BLOCK),), lambda: read()["absmax"])
-    return codes, absmax
+    arrays = {"codes": ("uint8", (-(-count // 2),)), "absmax": ("float32", (-(-count // BLOCK),))}
+    values = builder.weights(name, arrays, fill)
+    return values["codes"], values["absmax"]

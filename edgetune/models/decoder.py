@@ -183,12 +183,21 @@ class Decoder(nn.Module):
         position_ids: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Ids [B, T] -> logits [B, T, vocab], whole: for tests, evaluation of small models and the parity gate."""
+        """Ids [B, T] -> logits [B, T, vocab], whole: for tests and evaluation of small models."""
+        return self.lm_head(self.hidden(input_ids, position_ids, segment_ids))  # type: ignore[no-any-return]
+
+    def hidden(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Ids [B, T] -> what the head multiplies [B, T, hidden]."""
         contexts = self.context(input_ids.shape[1], position_ids, segment_ids)
         x = self.embed(input_ids)
         for layer in self.layers:
             x = layer(x, contexts)
-        return self.lm_head(self.norm(x))  # type: ignore[no-any-return]
+        return self.norm(x)  # type: ignore[no-any-return]
 
 
 def _tables(kind: AttentionKind, head_dim: int, length: int) -> tuple[torch.Tensor, torch.Tensor] | None:

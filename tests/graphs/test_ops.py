@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,16 @@ def normal(*shape: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def filling(codes: Mapping[str, np.ndarray]) -> Callable[[dict[str, np.ndarray]], None]:
+    """What writes the codes of a weight into the file."""
+
+    def fill(arrays: dict[str, np.ndarray]) -> None:
+        for key, array in arrays.items():
+            np.copyto(array, codes[key])
+
+    return fill
+
+
 SHAPES = [(37, 72), (40, 88), (9, 32), (301, 64), (6, 10)]
 
 
@@ -57,7 +67,7 @@ def test_linear_computes_with_the_dequantized_weight(
     def make(b: Builder) -> Any:
         value = b.input("x", "float32", ["a", "b", shape[1]])
         added = b.constant("bias", bias) if with_bias else None
-        return FORMATS[weights].emit_linear(b, "/l", value, "w", shape, lambda: codes, bias=added)
+        return FORMATS[weights].emit_linear(b, "/l", value, "w", shape, filling(codes), bias=added)
 
     expected = x @ FORMATS[weights].dequantize(codes, shape).T + (bias if with_bias else 0)
     np.testing.assert_allclose(run(tmp_path, make, {"x": x}), expected, atol=1e-4, rtol=0)
@@ -72,7 +82,7 @@ def test_embedding_gathers_the_dequantized_rows(tmp_path: Path, weights: str, sh
 
     def make(b: Builder) -> Any:
         value = b.input("ids", "int64", ["a", "b"])
-        return FORMATS[weights].emit_embedding(b, "/e", value, "w", shape, lambda: codes)
+        return FORMATS[weights].emit_embedding(b, "/e", value, "w", shape, filling(codes))
 
     expected = FORMATS[weights].dequantize(codes, shape)[ids]
     assert np.array_equal(run(tmp_path, make, {"ids": ids}), expected), "a look-up is exact"
@@ -89,7 +99,7 @@ def test_int8_dynamic_rounds_activations_to_one_scale(tmp_path: Path, shape: tup
     def make(b: Builder) -> Any:
         value = b.input("x", "float32", ["a", "b", shape[1]])
         added = b.constant("bias", bias) if with_bias else None
-        return int8_dynamic.emit_linear(b, "/l", value, "w", shape, lambda: codes, bias=added)
+        return int8_dynamic.emit_linear(b, "/l", value, "w", shape, filling(codes), bias=added)
 
     low, high = min(x.min(), 0), max(x.max(), 0)
     step = (high - low) / np.float32(255)
@@ -139,7 +149,7 @@ def test_int8_linear_is_near_its_weight(tmp_path: Path) -> None:
 
     def make(b: Builder) -> Any:
         value = b.input("x", "float32", ["a", "b", 88])
-        return int8.emit_linear(b, "/l", value, "w", weight.shape, lambda: codes)
+        return int8.emit_linear(b, "/l", value, "w", weight.shape, filling(codes))
 
     got, expected = run(tmp_path, make, {"x": x}), x @ int8.dequantize(codes, weight.shape).T
     assert 0 < np.linalg.norm(got - expected) / np.linalg.norm(expected) < 0.01, "activations are rounded to int8"

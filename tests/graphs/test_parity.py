@@ -22,7 +22,7 @@ from tiny_run import adapter_tensors, write_run
 from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.lora import LoraConfig, onnx_tensors
 from edgetune.base import open_base
-from edgetune.exporter import export, parity
+from edgetune.exporter import agreement, export, parity
 from edgetune.exporter.merging import BaseWeights, RoundedWeights, round_to
 from edgetune.graphs import FORMATS
 from edgetune.graphs.decoder import decoder_graph
@@ -201,8 +201,10 @@ def test_a_graph_of_any_weights_computes_with_them(tmp_path: Path, weights: str)
     with torch.no_grad():
         expected = load_decoder(rounded)(torch.from_numpy(ids)).numpy()
     path = write_graph(tmp_path / "graph", base.folder, weights=weights)
-    got = parity.Graph(path, base.config, {}, fp32_compute=True).logits(ids)
-    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
+    items = [agreement.Probe(row, np.full(len(row), -100)) for row in ids]
+    spool = parity.Graph(path, base.config, {}, fp32_compute=True).spool(items, tmp_path / "spool")
+    got = np.concatenate([logits for _, logits in spool.blocks()])
+    np.testing.assert_allclose(got, expected.reshape(-1, 301), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
