@@ -135,6 +135,7 @@ def _write_model(
     )
     builder.save(folder, MODEL, {"edgetune.base_sha256": job.base_sha256})
     model = folder / MODEL
+    parity.check_loads(model)
     parity.check_bytes(model, source, builder.sha256)
 
     items, held_out = agreement.probes(job.rows, config.vocab_size, job.context_length)

@@ -1,5 +1,6 @@
 """Does the exported graph compute what was trained? Bytes first, then logits, torch against onnxruntime.
 
+    loads      onnx's checker passes, and onnxruntime takes the whole graph: every node has a kernel
     bytes      every weight in the written file, read back, equals the base's own
     exact      logits in fp32 compute: max difference <= 1e-3, top-1 agreement >= 99.9 %, also through the KV cache
     fast       the int8-activation kernels that a device will run: another computation, so its KL and top-1 are
@@ -41,6 +42,7 @@ from edgetune.models.decoder import Decoder
 MAX_ABS_LOGIT = 1e-3
 MIN_TOP1 = 0.999
 MAX_ACCURACY_DROP = 0.01
+_TILE_WEIGHTS = 1 << 20  # of the head, at least: a session for each
 
 
 class Graph:
@@ -54,7 +56,7 @@ class Graph:
         if fp32_compute:
             _compute_in_fp32(self._model.graph)
         *self._pieces, head = cut(self._model)
-        step = tile_rows((config.vocab_size, config.hidden_size), config.largest_linear)
+        step = tile_rows((config.vocab_size, config.hidden_size), max(config.largest_linear, _TILE_WEIGHTS))
         self._heads = functools.partial(row_ranges, head, model.parent, config.vocab_size, step)
         self._feeds, self._config = dict(feeds), config
 
@@ -199,6 +201,25 @@ def task_metric(graph: Graph, items: Sequence[Probe], path: Path) -> dict[str, A
             totals += task_of(group, graph.spool(group, path))
             group = []
     return {"loss": totals[0] / totals[2], "token_accuracy": totals[1] / totals[2], "positions": int(totals[2])}
+
+
+def check_loads(model: Path) -> None:
+    """The file as a whole, which the other checks see in pieces: a session without optimizing and packing costs little.
+
+    Raises ParityError with what onnx's checker or onnxruntime says.
+    """
+    options = _session_options(model.parent, fp32_compute=False)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    try:
+        onnx.checker.check_model(str(model))
+        onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the exceptions of onnxruntime share no other base
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise ParityError(
+            f"onnxruntime {onnxruntime.__version__} does not take the exported graph: {reason}. Nothing was written. "
+            f"Report the model's config.json and this message as a defect"
+        ) from error
 
 
 def check_bytes(model: Path, source: BaseWeights, produced: Mapping[str, str]) -> None:

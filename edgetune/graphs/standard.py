@@ -100,7 +100,9 @@ def emit_embedding(builder: Any, path: str, ids: Any, name: str, shape: tuple[in
     `DequantizeLinear` before `Gather` would dequantize the whole table for every token.
     """
     rows, columns = shape
-    codes, scales = _initializers(builder, name, shape, fill)
+    codes, _ = _initializers(builder, name, shape, fill)
+    # Under a name of their own: scales that another node reads too keep onnxruntime from fusing a tied head.
+    scales = builder.view(f"{name}.scales.rows", f"{name}.scales", "float32", (-(-columns // BLOCK), rows))
 
     def op(key: str, op_type: str, *inputs: Any, **attributes: Any) -> Any:
         return builder.op(f"{path}/{key}/{op_type}", op_type, inputs, **attributes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,23 @@ def test_a_format_reads_ranges_and_indices_as_the_whole(weights: str, shape: tup
     assert (whole.shape, whole.dtype) == (shape, np.float32)
     for rows in (slice(0, 1), slice(shape[0] // 3, shape[0]), np.array([shape[0] - 1, 0, shape[0] - 1])):
         np.testing.assert_array_equal(FORMATS[weights].dequantize(codes, shape, rows), whole[rows])
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 33), (64, 7), (128, 40)])
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_format_is_written_in_ranges_of_rows(weights: str, shape: tuple[int, int]) -> None:
+    matrix, unit = normal(*shape), FORMATS[weights].row_unit(shape)
+    whole = round_to(weights, matrix)
+    written = {key: np.zeros_like(array) for key, array in whole.items()}
+    starts = range(0, shape[0], max(1, shape[0] // 3 // unit) * unit)
+    for start in starts:
+        rows = slice(start, min(start + starts.step, shape[0]))
+        part = round_to(weights, matrix[rows])
+        for key, view in FORMATS[weights].rows_of(written, shape, rows).items():
+            view[...] = part[key].reshape(view.shape)
+    assert len(starts) >= 3 or unit > 1
+    for key, array in whole.items():
+        np.testing.assert_array_equal(written[key], array)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (5, 33), (1, 1)])
@@ -290,3 +309,39 @@ def test_weights_are_produced_once_in_order_and_lie_where_they_should(tmp_path: 
     session = onnxruntime.InferenceSession(tmp_path / "test.onnx", providers=["CPUExecutionProvider"])
     np.testing.assert_array_equal(session.run(["y"], {})[0], arrays["large"][65:] * 2)
     onnx.checker.check_model(str(tmp_path / "test.onnx"))
+
+
+def test_weights_beyond_two_gib(tmp_path: Path) -> None:
+    """Offsets past 2 GiB, where a 32-bit one would wrap, in a file of that size with nothing in front of them."""
+    array = normal(70, 33)
+
+    def make(b: Builder) -> Any:
+        b._end = 1 << 31
+        weight = b.weight("after", "float32", array.shape, lambda: array)
+        half = b.view("half", "after", "float32", (35, 33), start_byte=35 * 33 * 4)
+        return b.op("/sum", "Add", [half, b.op("/first", "Slice", [weight, *limits(b)])])
+
+    def limits(b: Builder) -> list[Any]:
+        return [b.constant(key, np.array([value], np.int64)) for key, value in (("start", 0), ("end", 35))]
+
+    b = build(tmp_path, make)
+    assert b.placed["after"].offset == 1 << 31
+    assert (tmp_path / "test.data").stat().st_size == (1 << 31) + array.nbytes
+    onnx.checker.check_model(str(tmp_path / "test.onnx"))
+    session = onnxruntime.InferenceSession(tmp_path / "test.onnx", providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(["y"], {})[0], array[:35] + array[35:])
+
+
+def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ExportError, match=r"cannot take 10\.0 MiB of weights: No space left on device\. Free some"):
+        build(tmp_path, lambda b: b.weight("w", "float32", (10, 1 << 18), lambda: 1 / 0))
+    assert not (tmp_path / "test.onnx").exists()
+
+
+def test_what_is_produced_has_the_announced_shape(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"w: \(1, 5\) produced for \(4, 5\)"):
+        build(tmp_path, lambda b: b.weight("w", "float32", (4, 5), lambda: normal(1, 5)))

@@ -22,7 +22,7 @@ from tiny_run import adapter_tensors, write_run
 from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.lora import LoraConfig, onnx_tensors
 from edgetune.base import open_base
-from edgetune.exporter import agreement, export, parity
+from edgetune.exporter import agreement, export, parity, pieces
 from edgetune.exporter.merging import BaseWeights, RoundedWeights, round_to
 from edgetune.graphs import FORMATS
 from edgetune.graphs.decoder import decoder_graph
@@ -183,6 +183,34 @@ def test_a_tied_table_is_stored_once(tmp_path: Path, weights: str) -> None:
     offset, length = next(iter(spans.values()))
     assert length == table.nbytes
     assert all(offset <= start and start + size <= offset + length for start, size in spans.values())
+
+
+@pytest.mark.parametrize("vocab_size", [301, 302])  # columns in 4 bits cannot be cut where their number is odd
+@pytest.mark.parametrize("weights", FORMATS)
+def test_the_pieces_are_the_graph(tmp_path: Path, weights: str, vocab_size: int) -> None:
+    """The same logits as the graph in one session, in tiles of the vocabulary; every node in one piece."""
+    base = make_base(tmp_path, "qwen3", None, vocab_size=vocab_size, head_dim=16)
+    path = write_graph(tmp_path / "graph", base, weights=weights)
+    ids = np.random.default_rng(10).integers(0, vocab_size, (1, 19))
+    whole, _ = Client(path, fp32=False).run(ids)
+    graph = parity.Graph(path, open_base(base).config, {}, fp32_compute=False)
+    model = onnx.load(path, load_external_data=False)
+    *body, head = pieces.cut(model)
+    assert [node.name for piece in (*body, head) for node in piece.nodes] == [node.name for node in model.graph.node]
+    assert len(body) == 1 + 2 + 1
+    tiles = list(pieces.row_ranges(head, path.parent, vocab_size, 100))
+    if weights == "nf4" or (weights == "standard" and vocab_size % 2):
+        assert [rows for rows, _ in tiles] == [slice(0, vocab_size)]
+    else:
+        assert [rows.start for rows, _ in tiles] == [0, 96, 192, 288]
+    graph._heads = lambda: tiles  # type: ignore[assignment]
+    item = agreement.Probe(ids[0], np.full(19, -100))
+    [(rows, logits)] = list(graph.spool([item], tmp_path / "spool").blocks())
+    assert rows == slice(0, 19)
+    np.testing.assert_allclose(logits, whole[0], atol=1e-4, rtol=0)
+    if weights != "int8-dynamic":  # the one scale of its activations is that of a step
+        [(_, logits)] = list(graph.spool_in_steps(item, tmp_path / "steps").blocks())
+        np.testing.assert_allclose(logits, whole[0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("weights", FORMATS)
