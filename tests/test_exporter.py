@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -528,7 +531,55 @@ def test_an_existing_folder_is_replaced_only_by_force_and_only_if_it_is_a_bundle
     assert (tmp_path / "home" / "letters").exists()
 
 
+@pytest.mark.parametrize("weights", ["fp32", "fp16", "int8-dynamic"])
+def test_memory_stays_below_the_largest_tensor(tmp_path: Path, weights: str) -> None:
+    """In a process that has exported before: nothing is whole on the heap, neither the table nor logits over it."""
+    wide = {"vocab_size": 65536, "hidden_size": 512, "intermediate_size": 64, "tie_word_embeddings": True}
+    write_model(tmp_path / "wide", tiny_config("llama", **wide), dtype="bfloat16")
+    write_model(tmp_path / "tiny", tiny_config("llama"), dtype="bfloat16")
+    code = """
+import sys
+from edgetune.exporter import export
+from edgetune.memory import Meter
+export("tiny", out="first", weights=sys.argv[1])
+with Meter() as meter:
+    before = meter.now_bytes
+    export("wide", out="second", weights=sys.argv[1])
+print(meter.peak_bytes - before)
+"""
+    command = [sys.executable, "-W", "error", "-c", code, weights]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    largest = max(size for _, size in placed(tmp_path / "second" / "model.onnx"))
+    assert largest == 65536 * 512 * {"fp32": 4, "fp16": 2, "int8-dynamic": 1}[weights]
+    assert int(done.stdout) < 1.5 * largest
+
+
+def placed(model: Path) -> list[tuple[str, int]]:
+    """Name and bytes of every initializer in the data file."""
+    tensors = onnx.load(model, load_external_data=False).graph.initializer
+    return [
+        (tensor.name, int(entry.value)) for tensor in tensors for entry in tensor.external_data if entry.key == "length"
+    ]
+
+
 # --- the gate
+
+
+def test_a_graph_that_onnxruntime_does_not_take_fails_the_gate(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = Builder.op
+
+    def unknown(self: Builder, path: str, op_type: str, *args: Any, **attributes: Any) -> Any:
+        return op(
+            self, path, "Sigmoid2" if path.endswith("layers.1/mlp/silu/Sigmoid") else op_type, *args, **attributes
+        )
+
+    monkeypatch.setattr(Builder, "op", unknown)
+    with pytest.raises(ParityError, match=r"does not take the exported graph: .*Sigmoid2"):
+        export(model, out=tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
 
 
 def after_save(monkeypatch: pytest.MonkeyPatch, change: Callable[[Builder, Path], None]) -> None:

@@ -46,7 +46,7 @@ from edgetune.graphs import FORMATS
 from edgetune.graphs.decoder import decoder_graph
 from edgetune.graphs.ops import has_fused_attention
 from edgetune.hub import model_folder
-from edgetune.memory import Meter
+from edgetune.memory import Meter, trim_allocator
 from edgetune.models.decoder import Decoder, load_decoder
 from edgetune.output import folder_in_progress
 from edgetune.weights import sha256_file
@@ -99,6 +99,7 @@ def export(
     if alpha is not None and not 0 < alpha <= 1:
         raise ExportError(f"alpha = {alpha}; a number above 0, the base, and up to 1, as trained, was expected.")
     out = Path(out)
+    trim_allocator()
     folder = getattr(source, "folder", None) or model_folder(source)
     with (
         folder_in_progress(out, MANIFEST, force=force) as temporary,

@@ -167,14 +167,15 @@ def _compute_in_fp32(graph: onnx.GraphProto) -> None:
 def spool_logits(decoder: Decoder, items: Sequence[Probe], path: Path) -> Spool:
     """Torch's logits of all probes."""
     spool = Spool(path, items, decoder.config.vocab_size)
+    weights = decoder.weights
     for block in decoder.blocks:  # the pages of a block are not kept mapped for the next one
-        block.register_forward_hook(lambda *_: decoder.weights.unmap())
+        block.register_forward_hook(lambda *_: weights.unmap())
     with torch.no_grad():
         hidden = [decoder.hidden(torch.from_numpy(ids)) for ids in spool.ids]
         for rows, weight in decoder.lm_head.tiles():
             for batch, x in enumerate(hidden):
                 spool.write(batch, rows, (x @ weight.T).numpy())
-            decoder.weights.unmap()
+            weights.unmap()
     return spool
 
 
