@@ -151,7 +151,7 @@ def test_dense_embeddings_stay_as_they_are(model: Path, tmp_path: Path) -> None:
     base = quantize(model, "nf4", tmp_path / "base", dense_embeddings=True)
     bundle = export(write_run(tmp_path / "run", base), out=tmp_path / "bundle")
     assert bundle.manifest["weights"] == "nf4"
-    written = parity.read_back(bundle.model_path)
+    written = parity.Written(bundle.model_path)
     assert np.array_equal(written["lm_head.weight"], open_base(model).dequantize("lm_head"))
 
 
@@ -254,7 +254,7 @@ def test_every_kind_of_weights_around_an_adapter(
 def test_rounding_is_measured_against_what_the_adapter_changes(bases: dict[str, Path], tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", bases["nf4"])
     found = export(run, out=tmp_path / "bundle", weights="int4", accept_loss=True).manifest["rounding"]
-    base, other = open_base(bases["nf4"]), parity.read_back(tmp_path / "bundle" / "model.onnx")
+    base, other = open_base(bases["nf4"]), parity.Written(tmp_path / "bundle" / "model.onnx")
     _, tensors = load_adapter(run, base.config)
     for module in ADAPTED:
         codes = {key: other[f"{module}.weight.{key}"] for key in ("codes", "scales")}
@@ -367,7 +367,7 @@ def test_merged_bundles(bases: dict[str, Path], tmp_path: Path, grid: str, weigh
 def test_merging_keeps_the_codes_of_what_has_no_adapter(bases: dict[str, Path], tmp_path: Path, grid: str) -> None:
     bundle = export(write_run(tmp_path / "run", bases[grid]), out=tmp_path / "bundle", merge=True)
     assert bundle.manifest["weights"] == grid
-    written, base = parity.read_back(bundle.model_path), open_base(bases[grid])
+    written, base = parity.Written(bundle.model_path), open_base(bases[grid])
     for module in base.config.matrices():
         same = np.array_equal(written[f"{module}.weight.codes"], base.codes(module)["codes"])
         assert same is (not module.endswith(("q_proj", "down_proj"))), module
@@ -377,7 +377,7 @@ def test_merging_keeps_the_codes_of_what_has_no_adapter(bases: dict[str, Path], 
 def test_a_merged_matrix_is_the_sum_in_its_format(bases: dict[str, Path], tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", bases["nf4"])
     bundle = export(run, out=tmp_path / "bundle", merge=True, weights="fp32")
-    base, written = open_base(bases["nf4"]), parity.read_back(bundle.model_path)
+    base, written = open_base(bases["nf4"]), parity.Written(bundle.model_path)
     _, tensors = load_adapter(run, base.config)
     for module, adapted in (("model.layers.1.mlp.down_proj", True), ("model.layers.1.mlp.up_proj", False)):
         expected = base.dequantize(module).astype(np.float64)

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime
 import torch
 from onnx import helper, numpy_helper
@@ -228,7 +227,7 @@ def check_bytes(model: Path, source: BaseWeights, produced: Mapping[str, str]) -
 
     Raises ParityError naming the first tensor that differs.
     """
-    written = read_back(model)
+    written = Written(model)
     if isinstance(source, RoundedWeights):
         differing = [
             name for name, digest in produced.items() if hashlib.sha256(written[name].data).hexdigest() != digest
@@ -261,10 +260,30 @@ def _differing(source: BaseWeights, written: Mapping[str, np.ndarray]) -> Iterat
             yield name
 
 
-def read_back(model: Path) -> dict[str, np.ndarray]:
-    """The initializers of a model file, those of its data file mapped; not 4-bit views, which numpy cannot map."""
-    values = [value.const_value for value in ir.load(model).graph.initializers.values()]
-    return {str(value.name): value.numpy() for value in values if value is not None and value.dtype.bitwidth >= 8}
+class Written(Mapping[str, np.ndarray]):
+    """The initializers of a model file by name; those in its data file are mapped anew each time they are asked for.
+
+    Views in 4 bits, which numpy cannot map, are left out.
+    """
+
+    def __init__(self, model: Path) -> None:
+        tensors = onnx.load(model, load_external_data=False).graph.initializer
+        self._folder = model.parent
+        self._tensors = {tensor.name: tensor for tensor in tensors if tensor.data_type != onnx.TensorProto.UINT4}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if not place:
+            return numpy_helper.to_array(tensor)
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        return np.memmap(self._folder / place["location"], dtype, "r", int(place["offset"]), tuple(tensor.dims))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 class _WrittenLinear(torch.nn.Module):
@@ -292,7 +311,7 @@ class _WrittenLinear(torch.nn.Module):
 
 def use_written_weights(decoder: Decoder, model: Path, weights: str) -> None:
     """Replace every matrix of a decoder by the one in a written model file: torch's view of rounded weights."""
-    written = read_back(model)
+    written = Written(model)
     matrices = decoder.config.matrices()
     for module, shape in matrices.items():
         name = f"{module}.weight"
