@@ -531,6 +531,7 @@ def test_an_existing_folder_is_replaced_only_by_force_and_only_if_it_is_a_bundle
     assert (tmp_path / "home" / "letters").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["fp32", "fp16", "int8-dynamic"])
 def test_memory_stays_below_the_largest_tensor(tmp_path: Path, weights: str) -> None:
     """In a process that has exported before: nothing is whole on the heap, neither the table nor logits over it."""
@@ -784,7 +785,7 @@ def test_what_is_merged_is_the_chosen_share(bases: dict[str, Path], tmp_path: Pa
     module = "model.layers.1.mlp.down_proj"
     _, tensors = load_adapter(run, base.config)
     change = tensors[f"{module}.lora_B"].astype(np.float64) @ tensors[f"{module}.lora_A"] * 5 / 3
-    written = parity.read_back(bundle.model_path)[f"{module}.weight"]
+    written = parity.Written(bundle.model_path)[f"{module}.weight"]
     np.testing.assert_allclose(written, base.dequantize(module) + 0.3 * change, atol=1e-6)
 
 

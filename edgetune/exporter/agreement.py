@@ -5,6 +5,7 @@ Held-out rows come first; seeded token ids fill up what they lack to 1,000 posit
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -88,6 +89,7 @@ class Spool:
         self._rows = [[(next(starts), n) for n in group] for group in lengths]
         self._path, self._vocab_size, self._count = path, vocab_size, num_positions(items)
         self._file = path.open("wb")
+        weakref.finalize(self, self._file.close)
 
     def write(self, batch: int, columns: slice, logits: np.ndarray, first: int = 0) -> None:
         """Logits [B, t, columns] of a batch, from its position `first` on; those of padding are left out."""
@@ -104,9 +106,6 @@ class Spool:
             rows = slice(start, min(start + step, self._count))
             count, offset = (rows.stop - start) * self._vocab_size, 4 * start * self._vocab_size
             yield rows, np.fromfile(self._path, np.float32, count, offset=offset).reshape(-1, self._vocab_size)
-
-    def __del__(self) -> None:
-        self._file.close()
 
 
 class Agreement:

@@ -59,6 +59,7 @@ def _measure(job: Job, adapter: Adapter, alpha: float, work: Path) -> dict[str, 
     folder.mkdir()
     builder = decoder_graph(source, data_file=DATA, context_length=job.context_length, slots=False, contrib=job.contrib)
     builder.save(folder, MODEL)
+    parity.check_loads(folder / MODEL)
     graph = parity.Graph(folder / MODEL, config, {}, fp32_compute=False)
     result: dict[str, Any] = {"alpha": alpha}
     for name, rows in (("task", job.rows), ("retention", job.retention)):

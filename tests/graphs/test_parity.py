@@ -213,6 +213,37 @@ def test_the_pieces_are_the_graph(tmp_path: Path, weights: str, vocab_size: int)
         np.testing.assert_allclose(logits, whole[0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("head_dim", [8, 16])  # the standard attention, and where it may be the contrib one
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gate_runs_every_family_in_pieces(tmp_path: Path, family: str, head_dim: int) -> None:
+    """One for each block, whatever its attention and norms; with an adapter, at once and through the cache."""
+    base = make_base(tmp_path, family, "int4", head_dim=head_dim)
+    path, config = write_graph(tmp_path / "graph", base), open_base(base).config
+    names = [node.name for node in onnx.load(path, load_external_data=False).graph.node]
+    *body, head = pieces.cut(onnx.load(path, load_external_data=False))
+    assert [node.name for piece in (*body, head) for node in piece.nodes] == names
+    assert len(body) == 1 + config.num_hidden_layers + 1
+    work = tmp_path / "work"
+    work.mkdir()
+    decoder = load_decoder(base)
+    lora, tensors = adapter_tensors(base, ADAPTER)
+    load_tensors(attach(decoder, lora), tensors)
+    items, _ = agreement.probes([], config.vocab_size, 64)
+    expected = parity.spool_logits(decoder, items, work / "torch")
+    feeds = onnx_tensors(lora, tensors)
+    figures = parity.check_logits(path, config, feeds, items, expected, work, fast=False)
+    assert figures["rows"] >= 1000
+    assert max(figures["max_abs_logit"], figures["max_abs_logit_cached"]) < 1e-4
+
+    rows = [item.ids.tolist() for item in items[:2]]
+    pair = []
+    for given in (feeds, {}):
+        logits = [Client(path).run(np.array([row]), feeds=given)[0] for row in rows]
+        pair.append(np.concatenate(logits, 1))
+    change = np.abs(pair[0] - pair[1]).max() / np.abs(pair[1]).max()
+    assert parity.probe_change(path, config, feeds, rows, work) == pytest.approx(change, rel=1e-3)
+
+
 @pytest.mark.parametrize("weights", FORMATS)
 def test_a_graph_of_any_weights_computes_with_them(tmp_path: Path, weights: str) -> None:
     """Torch over the weights dequantized beforehand, against the graph that dequantizes them itself."""
