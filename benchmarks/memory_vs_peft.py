@@ -51,7 +51,7 @@ from edgetune.data import pack, read_rows
 from edgetune.memory import MIB, SAMPLE_SECONDS, anonymous_bytes, format_mib
 from edgetune.models import load_config
 from edgetune.planner import Plan
-from edgetune.planner.costs import Job, step_work
+from edgetune.planner.costs import Job, row_step, step_work
 from edgetune.tokenizer import load_tokenizer
 from edgetune.training.backprop import Path as Walk
 from edgetune.training.batches import Batches
@@ -306,7 +306,7 @@ def equality(subject: Subject, recompute_layers: int) -> dict[str, float]:
 
     peer = qlora_model(subject.dense, subject.adapter, checkpointing=subject.case.checkpointing)
     take_embeddings(peer, subject.base)
-    walk = Walk(subject.adapter.first_block, recompute_layers)
+    walk = Walk(subject.adapter.first_block, recompute_layers, row_step=row_step(THREADS))
     rows = compare(
         subject.base, lambda step: [dict(batch) for batch in subject.batches.of_step(step)[0]], steps=2,
         config=subject.adapter, same_adapter=True, model=peer, walk=walk,

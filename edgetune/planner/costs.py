@@ -190,7 +190,7 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         "kept_activations": slots_ - one_slot,
         "block_workspace": work + one_slot,
         # Their tiles lie in the workspace; left are a few numbers for each supervised position.
-        "logits": 8 * FLOAT_BYTES * job.supervised,
+        "logits": 8 * FLOAT_BYTES * job.loss_rows,
     }
 
 
@@ -314,7 +314,7 @@ def step_work(job: Job) -> StepWork:
     trained = sum(job.tensor_sizes)
     flops += job.tokens * 2.0 * trained * (3 + again / max(1, job.path_layers) if job.has_gradients else 2)
     head = model.vocab_size * model.hidden_size
-    flops += 4.0 * head * job.supervised  # of one loss and its gradient, or of two losses
+    flops += 4.0 * head * job.loss_rows  # of one loss and its gradient, or of two losses
     decoded = weights * visits + head * losses
     activations = ACTIVATION_PASSES * activation_bytes(job) * (forward + 2 * backward)
     held = weights * job.dequantized_layers * (losses + 1)  # visits that only read; such blocks never run again
