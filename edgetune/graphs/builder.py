@@ -28,7 +28,6 @@ from edgetune.memory import format_mib
 
 OPSET, IR_VERSION = 23, 10
 CONTRIB = "com.microsoft"
-_INLINE_BYTES = 1024  # smaller tensors travel inside model.onnx
 _PAGE_BYTES, _PAGE_THRESHOLD = 16384, 65536  # 16 KiB pages: Apple, and Android from 15 on
 _ALIGNMENT = 64
 
