@@ -23,7 +23,7 @@ from torch import nn
 
 from edgetune.base import Base
 from edgetune.errors import ConfigError
-from edgetune.grids import GRIDS, PIECE_CODES, tile_rows
+from edgetune.grids import GRIDS, PIECE_CODES, row_tiles
 from edgetune.memory import format_mib
 
 LOOKUP_ROWS = 16  # rows of an embedding read at once
@@ -134,11 +134,9 @@ class FrozenLinear(nn.Module):
 
     def tiles(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """The whole weight in ranges of rows, float32 [rows, in_features], each in the same memory."""
-        step = tile_rows(self.shape, self.workspace.tile_weights)
-        for start in range(0, self.out_features, step):
-            rows = slice(start, min(start + step, self.out_features))
+        for rows in row_tiles(self.shape, self.workspace.tile_weights):
             if self.held is None:
-                yield rows, self.dequantize(rows, self.workspace.take(rows.stop - start, self.in_features))
+                yield rows, self.dequantize(rows, self.workspace.take(rows.stop - rows.start, self.in_features))
             else:
                 yield rows, self.held[rows]
 

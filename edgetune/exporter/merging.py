@@ -22,11 +22,10 @@ from edgetune.adapters import lora
 from edgetune.base import Base
 from edgetune.exporter.job import Adapter
 from edgetune.graphs import FORMATS, standard
-from edgetune.grids import GRIDS, tile_rows
+from edgetune.grids import GRIDS, row_tiles
 from edgetune.weights import Matrix
 
 Codes = dict[str, np.ndarray]
-_TILE_WEIGHTS = 1 << 20  # in float32, at once
 
 
 def round_to(weights: str, matrix: Matrix) -> Codes:
@@ -57,7 +56,7 @@ class BaseWeights:
         shape, grid = self.base.shape(module), self.base.grid_of(module)
         units = FORMATS[weights].row_unit(shape), GRIDS[grid].row_unit(shape) if grid else 1
         codes = self.base.codes(module) if grid else {}
-        for rows in _row_ranges(shape, math.lcm(*units)):
+        for rows in row_tiles(shape, unit=math.lcm(*units)):
             if grid is None:
                 yield rows, {"weight": self.base.dequantize(module, rows)}
             else:
@@ -73,13 +72,6 @@ class BaseWeights:
 
     def vector(self, name: str) -> np.ndarray:
         return self.base.vector(name)
-
-
-def _row_ranges(shape: tuple[int, int], unit: int) -> Iterator[slice]:
-    """The rows of a weight [N, K] in ranges that start at multiples of `unit`."""
-    step = max(unit, tile_rows(shape, _TILE_WEIGHTS) // unit * unit)
-    for start in range(0, shape[0], step):
-        yield slice(start, min(start + step, shape[0]))
 
 
 def _delta(adapter: Adapter, module: str, rows: slice) -> np.ndarray | None:

@@ -36,8 +36,8 @@ def tile_rows(shape: tuple[int, int], tile_weights: int) -> int:
     return max(1, min(shape[0], tile_weights // shape[1]))
 
 
-def row_tiles(shape: tuple[int, ...], tile_weights: int = 1 << 20) -> Iterator[slice]:
-    """The rows of a weight [N, K] in ranges of that many weights."""
-    step = tile_rows((shape[0], shape[1]), tile_weights)
+def row_tiles(shape: tuple[int, ...], tile_weights: int = 1 << 20, unit: int = 1) -> Iterator[slice]:
+    """The rows of a weight [N, K] in ranges of that many weights, which start at multiples of `unit` rows."""
+    step = max(unit, tile_rows((shape[0], shape[1]), tile_weights) // unit * unit)
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
