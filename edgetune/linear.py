@@ -24,8 +24,9 @@ from torch import nn
 from edgetune.base import Base
 from edgetune.errors import ConfigError
 from edgetune.grids import GRIDS, PIECE_CODES, row_tiles
-from edgetune.memory import format_mib
+from edgetune.memory import format_mib, read_ahead
 
+Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # codes, scales, and where they are decoded to
 LOOKUP_ROWS = 16  # rows of an embedding read at once
 
 
@@ -33,11 +34,13 @@ class Workspace:
     """Named float32 buffers, each as large as its largest request so far; a request overwrites the one before.
 
     `tile_weights` is how many weights may be dequantized at once. `offload_to` is a folder on a disk: `put` and `get`
-    then move tensors to a nameless file there and back.
+    then move tensors to a nameless file there and back. `reads_ahead` announces to the system which codes are decoded
+    next, for weights that are read on demand.
     """
 
     def __init__(self, tile_weights: int = 1 << 20, offload_to: Path | None = None) -> None:
         self.tile_weights, self.offload_to = tile_weights, offload_to
+        self.reads_ahead = False
         self._buffers: dict[str, torch.Tensor] = {}
         self._file: IO[bytes] | None = None
 
@@ -158,12 +161,11 @@ class FrozenLinear(nn.Module):
         size = min(PIECE_CODES, len(packed))
         indices = self.workspace.take(1, size, "codes")[0].view(torch.int32)
         widened = self.workspace.take(1, 2 * size // block, "scales")[0]
-        for start in range(0, len(packed), size):
-            stop = min(start + size, len(packed))
-            index = indices[: stop - start].copy_(packed[start:stop])
-            torch.index_select(table, 0, index, out=pairs[start:stop])
-            scale = widened[: 2 * (stop - start) // block].copy_(scales[2 * start // block : 2 * stop // block])
-            weights[2 * start : 2 * stop].view(-1, block).mul_(scale[:, None])
+        sizes = (packed, size), (scales, 2 * size // block), (pairs, size), (weights, 2 * size)
+        pieces: list[Piece] = list(zip(*(torch.split(part, size) for part, size in sizes), strict=True))
+        for codes, scale, pair, weight in _announced(pieces) if self.workspace.reads_ahead else pieces:
+            torch.index_select(table, 0, indices[: len(codes)].copy_(codes), out=pair)
+            weight.view(-1, block).mul_(widened[: len(scale)].copy_(scale)[:, None])
 
     def subtract_rows(self, ids: torch.Tensor, out: torch.Tensor) -> None:
         """Subtracts the rows of the weight [n, in_features] that `ids` [n] names from `out` [n, in_features]."""
@@ -223,6 +225,15 @@ def _mapped(array: np.ndarray) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that the map is read-only; nothing here writes to it
         return torch.from_numpy(array)
+
+
+def _announced(pieces: list[Piece]) -> Iterator[Piece]:
+    """The pieces in turn; while one is decoded, the next is read from disk."""
+    for at, piece in enumerate(pieces):
+        for codes, scale, _, _ in pieces[at + (at > 0) : at + 2]:
+            for part in (codes, scale):
+                read_ahead(part.data_ptr(), part.numel() * part.element_size())
+        yield piece
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import ctypes
 import functools
 import importlib.util
 import itertools
+import mmap
 import os
 import re
 import subprocess
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 
@@ -290,6 +292,22 @@ def give_back() -> bool:
         return False
     trim(0)
     return True
+
+
+def read_ahead(address: int, num_bytes: int) -> None:
+    """Begin to read a range of a mapped file, without waiting for it; a hint, which a system may not know."""
+    start = address // mmap.PAGESIZE * mmap.PAGESIZE
+    madvise = _madvise()
+    if madvise is not None:
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + num_bytes - start), mmap.MADV_WILLNEED)
+
+
+@functools.cache
+def _madvise() -> Any:
+    try:
+        return ctypes.CDLL(None).madvise
+    except (AttributeError, OSError, TypeError):  # Windows
+        return None
 
 
 # Anonymous bytes after the imports of an engine and a first small step, before any model: what `measure_floor` gave on

@@ -144,6 +144,15 @@ class Weights(Mapping[str, TensorInfo]):
         for file in {id(file): file for file in self._where.values()}.values():
             file.map.madvise(mmap.MADV_DONTNEED)
 
+    def read_on_demand(self) -> None:
+        """Read no more than what is touched, or announced by `memory.read_ahead`.
+
+        Left alone the system reads around each page that is missing, 8 MiB at once where a disk is set to that. They
+        cannot be dropped while they are on their way, and a small cgroup has no room for them.
+        """
+        for file in {id(file): file for file in self._where.values()}.values():
+            file.map.madvise(mmap.MADV_RANDOM)
+
     def float32(self, name: str, rows: slice | None = None) -> np.ndarray:
         """A float32 copy of one tensor, or of a range of its rows."""
         view = self.array(name)

@@ -51,3 +51,23 @@ def test_rows_of_an_embedding(tmp_path: Path, grid: str, width: str) -> None:
     assert torch.equal(into.view(expected.shape), expected)
     layer.subtract_rows(ids.reshape(-1), into)
     assert not into.any()
+
+
+def test_announces_each_piece_before_it_is_decoded(tmp_path: Path, grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgetune.linear.PIECE_CODES", 640)
+    base = open_base(make_base(tmp_path, grid=grid, hidden_size=128, head_dim=32))
+    layer = frozen_linear(base, "model.layers.1.mlp.up_proj", workspace := Workspace())
+    assert layer.flat is not None
+    announced: list[tuple[int, int]] = []
+    monkeypatch.setattr("edgetune.linear.read_ahead", lambda *range_: announced.append(range_))
+    layer.dequantize()
+    assert not announced
+    workspace.reads_ahead = True
+    np.testing.assert_array_equal(layer.dequantize().numpy(), base.dequantize(layer.name))
+    for part in layer.flat:
+        start, size = part.data_ptr(), part.numel() * part.element_size()
+        mine = [(at, length) for at, length in announced if start <= at < start + size]
+        assert len(mine) == -(-layer.flat[0].numel() // 640) > 2
+        assert [at for at, _ in mine[1:]] == [at + length for at, length in mine[:-1]]
+        assert mine[0][0] == start and sum(length for _, length in mine) == size
+    assert max(length for _, length in announced) <= 640

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
+import os
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -14,6 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from edgetune.errors import ModelError
+from edgetune.memory import read_ahead
 from edgetune.weights import TensorInfo, open_tensors, open_weights, sha256_file, write_safetensors
 
 RNG = np.random.default_rng(0)
@@ -46,6 +51,40 @@ def test_unmapped_tensors_are_still_there(tmp_path: Path) -> None:
     weights.unmap()
     np.testing.assert_array_equal(view, TENSORS["a.weight"])
     np.testing.assert_array_equal(weights.float32("b.weight"), TENSORS["b.weight"].astype(np.float32))
+
+
+def cached_pages(array: np.ndarray) -> int:
+    """How many pages of a mapped array are in memory (mincore)."""
+    address = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+    length = array.ctypes.data + array.nbytes - address
+    found = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
+    assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(length), found)
+    return sum(page & 1 for page in found)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="pages cannot be dropped on this system")
+def test_reads_on_demand_and_ahead(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"x": np.zeros(1024 * mmap.PAGESIZE, np.uint8)}, path)
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
+    x = (weights := open_tensors(path)).array("x")
+    weights.read_on_demand()
+    if cached_pages(x) > 256:
+        pytest.skip("this file system keeps its pages in memory")
+    before, touched = cached_pages(x), range(300, 1000, 100)
+    for page in touched:
+        x[page * mmap.PAGESIZE]
+    assert cached_pages(x) - before == len(touched)
+    part = x[500 * mmap.PAGESIZE : 564 * mmap.PAGESIZE]
+    read_ahead(part.ctypes.data, part.nbytes)
+    deadline = time.monotonic() + 30
+    while cached_pages(part) < 64 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert cached_pages(part) >= 64
+    assert cached_pages(x) - before <= len(touched) + 65
 
 
 def test_the_library_reads_what_we_write(tmp_path: Path) -> None:

@@ -152,6 +152,11 @@ class Decoder(nn.Module):
         """The layers, by their type."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
+    def read_on_demand(self) -> None:
+        """From here on no weight is read from disk before it is needed, but for the piece that is decoded next."""
+        self.weights.read_on_demand()
+        self.workspace.reads_ahead = True
+
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Ids [B, T] -> [B, T, hidden]."""
         return self.embed_tokens.lookup(input_ids).mul_(self.config.embedding_scale)

@@ -124,6 +124,8 @@ def train(
         limited = enforce in ("rlimit", "cgroup") and has_data_limit()
         limit = DataLimit(most_bytes) if limited else contextlib.nullcontext()
         trainer = Trainer(inputs, folder, guard, limit, pace, on_progress)
+        if group:  # pages on their way from disk count there, and cannot be dropped
+            trainer.decoder.read_on_demand()
         if enforce == "rlimit" and not limited:
             notes.append(
                 "This system has no RLIMIT_DATA that counts private memory: the governor alone holds the budget."
