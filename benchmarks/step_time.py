@@ -19,31 +19,31 @@ from pathlib import Path
 from typing import Any
 
 from machine import about
-from plan_accuracy import WHOLE, write_rows
+from plan_accuracy import ALL, write_rows
 from shapes import SHAPES, write_shape
 
 from edgetune import sample
 from edgetune.planner.plans import Plan
 from edgetune.quantizer import quantize
 
-SHORT = {"max-seq-length": 256, "batch-size": 1}
+SHORT = {"max-seq-length": 256, "batch-size": 1, "r": 8, "target-modules": ALL}
 CASES: dict[str, list[dict[str, Any]]] = {
     "sample": [
         {"grid": "int4", "max-seq-length": 128, "batch-size": 4},
         {"grid": "nf4", "max-seq-length": 256, "batch-size": 1, "gradient-accumulation-steps": 4},
     ],
     "smollm2-135m": [
-        {"grid": "int4", **SHORT, **WHOLE, "recompute-layers": 30},
-        {"grid": "nf4", **SHORT, **WHOLE, "recompute-layers": 30},
-        {"grid": "int4", **SHORT, **WHOLE, "recompute-layers": 0},
-        {"grid": "int4", **SHORT, **WHOLE, "recompute-layers": 30, "max-seq-length": 1024},
-        {"grid": "int4", **SHORT, **WHOLE, "recompute-layers": 0, "layers": "20-29"},
+        {"grid": "int4", **SHORT, "layers": "0-29", "recompute-layers": 30},
+        {"grid": "nf4", **SHORT, "layers": "0-29", "recompute-layers": 30},
+        {"grid": "int4", **SHORT, "layers": "0-29", "recompute-layers": 0},
+        {"grid": "int4", **SHORT, "layers": "0-29", "recompute-layers": 30, "max-seq-length": 1024},
+        {"grid": "int4", **SHORT, "layers": "20-29", "recompute-layers": 0},
     ],
     "qwen2.5-0.5b": [
-        {"grid": "int4", **SHORT, "recompute-layers": 24},
-        {"grid": "nf4", **SHORT, "recompute-layers": 24, "layers": "16-23"},
+        {"grid": "int4", **SHORT, "layers": "0-23", "recompute-layers": 24},
+        {"grid": "nf4", **SHORT, "layers": "16-23", "recompute-layers": 24},
     ],
-    "llama-3.2-1b": [{"grid": "int4", **SHORT, "recompute-layers": 16}],
+    "llama-3.2-1b": [{"grid": "int4", **SHORT, "layers": "0-15", "recompute-layers": 16}],
 }
 
 

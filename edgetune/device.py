@@ -99,6 +99,11 @@ class Cpu:
     def cores(self) -> int:
         return sum(cluster.cores for cluster in self.cluster)
 
+    @property
+    def clock_hz(self) -> float:
+        """Of the fastest kind of core."""
+        return 1e3 * max(cluster.khz for cluster in self.cluster)
+
 
 @dataclass(frozen=True)
 class Compute:

@@ -21,7 +21,7 @@ from edgetune.adapters import METHODS
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import open_base
 from edgetune.data import Row, pack, read_rows, split_eval
-from edgetune.device import load_device
+from edgetune.device import Cluster, load_device
 from edgetune.errors import BudgetError, ConfigError, DataError
 from edgetune.memory import MIB
 from edgetune.models import FAMILIES, load_config
@@ -850,7 +850,8 @@ class TestFeatureCache:
         wanted = {"adapter": self.UPPER.resolved(tiny), "batch_size": 3, "gradient_accumulation_steps": 2}
         cached, plain = (costs.step_work(job(tiny, cached_windows=count, **wanted)) for count in (9, 0))
         weights = sum(n * k for n, k in tiny.linear_shapes.values())
-        below = 5 * 6 * 32 * (2 * weights + 4 * 32 * 72)
+        below = 5 * 6 * 32 * (2 * weights + 4 * 32 * 72)  # one tile of queries: no key is left out
+        assert plain.dispatch_cycles - cached.dispatch_cycles == 5 * 6 * costs.DISPATCH_CYCLES
         assert plain.flops - cached.flops == pytest.approx(below)
         assert costs.lower_work(job(tiny, **wanted), 6).flops == pytest.approx(below)
         one, three = (costs.step_work(job(tiny, **wanted | {"batch_size": n})).traffic_bytes for n in (1, 3))
@@ -867,7 +868,7 @@ class TestFeatureCache:
             30,
         )
         written = cached.feature_cache_bytes / (storage.write_mb_s * 1e6)
-        assert fill == pytest.approx(work.seconds(device.compute) + written)
+        assert fill == pytest.approx(work.seconds(device) + written)
 
 
 class TestTime:
@@ -910,19 +911,38 @@ class TestTime:
         weights, head = 2 * (48 * 48 + 16 * 48) + 3 * 88 * 48, 301 * 48
         trained = 2 * 4 * sum(n + k for n, k in tiny.linear_shapes.values())
         activations = 64 * 4 * (48 + 16 + 16 + 48 + 48 + 2 * 88)
+        scores = 4 * 4 * 64 * 32 * tiny.num_attention_heads  # bytes of one forward pass over a block
         # Five passes over a block's weights, each a float32 written and read beside the codes; backward counts twice.
-        step = (5 * weights + head) * 8.5625 + 2 * activations * (3 + 2 * 2)
+        step = (5 * weights + head) * 8.5625 + 4 * activations * (3 + 2 * 2) + scores * (3 + 5)
         found = costs.step_work(job(tiny, gradient_accumulation_steps=3)).traffic_bytes
         assert found == pytest.approx(3 * step + 3 * 4 * trained + 2 * 8 * trained)
-        step = (4 * weights + 2 * head) * 8.5625 + 2 * activations * 4
+        step = (4 * weights + 2 * head) * 8.5625 + 4 * activations * 4 + scores * 4
         found = costs.step_work(job(tiny, step_rule="mezo", optimizer="sgd")).traffic_bytes
         assert found == pytest.approx(step + 16 * 4 * trained)
 
+    @pytest.mark.parametrize(("length", "keys"), [(32, 32), (64, 64), (1024, (1024 + 64) / 2)])
+    def test_attention_leaves_out_keys_after_a_tile(self, model: Path, length: int, keys: float) -> None:
+        config = load_config(model)
+        upper = TestFeatureCache.UPPER.resolved(config)
+        work = costs.lower_work(job(config, adapter=upper, max_seq_length=length), 1)
+        weights = sum(n * k for n, k in config.linear_shapes.values())
+        attention = work.flops / 5 / length - 2 * weights
+        assert attention == pytest.approx(4 * keys * config.num_attention_heads * config.head_dim)
+
+    def test_calls_by_hand(self, tmp_path: Path) -> None:
+        tiny = load_config(write_model(tmp_path, TINY, tokenizer=False))
+        # Two blocks forward, the lower one again, both backward, which counts twice.
+        assert costs.step_work(job(tiny)).dispatch_cycles == 7 * costs.DISPATCH_CYCLES
+        found = costs.step_work(job(tiny, gradient_accumulation_steps=3, batch_size=2)).dispatch_cycles
+        assert found == 3 * 7 * costs.DISPATCH_CYCLES
+        assert costs.step_work(job(tiny, step_rule="mezo")).dispatch_cycles == 4 * costs.DISPATCH_CYCLES
+
     def test_a_roofline_whose_sides_add_up(self) -> None:
-        compute = dataclasses.replace(
-            load_device("rpi-5").compute, gflops_fp32_sustained=2.0, gflops_fp32_burst=9.0, mem_bw_mb_s=10
-        )
-        assert costs.StepWork(3e9, 5e6).seconds(compute) == pytest.approx(1.5 + 0.5)
+        device = load_device("rpi-5")
+        compute = dataclasses.replace(device.compute, gflops_fp32_sustained=2.0, gflops_fp32_burst=9.0, mem_bw_mb_s=10)
+        clusters = tuple(Cluster(2, khz, khz > 1_000_000) for khz in (1_000_000, 2_000_000))
+        device = dataclasses.replace(device, compute=compute, cpu=dataclasses.replace(device.cpu, cluster=clusters))
+        assert costs.StepWork(3e9, 5e6, 1e9).seconds(device) == pytest.approx(1.5 + 0.5 + 0.5)
 
     def test_a_faster_device_is_faster(self, model: Path) -> None:
         seconds = [plan(model, name).predicted_step_seconds for name in ("rpi-zero-2w", "rpi-4", "rpi-5")]

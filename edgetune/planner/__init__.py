@@ -280,9 +280,9 @@ def _made(
     config, facts = wishes.config, wishes.facts
     moment, parts = costs.parts(choice)
     job, storage = costs.job(choice), profile.storage
-    step_seconds = step_work(job).seconds(profile.compute)
+    step_seconds = step_work(job).seconds(profile)
     cache_bytes = feature_bytes(job, job.cached_windows)
-    fill_seconds = lower_work(job, job.cached_windows).seconds(profile.compute) + cache_bytes / storage.write_mb_s / 1e6
+    fill_seconds = lower_work(job, job.cached_windows).seconds(profile) + cache_bytes / storage.write_mb_s / 1e6
     if cache_bytes:
         per_step = choice.batch_size * choice.gradient_accumulation_steps
         step_seconds += feature_bytes(job, per_step) / storage.read_mb_s / 1e6

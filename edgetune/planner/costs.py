@@ -20,7 +20,7 @@ from edgetune.adapters import METHODS
 from edgetune.adapters.lora import LoraConfig
 from edgetune.adapters.slot import Slot
 from edgetune.base import Base
-from edgetune.device import Compute
+from edgetune.device import DeviceProfile
 from edgetune.grids import GRIDS, PIECE_CODES, tile_rows
 from edgetune.models.config import DecoderConfig
 from edgetune.objectives import sft
@@ -47,8 +47,12 @@ TOKENIZER_BYTES_PER_BYTE, LEFT_BYTES_PER_BYTE, LEFT_BYTES = 15, 0.7, 3 << 20
 # What `step_work` counts beside the products, per unit of the name. These and the measured speeds decide how long a
 # step is predicted to take: tune them with benchmarks/step_time.py, and with the samples of `doctor --calibrate`.
 DECODE_BYTES = 0.5625 + 2 * FLOAT_BYTES  # per weight and visit: codes and scales are read, a float32 written and read
-ACTIVATION_PASSES = 2  # an activation is written and read once in each pass over its block
+ACTIVATION_PASSES = 4  # an activation is written and read by its own operator, and again by that which takes it
+SCORE_PASSES = 4  # the scores of attention: written by one product, read and written by softmax, read by the other
 ATTENTION_BACKWARD = 2.5  # attention's backward over its forward: five products instead of two
+# Cycles that go into calling the operators of a block, forward, whatever their size; backward it is twice as many.
+# 0.55 ms at 2.6 GHz on x86-64: steps of 64 to 256 tokens of the sample, drawn to no tokens.
+DISPATCH_CYCLES = 1_400_000
 
 
 @dataclass(frozen=True)
@@ -284,18 +288,24 @@ def _at_step(job: Job) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class StepWork:
-    """One optimizer step: floating point operations, and bytes that move beside them."""
+    """One optimizer step: floating point operations, bytes that move beside them, and cycles of calling operators."""
 
     flops: float
     traffic_bytes: float
+    dispatch_cycles: float
 
-    def seconds(self, compute: Compute) -> float:
+    def seconds(self, profile: DeviceProfile) -> float:
         """A roofline whose sides do not overlap: weights are decoded between the products, not during them."""
-        return self.flops / (compute.gflops_fp32_sustained * 1e9) + self.traffic_bytes / (compute.mem_bw_mb_s * 1e6)
+        compute = profile.compute
+        return (
+            self.flops / (compute.gflops_fp32_sustained * 1e9)
+            + self.traffic_bytes / (compute.mem_bw_mb_s * 1e6)
+            + self.dispatch_cycles / profile.cpu.clock_hz
+        )
 
 
 def step_work(job: Job) -> StepWork:
-    """Operations and traffic of one optimizer step.
+    """Operations, traffic and calls of one optimizer step.
 
     A weight costs 2 operations per token in each visit: forward, again where the block is computed again, and for the
     gradient of the block's input. The lowest adapted block asks for that gradient only above its first adapter; it is
@@ -309,32 +319,36 @@ def step_work(job: Job) -> StepWork:
         losses, again, backward = 2, 0, 0
     forward = losses * job.path_layers + again
     visits = forward + backward  # passes over one block's weights
-    weights, attention = _per_block(job)
-    flops = job.tokens * (2.0 * weights * visits + attention * (forward + ATTENTION_BACKWARD * backward))
+    weights, attention, scores = _per_block(job)
+    attended = job.tokens * (forward + ATTENTION_BACKWARD * backward)
+    flops = job.tokens * 2.0 * weights * visits + attended * attention
     trained = sum(job.tensor_sizes)
     flops += job.tokens * 2.0 * trained * (3 + again / max(1, job.path_layers) if job.has_gradients else 2)
     head = model.vocab_size * model.hidden_size
     flops += 4.0 * head * job.loss_rows  # of one loss and its gradient, or of two losses
     decoded = weights * visits + head * losses
-    activations = ACTIVATION_PASSES * activation_bytes(job) * (forward + 2 * backward)
+    activations = ACTIVATION_PASSES * activation_bytes(job) * (forward + 2 * backward) + attended * scores
     held = weights * job.dequantized_layers * (losses + 1)  # visits that only read; such blocks never run again
     traffic = (decoded - held) * DECODE_BYTES + held * FLOAT_BYTES + activations
-    below = StepWork(0, 0) if job.cached_windows else lower_work(job, job.batch_size)
-    flops, traffic = flops + losses * below.flops, traffic + losses * below.traffic_bytes
+    below = lower_work(job, 0 if job.cached_windows else losses * job.batch_size)
+    flops, traffic = flops + below.flops, traffic + below.traffic_bytes
+    cycles = DISPATCH_CYCLES * (forward + 2 * backward) + below.dispatch_cycles
     times = job.gradient_accumulation_steps
     # An update reads and writes parameters and moments, and reads gradients; that of mezo, and its two shifts, draw
     # numbers in the parameters' place and add them to the copy, which is made before and given back after.
     update = (3.0 if job.has_gradients else 16.0) * FLOAT_BYTES * trained
     update += 2 * OPTIMIZERS[job.optimizer].state_bytes(job.tensor_sizes)
-    return StepWork(flops * times, traffic * times + update)
+    return StepWork(flops * times, traffic * times + update, cycles * times)
 
 
 def lower_work(job: Job, num_windows: int) -> StepWork:
     """The blocks below the lowest adapter, forward over so many windows, one at a time: each decodes the weights."""
-    weights, attention = _per_block(job)
+    weights, attention, scores = _per_block(job)
     flops = job.max_seq_length * (2.0 * weights + attention)
     traffic = weights * DECODE_BYTES + ACTIVATION_PASSES * activation_bytes(replace(job, batch_size=1))
-    return StepWork(flops * job.first_block * num_windows, traffic * job.first_block * num_windows)
+    traffic += job.max_seq_length * scores
+    times = job.first_block * num_windows
+    return StepWork(flops * times, traffic * times, DISPATCH_CYCLES * times)
 
 
 def feature_bytes(job: Job, num_windows: int) -> int:
@@ -342,8 +356,13 @@ def feature_bytes(job: Job, num_windows: int) -> int:
     return FLOAT_BYTES * num_windows * job.max_seq_length * job.model.hidden_size
 
 
-def _per_block(job: Job) -> tuple[int, int]:
-    """Weights of a block, and the operations of its attention per token: scores and values."""
+def _per_block(job: Job) -> tuple[int, float, float]:
+    """Weights of a block; operations of its attention per token, scores and values; and the traffic of the scores.
+
+    Attention goes through tiles of queries, and leaves out the keys that come after the whole tile.
+    """
     model = job.model
     weights = sum(n * k for n, k in model.linear_shapes.values())
-    return weights, 4 * job.max_seq_length * model.num_attention_heads * model.head_dim
+    keys = (job.max_seq_length + min(TILE_QUERIES, job.max_seq_length)) / 2
+    operations = 4 * keys * model.num_attention_heads * model.head_dim
+    return weights, operations, SCORE_PASSES * FLOAT_BYTES * keys * model.num_attention_heads
