@@ -851,7 +851,7 @@ class TestFeatureCache:
         cached, plain = (costs.step_work(job(tiny, cached_windows=count, **wanted)) for count in (9, 0))
         weights = sum(n * k for n, k in tiny.linear_shapes.values())
         below = 5 * 6 * 32 * (2 * weights + 4 * 32 * 72)  # one tile of queries: no key is left out
-        assert plain.dispatch_cycles - cached.dispatch_cycles == 5 * 6 * costs.DISPATCH_CYCLES
+        assert plain.dispatch_cycles - cached.dispatch_cycles == 5 * 6 * costs.BLOCK_CYCLES
         assert plain.flops - cached.flops == pytest.approx(below)
         assert costs.lower_work(job(tiny, **wanted), 6).flops == pytest.approx(below)
         one, three = (costs.step_work(job(tiny, **wanted | {"batch_size": n})).traffic_bytes for n in (1, 3))
@@ -912,11 +912,16 @@ class TestTime:
         trained = 2 * 4 * sum(n + k for n, k in tiny.linear_shapes.values())
         activations = 64 * 4 * (48 + 16 + 16 + 48 + 48 + 2 * 88)
         scores = 4 * 4 * 64 * 32 * tiny.num_attention_heads  # bytes of one forward pass over a block
+        inputs, outputs = (2 * sum(pair[side] for pair in tiny.linear_shapes.values()) for side in (1, 0))
+        # Three forward passes over two blocks' adapters, two backward.
+        adapters = 64 * 4 * (1.5 * (inputs + 2 * outputs) + 3 * inputs + 2 * outputs)
         # Five passes over a block's weights, each a float32 written and read beside the codes; backward counts twice.
-        step = (5 * weights + head) * 8.5625 + 4 * activations * (3 + 2 * 2) + scores * (3 + 5)
+        step = (5 * weights + head) * 8.5625 + 4 * activations * (3 + 2 * 2) + scores * (3 + 5) + adapters
         found = costs.step_work(job(tiny, gradient_accumulation_steps=3)).traffic_bytes
         assert found == pytest.approx(3 * step + 3 * 4 * trained + 2 * 8 * trained)
-        step = (4 * weights + 2 * head) * 8.5625 + 4 * activations * 4 + scores * 4
+        step = (
+            (4 * weights + 2 * head) * 8.5625 + 4 * activations * 4 + scores * 4 + 64 * 4 * 2 * (inputs + 2 * outputs)
+        )
         found = costs.step_work(job(tiny, step_rule="mezo", optimizer="sgd")).traffic_bytes
         assert found == pytest.approx(step + 16 * 4 * trained)
 
@@ -932,10 +937,12 @@ class TestTime:
     def test_calls_by_hand(self, tmp_path: Path) -> None:
         tiny = load_config(write_model(tmp_path, TINY, tokenizer=False))
         # Two blocks forward, the lower one again, both backward, which counts twice.
-        assert costs.step_work(job(tiny)).dispatch_cycles == 7 * costs.DISPATCH_CYCLES
+        tensors = 2 * 2 * 7 * costs.TENSOR_CYCLES
+        assert costs.step_work(job(tiny)).dispatch_cycles == 7 * costs.BLOCK_CYCLES + tensors
         found = costs.step_work(job(tiny, gradient_accumulation_steps=3, batch_size=2)).dispatch_cycles
-        assert found == 3 * 7 * costs.DISPATCH_CYCLES
-        assert costs.step_work(job(tiny, step_rule="mezo")).dispatch_cycles == 4 * costs.DISPATCH_CYCLES
+        assert found == 3 * 7 * costs.BLOCK_CYCLES + tensors
+        found = costs.step_work(job(tiny, step_rule="mezo")).dispatch_cycles
+        assert found == 4 * costs.BLOCK_CYCLES + tensors
 
     def test_a_roofline_whose_sides_add_up(self) -> None:
         device = load_device("rpi-5")

@@ -50,9 +50,9 @@ DECODE_BYTES = 0.5625 + 2 * FLOAT_BYTES  # per weight and visit: codes and scale
 ACTIVATION_PASSES = 4  # an activation is written and read by its own operator, and again by that which takes it
 SCORE_PASSES = 4  # the scores of attention: written by one product, read and written by softmax, read by the other
 ATTENTION_BACKWARD = 2.5  # attention's backward over its forward: five products instead of two
-# Cycles that go into calling the operators of a block, forward, whatever their size; backward it is twice as many.
-# 0.55 ms at 2.6 GHz on x86-64: steps of 64 to 256 tokens of the sample, drawn to no tokens.
-DISPATCH_CYCLES = 1_400_000
+# Cycles that go into calling operators, whatever their size: those of a block, forward (backward it is twice as many),
+# and the optimizer's for one tensor. On x86-64: steps of 64 to 256 tokens of the sample, drawn to no tokens, are 9 ms.
+BLOCK_CYCLES, TENSOR_CYCLES = 1_200_000, 90_000
 
 
 @dataclass(frozen=True)
@@ -322,8 +322,6 @@ def step_work(job: Job) -> StepWork:
     weights, attention, scores = _per_block(job)
     attended = job.tokens * (forward + ATTENTION_BACKWARD * backward)
     flops = job.tokens * 2.0 * weights * visits + attended * attention
-    trained = sum(job.tensor_sizes)
-    flops += job.tokens * 2.0 * trained * (3 + again / max(1, job.path_layers) if job.has_gradients else 2)
     head = model.vocab_size * model.hidden_size
     flops += 4.0 * head * job.loss_rows  # of one loss and its gradient, or of two losses
     decoded = weights * visits + head * losses
@@ -331,14 +329,28 @@ def step_work(job: Job) -> StepWork:
     held = weights * job.dequantized_layers * (losses + 1)  # visits that only read; such blocks never run again
     traffic = (decoded - held) * DECODE_BYTES + held * FLOAT_BYTES + activations
     below = lower_work(job, 0 if job.cached_windows else losses * job.batch_size)
-    flops, traffic = flops + below.flops, traffic + below.traffic_bytes
-    cycles = DISPATCH_CYCLES * (forward + 2 * backward) + below.dispatch_cycles
+    adapter = _adapter_work(job, forward / max(1, job.path_layers))
+    flops += adapter.flops + below.flops
+    traffic += adapter.traffic_bytes + below.traffic_bytes
+    cycles = BLOCK_CYCLES * (forward + 2 * backward) + below.dispatch_cycles
     times = job.gradient_accumulation_steps
     # An update reads and writes parameters and moments, and reads gradients; that of mezo, and its two shifts, draw
     # numbers in the parameters' place and add them to the copy, which is made before and given back after.
-    update = (3.0 if job.has_gradients else 16.0) * FLOAT_BYTES * trained
+    update = (3.0 if job.has_gradients else 16.0) * FLOAT_BYTES * sum(job.tensor_sizes)
     update += 2 * OPTIMIZERS[job.optimizer].state_bytes(job.tensor_sizes)
-    return StepWork(flops * times, traffic * times + update, cycles * times)
+    return StepWork(flops * times, traffic * times + update, cycles * times + TENSOR_CYCLES * len(job.tensor_sizes))
+
+
+def _adapter_work(job: Job, forward: float) -> StepWork:
+    """An adapter's products in one micro-batch, which are too thin to hide what they read and write.
+
+    Forward, that many times, they read x and add (xA)B to y; backward they read x and the gradient of y twice, and add
+    to the gradient of x.
+    """
+    inputs, outputs = (sum(slot.in_features for slot in job.slots), sum(slot.out_features for slot in job.slots))
+    flops = 2.0 * sum(job.tensor_sizes) * (forward + (2 if job.has_gradients else 0))
+    floats = forward * (inputs + 2 * outputs) + (3 * inputs + 2 * outputs if job.has_gradients else 0)
+    return StepWork(job.tokens * flops, job.tokens * FLOAT_BYTES * floats, 0)
 
 
 def lower_work(job: Job, num_windows: int) -> StepWork:
@@ -348,7 +360,7 @@ def lower_work(job: Job, num_windows: int) -> StepWork:
     traffic = weights * DECODE_BYTES + ACTIVATION_PASSES * activation_bytes(replace(job, batch_size=1))
     traffic += job.max_seq_length * scores
     times = job.first_block * num_windows
-    return StepWork(flops * times, traffic * times, DISPATCH_CYCLES * times)
+    return StepWork(flops * times, traffic * times, BLOCK_CYCLES * times)
 
 
 def feature_bytes(job: Job, num_windows: int) -> int:
