@@ -11,6 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgetune.host import THREAD_SETTINGS
+
+for name, value in THREAD_SETTINGS.items():  # before torch starts its threads: beside other programs they would spin
+    os.environ.setdefault(name, value)
+
 REAL = Path(os.environ.get("EDGETUNE_REAL", Path(__file__).resolve().parents[2] / "shared" / "real"))
 
 
