@@ -41,7 +41,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "qwen2.5-0.5b": [
         {"grid": "int4", **SHORT, "layers": "0-23", "recompute-layers": 24},
-        {"grid": "nf4", **SHORT, "layers": "16-23", "recompute-layers": 24},
+        {"grid": "nf4", **SHORT, "layers": "16-23", "recompute-layers": 8},
     ],
     "llama-3.2-1b": [{"grid": "int4", **SHORT, "layers": "0-15", "recompute-layers": 16}],
 }
