@@ -23,10 +23,10 @@ from edgetune.models import load_config
 from edgetune.quantizer import quantize
 
 
-def write_run(base: Path, folder: Path, r: int) -> Path:
+def write_run(base: Path, folder: Path, r: int, target_modules: tuple[str, ...] | None = None) -> Path:
     """A run folder as training leaves it, with a random adapter: its size and place count here, not its values."""
     model = load_config(base)
-    config = LoraConfig(r=r).resolved(model)
+    config = LoraConfig(r=r, target_modules=target_modules).resolved(model)
     rng = np.random.default_rng(0)
     tensors = {
         name: rng.standard_normal(shape, dtype=np.float32) * np.float32(0.02)

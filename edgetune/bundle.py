@@ -40,6 +40,8 @@ MODEL = "model.onnx"
 DATA = "model.onnx.data"
 ADAPTER = "adapter"  # the name of the adapter that an export brings along
 GENAI_CONFIG = "genai_config.json"
+LOGITS_TO_KEEP = "logits_to_keep"  # an optional input: logits of so many last positions alone
+SHARE_BUFFER = "edgetune.past_present_share_buffer"  # in the metadata of graphs that write the cache in place
 
 _AGAIN = "Export the bundle again"
 _TEXT, _OPTIONAL_TEXT = (str,), (str, type(None))

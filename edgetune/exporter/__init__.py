@@ -33,6 +33,7 @@ from edgetune.bundle import (
     GENAI_CONFIG,
     MANIFEST,
     MODEL,
+    SHARE_BUFFER,
     Bundle,
     load_bundle,
 )
@@ -44,7 +45,6 @@ from edgetune.exporter.merging import BaseWeights, RoundedWeights
 from edgetune.exporter.sweep import choose_alpha
 from edgetune.graphs import FORMATS
 from edgetune.graphs.decoder import decoder_graph
-from edgetune.graphs.ops import has_fused_attention
 from edgetune.hub import model_folder
 from edgetune.memory import Meter, trim_allocator
 from edgetune.models.decoder import Decoder, load_decoder
@@ -134,7 +134,8 @@ def _write_model(
     builder = decoder_graph(
         source, data_file=DATA, context_length=job.context_length, slots=not job.merge, contrib=job.contrib
     )
-    builder.save(folder, MODEL, {"edgetune.base_sha256": job.base_sha256})
+    marks = {SHARE_BUFFER: "1"} if job.writes_cache_in_place else {}
+    builder.save(folder, MODEL, {"edgetune.base_sha256": job.base_sha256} | marks)
     model = folder / MODEL
     parity.check_loads(model)
     parity.check_bytes(model, source, builder.sha256)
@@ -234,8 +235,7 @@ def _genai_config(job: Job) -> dict[str, Any]:
         },
         "search": {
             "max_length": min(job.context_length, _GENAI_LENGTH), "do_sample": False,
-            # The cache is written in place; only the contrib attention can.
-            "past_present_share_buffer": job.contrib and has_fused_attention(config),
+            "past_present_share_buffer": job.writes_cache_in_place,
         },
     }  # fmt: skip
 

@@ -22,6 +22,7 @@ from edgetune.data import Row, read_rows, split_eval
 from edgetune.device import DeviceProfile, load_device
 from edgetune.errors import DeviceError, EdgetuneWarning, ExportError
 from edgetune.graphs import FORMATS, standard
+from edgetune.graphs.ops import has_fused_attention
 from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
 from edgetune.quantizer import quantize, read_manifest
@@ -69,6 +70,11 @@ class Job:
     def contrib(self) -> bool:
         """Whether the graph may use com.microsoft operators."""
         return self.weights != standard.NAME
+
+    @property
+    def writes_cache_in_place(self) -> bool:
+        """Whether past and present of the KV cache may be one buffer: only the contrib attention can."""
+        return self.contrib and has_fused_attention(self.base.config)
 
     @property
     def context_length(self) -> int:

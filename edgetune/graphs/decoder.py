@@ -3,7 +3,10 @@
     input_ids [batch_size, sequence_length], attention_mask [batch_size, total_sequence_length]        int64
     past_key_values.%d.key/.value [batch_size, kv_heads, past_sequence_length, head_dim]               float32
     <linear>.lora_A [in, r], <linear>.lora_B [r, out]                                                  float32, optional
- -> logits [batch_size, sequence_length, vocab_size], present.%d.key/.value                            float32
+    logits_to_keep [1], 0 where it is left out                                                         int64, optional
+ -> logits [batch_size, logits_length, vocab_size], present.%d.key/.value                              float32
+
+`logits_to_keep` is Hugging Face's: logits of so many last positions alone, of all with 0.
 
 Initializers keep the base's names plus a suffix (`model.layers.0.mlp.up_proj.weight.codes`), so what was written can be
 compared with what was trained. Rows of a batch may end in padding; padding on the left is not supported.
@@ -71,9 +74,9 @@ class _Decoder:
         for i in range(c.num_hidden_layers):
             x, *kv = self._layer(x, i, past[i], shared)
             present.append(kv)
-        x = self._norm(x, "model.norm")
+        x = ops.last_positions(b, f"{_path('lm_head')}/logits_to_keep", self._norm(x, "model.norm"))
         logits = self._linear(x, "lm_head", embedding if c.tie_word_embeddings else "lm_head")
-        b.output(logits, "logits", "float32", ["batch_size", "sequence_length", c.vocab_size])
+        b.output(logits, "logits", "float32", ["batch_size", "logits_length", c.vocab_size])
         for i, kv in enumerate(present):
             for value, kind in zip(kv, ("key", "value"), strict=True):
                 b.output(value, f"present.{i}.{kind}", "float32", self._cache_shape("total_sequence_length"))

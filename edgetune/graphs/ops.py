@@ -87,6 +87,15 @@ def scaled(b: Builder, path: str, x: ir.Value, scale: float) -> ir.Value:
     return b.op(f"{path}/Mul", "Mul", [x, b.constant(f"{path}/scale", np.array(scale, np.float32))])
 
 
+# x [b, s, n] ── Slice(-k, end) ── [b, min(k, s), n]
+def last_positions(b: Builder, path: str, x: ir.Value) -> ir.Value:
+    """The last `logits_to_keep` positions of x; all of them where that optional input is 0 or left out."""
+    keep = b.optional_input("logits_to_keep", [1], np.zeros(1, np.int64))
+    start = b.op(f"{path}/Neg", "Neg", [keep])
+    end = b.constant("/shape/end", np.array([np.iinfo(np.int64).max], np.int64))
+    return b.op(f"{path}/Slice", "Slice", [x, start, end, b.constant("/shape/positions", np.array([1], np.int64))])
+
+
 def has_fused_attention(config: DecoderConfig) -> bool:
     """Whether the contrib operator takes this head size; its rotary embedding wants a multiple of 16."""
     return config.head_dim % 16 == 0

@@ -291,12 +291,13 @@ def test_slots_are_optional_inputs_of_any_rank(tmp_path: Path) -> None:
     session = Client(model).session
     optional = {item.name: item.shape for item in session.get_overridable_initializers()}
     linears = open_base(base).config.linears()
+    assert optional.pop("logits_to_keep") == [1]
     assert set(optional) == {f"{name}.lora_{part}" for name in linears for part in "AB"}
     name, (rows, columns) = "model.layers.1.mlp.down_proj", (72, 88)
     assert optional[f"{name}.lora_A"][0] == columns
     assert optional[f"{name}.lora_B"][1] == rows
     without = Client(write_graph(tmp_path / "without", base, slots=False))
-    assert not without.session.get_overridable_initializers()
+    assert [item.name for item in without.session.get_overridable_initializers()] == ["logits_to_keep"]
     ids = np.random.default_rng(6).integers(0, 301, (1, 9))
     assert np.array_equal(Client(model).run(ids)[0], without.run(ids)[0]), "empty slots change nothing"
 

@@ -114,7 +114,8 @@ def test_feeds_have_the_bits_of_onnxruntime_s_own_adapter_files(original: Path) 
     adapter.Load(str(original / "notes.onnx_adapter"))
     options.add_active_adapter(adapter)
     tokens = np.array([[5, 6, 7]], np.int64)
-    feeds = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), **session._cache}
+    feeds = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
+    feeds |= {name: value.numpy() for name, value in session._cache.items()}
     (native,) = session._native.run(["logits"], feeds, options)
     np.testing.assert_array_equal(next(iter(session.logits([5, 6, 7]))), native[0])
 

@@ -1,0 +1,88 @@
+"""The session's cache and its binding, against one plain run of the graph over the whole sequence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import tiny_config, write_model
+
+from edgetune.bundle import SHARE_BUFFER
+from edgetune.exporter import export
+from edgetune.memory import MIB, anonymous_bytes
+from edgetune.runtime.session import CHUNK, Session, open_session
+
+IDS = np.random.default_rng(0).integers(0, 301, 3 * CHUNK + 5)
+# A head size of 16 takes the attention that writes the cache in place, 8 the standard one.
+SHAPES = {"in place": ("llama", 16), "growing": ("llama", 8), "in place, sliding": ("gemma3_text", 16)}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Session:
+    family, head_dim = SHAPES[request.param]
+    folder = tmp_path_factory.mktemp("model")
+    config = tiny_config(family, head_dim=head_dim, max_position_embeddings=512)
+    bundle = export(write_model(folder / "model", config, tokenizer=False), out=folder / "bundle")
+    session = open_session(bundle)
+    marks = session._native.get_modelmeta().custom_metadata_map
+    assert (SHARE_BUFFER in marks) == (head_dim == 16)
+    return session
+
+
+def whole(session: Session, ids: np.ndarray) -> np.ndarray:
+    """Logits [n, vocab] of a sequence, from onnxruntime's own `run`, without a past."""
+    model = session.bundle.model
+    empty = np.zeros((1, model.num_key_value_heads, 0, model.head_dim), np.float32)
+    feeds = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
+    feeds |= {f"past_key_values.{i}.{kind}": empty for i in range(model.num_hidden_layers) for kind in ("key", "value")}
+    logits: np.ndarray = session._native.run(["logits"], feeds)[0][0]
+    return logits
+
+
+def test_a_sequence_in_any_pieces(session: Session) -> None:
+    expected = whole(session, IDS)
+    session.reset()
+    at = 0
+    for count in (1, 7, 1, 1, CHUNK + 3, 2, CHUNK, 64):
+        logits = session.forward(IDS[at : at + count])
+        at += count
+        assert logits.shape == (301,) and session.length == at
+        np.testing.assert_allclose(logits, expected[at - 1], atol=1e-4, rtol=0)
+    rest = np.concatenate(list(session.logits(IDS[at:])))
+    np.testing.assert_allclose(rest, expected[at:], atol=1e-4, rtol=0)
+
+
+def test_nothing_of_a_sequence_is_left_after_a_reset(session: Session) -> None:
+    session.reset()
+    session.forward(IDS)
+    session.reset()
+    assert session.length == 0
+    again = [session.forward(IDS[100:109]), session.forward(IDS[109:110])]
+    fresh = open_session(session.bundle)
+    for before, after in zip(again, (fresh.forward(IDS[100:109]), fresh.forward(IDS[109:110])), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_logits_of_a_piece_do_not_change_later(session: Session) -> None:
+    session.reset()
+    first = next(iter(session.logits(IDS[:9])))
+    kept = first.copy()
+    session.forward(IDS[9:20])
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_a_cache_takes_memory_as_it_is_written(tmp_path: Path) -> None:
+    config = tiny_config("llama", head_dim=16, max_position_embeddings=8192, num_key_value_heads=9)
+    session = open_session(export(write_model(tmp_path / "model", config, tokenizer=False), out=tmp_path / "bundle"))
+    size = sum(np.prod(value.shape()) * 4 for value in session._cache.values())
+    assert size == 2 * 2 * 9 * 8192 * 16 * 4
+    session.forward(IDS[:5])
+    before = anonymous_bytes()
+    session.reset()
+    session.forward(IDS[:5])
+    assert anonymous_bytes() - before < 4 * MIB < size / 4
+    for _ in range(8):
+        session.forward(np.resize(IDS, CHUNK))
+    grown = anonymous_bytes() - before
+    assert grown > 0.8 * size * 1029 / 8192, "what was written counts"
