@@ -1,0 +1,77 @@
+// An adapter of a bundle: its safetensors file, parsed, and checked against the bundle before anything runs. One of
+// another base with the same shapes would run without an error and answer nonsense.
+import { AdapterError } from "./errors.js";
+
+const MAX_HEADER_BYTES = 2 ** 20;
+const MIN_PROBE_CHANGE = 1e-6; // of the largest logit; less cannot be told from the rounding of float32
+
+/**
+ * The tensors of an adapter by the names of the graph's inputs.
+ * @param {Uint8Array} bytes the .safetensors file
+ * @param {object} manifest edgetune.json of the bundle
+ * @param {string} name
+ * @returns {Map<string, {shape: number[], data: Float32Array}>} for each slot `NAME.lora_A` [in, r], `.lora_B` [r, out]
+ */
+export function readAdapter(bytes, manifest, name) {
+  const { metadata, tensors } = readSafetensors(bytes, name);
+  const binding = JSON.parse(metadata.edgetune ?? "{}");
+  for (const key of ["base_sha256", "grid", "tokenizer_sha256"]) {
+    if (binding[key] !== manifest[key]) {
+      throw new AdapterError(`adapter ${name} was trained for ${key} ${binding[key]}, the bundle has ${manifest[key]}`);
+    }
+  }
+  const problems = [...tensorProblems(tensors, binding, manifest.slots)];
+  if (problems.length) throw new AdapterError(`adapter ${name} does not fit the bundle: ${problems.join("; ")}`);
+  if (!(manifest.adapters[name].probe_change > MIN_PROBE_CHANGE)) {
+    throw new AdapterError(`adapter ${name} changes nothing: on the probe rows no logit moves. Train it longer`);
+  }
+  return tensors;
+}
+
+/** What stands in for an adapter where there is none: rank 0, which computes the base exactly. */
+export function emptyAdapter(slots) {
+  const data = new Float32Array(0);
+  return new Map(
+    slots.flatMap(({ name, in_features, out_features }) => [
+      [`${name}.lora_A`, { shape: [in_features, 0], data }],
+      [`${name}.lora_B`, { shape: [0, out_features], data }],
+    ]),
+  );
+}
+
+function* tensorProblems(tensors, binding, slots) {
+  const known = new Map(slots.map((slot) => [slot.name, slot]));
+  const expected = new Map();
+  for (const name of binding.slots) {
+    const slot = known.get(name);
+    if (!slot) yield `${name}: the graph has no such slot`;
+    expected.set(`${name}.lora_A`, [slot?.in_features, binding.r]);
+    expected.set(`${name}.lora_B`, [binding.r, slot?.out_features]);
+  }
+  for (const [name, shape] of expected) {
+    const tensor = tensors.get(name);
+    if (!tensor) yield `${name} is missing`;
+    else if (`${tensor.shape}` !== `${shape}`) yield `${name} has shape [${tensor.shape}], expected [${shape}]`;
+    else if (!tensor.data.every(Number.isFinite)) yield `${name} holds NaN or infinity`;
+  }
+  for (const name of tensors.keys()) if (!expected.has(name)) yield `${name} is not of a slot that the adapter names`;
+}
+
+/** A safetensors file of float32 tensors: its metadata and its tensors by name. */
+function readSafetensors(bytes, name) {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const length = bytes.length < 8 ? Infinity : Number(view.getBigUint64(0, true));
+  if (length > Math.min(MAX_HEADER_BYTES, bytes.length - 8)) throw new AdapterError(`adapter ${name} is damaged`);
+  const { __metadata__: metadata = {}, ...infos } = JSON.parse(new TextDecoder().decode(bytes.subarray(8, 8 + length)));
+  const tensors = new Map();
+  const data = bytes.byteOffset + 8 + length;
+  for (const [key, { dtype, shape, data_offsets: [start, end] }] of Object.entries(infos)) {
+    const count = shape.reduce((product, n) => product * n, 1);
+    if (dtype !== "F32" || end - start !== 4 * count || start < 0 || 8 + length + end > bytes.length) {
+      throw new AdapterError(`adapter ${name}: ${key} is no float32 tensor of shape [${shape}] inside the file`);
+    }
+    // A copy, because a Float32Array has to start at a multiple of 4.
+    tensors.set(key, { shape, data: new Float32Array(bytes.buffer.slice(data + start, data + end)) });
+  }
+  return { metadata, tensors };
+}

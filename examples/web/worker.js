@@ -1,0 +1,53 @@
+// The bundle in a worker of its own, so that the page stays responsive while the model computes. A message is
+// {id, method, argument}, its answer {id, result} or {id, error}; {progress} and {text} come in between.
+import { memoryBytes } from "./memory.js"; // first: it has to see the runtime's memory made
+import { fromUrl, openBundle } from "./bundle.js";
+
+const MAX_NEW_TOKENS = 256;
+const METHODS = { open, useAdapter, answer, stop };
+
+let bundle;
+let stopping;
+
+addEventListener("message", async ({ data: { id, method, argument } }) => {
+  try {
+    postMessage({ id, result: { ...(await METHODS[method](argument)), memoryBytes: memoryBytes() } });
+  } catch (error) {
+    postMessage({ id, error: error.message });
+  }
+});
+
+async function open(folder) {
+  const start = performance.now();
+  bundle = await openBundle(fromUrl(folder), { onProgress: (progress) => postMessage({ progress }) });
+  const { adapters, adapter, manifest } = bundle;
+  const nbytes = Object.values(manifest.files).reduce((sum, file) => sum + file.bytes, 0);
+  const chat = bundle.tokenizer.template !== null;
+  return { adapters, adapter, weights: manifest.weights, nbytes, chat, loadMs: performance.now() - start };
+}
+
+async function useAdapter(name) {
+  await bundle.useAdapter(name);
+}
+
+async function answer(prompt) {
+  stopping = new AbortController();
+  const onText = (text) => {
+    postMessage({ text });
+    return messagesCome();
+  };
+  return bundle.answer(prompt, { maxNewTokens: MAX_NEW_TOKENS, onText, signal: stopping.signal });
+}
+
+function stop() {
+  stopping?.abort();
+}
+
+/** Resolves once waiting messages, `stop` above all, have been heard; setTimeout would take 4 ms for each token. */
+function messagesCome() {
+  const { port1, port2 } = new MessageChannel();
+  return new Promise((resolve) => {
+    port1.onmessage = () => resolve(port1.close());
+    port2.postMessage(null);
+  });
+}
