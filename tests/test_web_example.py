@@ -1,0 +1,151 @@
+"""The JavaScript example: its modules in Node and its page in Chromium, against a decoder written out in numpy.
+
+Nothing is downloaded here: without `npm ci --prefix examples/web`, Node or Chromium these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_bundle import CONTEXT, SLOTS, Reference, byte_ids, random_adapter, random_reference, write_bundle
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+EXAMPLE = REPOSITORY / "examples" / "web"
+PROMPTS = ["Dear diary,", "so — what now?"]
+S, END, USER, ASSISTANT = [1], [2], "<|user|>", "<|assistant|>"
+
+pytestmark = pytest.mark.skipif(
+    not (EXAMPLE / "node_modules").is_dir(), reason="the npm packages are not there: npm ci --prefix examples/web"
+)
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="there is no node command")
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return random_reference()
+
+
+@pytest.fixture(scope="module")
+def adapter() -> dict[str, np.ndarray]:
+    return random_adapter()
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, reference: Reference, adapter: dict[str, np.ndarray]) -> Path:
+    return write_bundle(tmp_path / "bundle", reference, adapter)
+
+
+def wanted(reference: Reference, prompt: str, adapter: dict[str, np.ndarray] | None) -> list[int]:
+    """The tokens that answer a prompt in the tiny bundle's chat template."""
+    ids = [*byte_ids(f"{USER}{prompt}"), *END, *byte_ids(ASSISTANT)]
+    return reference.greedy(ids, CONTEXT - len(ids), adapter)
+
+
+def run(bundle: Path, adapter: str, *prompts: str) -> subprocess.CompletedProcess[str]:
+    command = ["node", str(EXAMPLE / "run.js"), str(bundle), adapter, *prompts]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def change_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = bundle / "edgetune.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    change(manifest)
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+@needs_node
+@pytest.mark.parametrize("name", ["-", "adapter"])
+def test_node_gives_the_tokens_of_a_second_implementation(
+    bundle: Path, reference: Reference, adapter: dict[str, np.ndarray], name: str
+) -> None:
+    done = run(bundle, name, *PROMPTS)
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    expected = [wanted(reference, prompt, None if name == "-" else adapter) for prompt in PROMPTS]
+    assert [answer["tokenIds"] for answer in answers] == expected
+    assert min(map(len, expected)) > 1, "the answers are too short to tell a cache from none"
+    assert expected != [wanted(reference, prompt, adapter if name == "-" else None) for prompt in PROMPTS]
+
+
+@needs_node
+def test_node_refuses_what_would_answer_nonsense(bundle: Path) -> None:
+    def replace_adapter(manifest: dict[str, Any]) -> None:
+        """An adapter of another base, as it would lie in the folder: listed with the hash that it has."""
+        path = bundle / "adapter.safetensors"
+        path.write_bytes(path.read_bytes().replace(b"0" * 64, b"1" * 64))
+        manifest["files"][path.name]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    cases: list[tuple[Callable[[dict[str, Any]], object], str, str]] = [
+        (lambda manifest: None, "notes", "AdapterError: the bundle has no adapter notes; it has adapter"),
+        (lambda m: m["adapters"]["adapter"].update(probe_change=0), "adapter", "AdapterError: adapter adapter changes nothing"),
+        (lambda m: m["slots"].pop(), "adapter", f"{SLOTS[1]}: the graph has no such slot"),
+        (replace_adapter, "adapter", "was trained for base_sha256 1111"),
+        (lambda m: m.update(format_version=2), "-", "BundleError: edgetune.json has format_version 2, expected 1"),
+    ]  # fmt: skip
+    for change, name, message in cases:
+        before = {path: path.read_bytes() for path in bundle.iterdir()}
+        change_manifest(bundle, change)
+        done = run(bundle, name, "hello")
+        assert (done.returncode, message in done.stderr) == (1, True), (message, done.stderr)
+        for path, content in before.items():
+            path.write_bytes(content)
+
+
+@needs_node
+def test_node_refuses_a_damaged_file(bundle: Path) -> None:
+    data = bytearray((bundle / "model.onnx.data").read_bytes())
+    data[100] ^= 1
+    (bundle / "model.onnx.data").write_bytes(data)
+    assert "BundleError: model.onnx.data is damaged" in run(bundle, "-", "hello").stderr
+
+
+def test_the_page_chats_with_and_without_the_adapter(
+    bundle: Path, reference: Reference, adapter: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    import serve
+    from chromium import Chromium, find_chromium
+
+    from edgetune.tokenizer import load_tokenizer
+
+    command = find_chromium()
+    if command is None:
+        pytest.skip("there is no chromium command")
+    with serve.server({"tiny": bundle}) as server, Chromium(command) as chromium:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+        def page(script: str) -> Any:
+            return chromium.evaluate(f"(($) => {{ {script} }})((id) => document.getElementById(id))")
+
+        def settle() -> None:
+            deadline = time.monotonic() + 60
+            while page("return $('adapter').disabled"):
+                assert time.monotonic() < deadline, page("return document.body.innerText")
+                time.sleep(0.02)
+
+        chromium.open(serve.address(server, "tiny"))
+        settle()
+        for name in ("adapter", ""):
+            page(f"$('adapter').value = '{name}'; $('adapter').dispatchEvent(new Event('change'))")
+            settle()
+            page(f"$('prompt').value = {json.dumps(PROMPTS[0])}; $('composer').requestSubmit()")
+            settle()
+        said = page("return [...document.querySelectorAll('.assistant p')].map((each) => each.textContent)")
+        memory = page("return $('memory').textContent")
+        server.shutdown()
+    tokens = [wanted(reference, PROMPTS[0], each) for each in (adapter, None)]
+    tokenizer = load_tokenizer(bundle)
+    assert said == [tokenizer.decode(ids) for ids in tokens]
+    assert int(memory.removesuffix(" MiB")) > 0
