@@ -1,7 +1,7 @@
 """Headless Chromium over its DevTools pipe: open a page, evaluate JavaScript in it, take a picture of it.
 
-The pipe (file descriptors 3 and 4, JSON closed by a zero byte) needs neither a port nor a library. The commands are those
-of https://chromedevtools.github.io/devtools-protocol.
+The pipe (file descriptors 3 and 4, JSON closed by a zero byte) needs neither a port nor a library. The commands are
+those of https://chromedevtools.github.io/devtools-protocol.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Three parts. `tokens`: greedy answers of a bundle of the packaged sample for every kind of weights, base and with an
 adapter of a short training, the same in the browser as here? Counted are the tokens before the first difference.
 WebAssembly multiplies 4- and 8-bit weights in fp32, so `equal` to plain onnxruntime's int8 activations can fall short
-where `equal_fp32_compute` does not. `speed`: the same kinds on a larger shape with random weights. `page`: a chat typed into the
-page of examples/web, and pictures of it.
+where `equal_fp32_compute` does not. `speed`: the same kinds on a larger shape with random weights. `page`: a chat typed
+into the page of examples/web, and pictures of it.
 
 Run: npm ci --prefix examples/web && python benchmarks/web.py       (--num-hidden-layers 2 --rows 4 is a quick look)
 """
@@ -185,7 +185,9 @@ class Browser:
         """Wait until the page takes input. Raises RuntimeError with what it says instead."""
         deadline = time.monotonic() + 60
         while self._page("return $('adapter').disabled"):
-            if (error := self._page("return document.querySelector('.error')?.textContent")) or time.monotonic() > deadline:
+            if (
+                error := self._page("return document.querySelector('.error')?.textContent")
+            ) or time.monotonic() > deadline:
                 raise RuntimeError(f"the page does not go on; it says {error!r}")
             time.sleep(0.05)
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -88,7 +87,7 @@ def test_node_refuses_what_would_answer_nonsense(bundle: Path) -> None:
 
     cases: list[tuple[Callable[[dict[str, Any]], object], str, str]] = [
         (lambda manifest: None, "notes", "AdapterError: the bundle has no adapter notes; it has adapter"),
-        (lambda m: m["adapters"]["adapter"].update(probe_change=0), "adapter", "AdapterError: adapter adapter changes nothing"),
+        (lambda m: m["adapters"]["adapter"].update(probe_change=0), "adapter", "adapter adapter changes nothing"),
         (lambda m: m["slots"].pop(), "adapter", f"{SLOTS[1]}: the graph has no such slot"),
         (replace_adapter, "adapter", "was trained for base_sha256 1111"),
         (lambda m: m.update(format_version=2), "-", "BundleError: edgetune.json has format_version 2, expected 1"),
@@ -110,6 +109,7 @@ def test_node_refuses_a_damaged_file(bundle: Path) -> None:
     assert "BundleError: model.onnx.data is damaged" in run(bundle, "-", "hello").stderr
 
 
+@pytest.mark.debian
 def test_the_page_chats_with_and_without_the_adapter(
     bundle: Path, reference: Reference, adapter: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:

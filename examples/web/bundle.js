@@ -19,28 +19,32 @@ const TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_templa
 const CHUNK = 128;
 
 /**
- * A source of files: an async function from (name, onBytes) to the bytes of a file. `onBytes` hears of each piece.
- * This one fetches below an address, relative to the page or worker.
- * @param {string} folder with a closing slash
+ * A source of files: an async function from (name, nbytes, onBytes) to the bytes of a file of the bundle. `nbytes` is
+ * its size where that is known; `onBytes` hears how many came with each piece. This one fetches below an address.
+ * @param {string} folder with a closing slash, relative to the page or worker
  */
 export function fromUrl(folder) {
   const base = new URL(folder, globalThis.location?.href);
-  return async (name, onBytes = () => {}) => {
+  return async (name, nbytes, onBytes = () => {}) => {
     const response = await fetch(new URL(name, base));
     if (!response.ok) throw new BundleError(`${new URL(name, base)}: ${response.status} ${response.statusText}`);
-    const pieces = [];
+    if (nbytes === undefined) return new Uint8Array(await response.arrayBuffer());
+    const bytes = new Uint8Array(nbytes); // in place: weights are large, and a copy of them is as large
+    let at = 0;
     const reader = response.body.getReader();
     for (let piece = await reader.read(); !piece.done; piece = await reader.read()) {
-      pieces.push(piece.value);
+      if (at + piece.value.length > nbytes) throw new BundleError(`${name} has more than the ${nbytes} bytes it should`);
+      bytes.set(piece.value, at);
+      at += piece.value.length;
       onBytes(piece.value.length);
     }
-    return new Uint8Array(await new Blob(pieces).arrayBuffer());
+    return bytes.subarray(0, at);
   };
 }
 
 /**
  * Read and check a bundle and open a session on it, with the adapter that the bundle names as its default.
- * @param {(name: string, onBytes?: (count: number) => void) => Promise<Uint8Array>} source
+ * @param {(name: string, nbytes?: number, onBytes?: (count: number) => void) => Promise<Uint8Array>} source
  * @param {{threads?: number, onProgress?: (share: number) => void}} options threads: by default what onnxruntime-web
  *   takes, which is one where the page is not cross-origin isolated; onProgress hears the share that was read, up to 1
  * @returns {Promise<Bundle>}
@@ -65,7 +69,7 @@ export async function openBundle(source, { threads, onProgress = () => {} } = {}
     externalData: [{ path: DATA, data: files.get(DATA) }],
     enableMemPattern: false, // the past grows with every token, so no pattern is met twice
     logSeverityLevel: 3,
-    // WebAssembly has no 4-bit kernels. `standard` weights are widened to float32 at load, not multiplied as they are.
+    // WebAssembly has no 4-bit kernels. This has `standard` weights widened to float32 at load, which multiplies fast.
     extra: { session: { disable_quant_qdq: "1" } },
   });
   const bundle = new Bundle(source, manifest, tokenizer, session);
@@ -143,8 +147,9 @@ export class Bundle {
   /**
    * Answer a conversation, or with a string continue a text.
    * @param {{role: string, content: string}[] | string} prompt
-   * @param {{maxNewTokens?: number, onText?: (piece: string) => any, signal?: AbortSignal}} options onText gets the text
-   *   piece by piece and is awaited; the pieces add up to `text`. A signal ends the answer where it is.
+   * @param {{maxNewTokens?: number, onText?: (piece: string) => any, signal?: AbortSignal}} options onText is awaited
+   *   after each token with the text that it made certain, which may be none; the pieces add up to `text`. A signal ends
+   *   the answer where it is.
    * @returns {Promise<{text: string, tokenIds: number[], promptTokens: number, timeToFirstTokenMs: number,
    *   tokensPerSecond: number | null}>} tokensPerSecond counts the tokens after the first; null where there are none
    */
@@ -156,14 +161,14 @@ export class Bundle {
     const grow = async (whole) => {
       const piece = whole.slice(text.length);
       text = whole;
-      if (piece) await onText(piece);
+      await onText(piece);
     };
     for await (const token of this.generate(ids, { maxNewTokens })) {
       tokenIds.push(token);
       last = performance.now();
       first ??= last;
       const whole = this.tokenizer.decode(tokenIds);
-      if (!whole.endsWith("\ufffd")) await grow(whole); // else half a character: the next token brings the rest
+      await grow(whole.endsWith("\ufffd") ? text : whole); // half a character: the next token brings the rest
       if (signal?.aborted) break;
     }
     await grow(this.tokenizer.decode(tokenIds));
@@ -238,7 +243,7 @@ function readManifest(bytes) {
 async function readChecked(source, manifest, name, onBytes) {
   const entry = manifest.files[name];
   if (!entry) throw new BundleError(`${MANIFEST} does not list ${name}. Export the bundle again`);
-  const bytes = await source(name, onBytes);
+  const bytes = await source(name, entry.bytes, onBytes);
   const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
   const sha256 = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
   if (bytes.length !== entry.bytes || sha256 !== entry.sha256) {

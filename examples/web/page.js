@@ -4,6 +4,7 @@ const folder = new URL(new URLSearchParams(location.search).get("bundle") ?? "bu
 const element = (id) => document.getElementById(id);
 const [adapter, chat, prompt, send] = ["adapter", "chat", "prompt", "send"].map(element);
 const MIB = 2 ** 20;
+const name = folder.pathname.split("/").filter(Boolean).at(-1);
 
 const worker = new Worker("worker.js", { type: "module" });
 const waiting = new Map();
@@ -114,7 +115,6 @@ element("clear").addEventListener("click", () => {
 });
 
 async function start() {
-  const name = folder.pathname.split("/").filter(Boolean).at(-1);
   element("bundle").textContent = `loading ${name}`;
   const opened = await call("open", folder.href);
   isChat = opened.chat;
@@ -130,5 +130,8 @@ async function start() {
 }
 
 start()
-  .catch((error) => show("error", error.message))
+  .catch((error) => {
+    element("bundle").textContent = `${name} could not be loaded`;
+    show("error", error.message);
+  })
   .finally(() => (element("progress").hidden = true));

@@ -50,7 +50,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 def server(bundles: Mapping[str, Path], port: int = 0) -> ThreadingHTTPServer:
-    """A server that listens on this machine alone; port 0 takes a free one. `address(server, name)` is a bundle's page."""
+    """A server of bundles by name that listens on this machine alone; port 0 takes a free one."""
     return ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, bundles=bundles))
 
 
@@ -65,6 +65,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     flags = parser.parse_args()
     bundles = {folder.resolve().name: folder.resolve() for folder in flags.bundles}
+    if len(bundles) < len(flags.bundles):
+        parser.error("two bundles have the same name")
     with server(bundles, flags.port) as running:
         for name in bundles:
             print(f"{name}: {address(running, name)}")
