@@ -1,12 +1,13 @@
 """Bundles in a browser: onnxruntime-web in headless Chromium, against edgetune on plain onnxruntime.
 
 Three parts. `tokens`: greedy answers of a bundle of the packaged sample for every kind of weights, base and with an
-adapter of a short training, the same in the browser as here? Counted are the tokens before the first difference.
-WebAssembly multiplies 4- and 8-bit weights in fp32, so `equal` to plain onnxruntime's int8 activations can fall short
-where `equal_fp32_compute` does not. `speed`: the same kinds on a larger shape with random weights. `page`: a chat typed
-into the page of examples/web, and pictures of it.
+adapter of a short training, the same in the browser as here? Counted are the tokens of each before the first that
+differs. WebAssembly multiplies 4- and 8-bit weights in fp32, so `equal` to plain onnxruntime's int8 activations can
+fall short where `equal_fp32_compute` does not; `pass` goes by that. `speed`: the same kinds on a larger shape with
+random weights. `page`: a chat typed into the page of examples/web, and pictures of it.
 
-Run: npm ci --prefix examples/web && python benchmarks/web.py       (--num-hidden-layers 2 --rows 4 is a quick look)
+Run: npm ci --ignore-scripts --prefix examples/web && python benchmarks/web.py
+     (--num-hidden-layers 2 --rows 4 is a quick look)
 """
 
 from __future__ import annotations
@@ -16,18 +17,14 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bundle_bench import write_run
-from chromium import Chromium, find_chromium
 from machine import REPOSITORY, about
 from shapes import SHAPES, write_shape
+from web_page import EXAMPLE, Browser, missing, open_browser
 
 from edgetune import sample
 from edgetune.bundle import ADAPTER, DATA
@@ -40,13 +37,8 @@ from edgetune.runtime.generate import Sampling, complete
 from edgetune.runtime.session import open_session
 from edgetune.tokenizer import load_tokenizer
 
-EXAMPLE = REPOSITORY / "examples" / "web"
-sys.path.insert(0, str(EXAMPLE))
-import serve  # noqa: E402
-
 MAX_NEW_TOKENS = 48
 PROMPT_TOKENS, SPEED_TOKENS = 64, 16
-TIMEOUT_S = 600
 Tokens = list[list[int]]
 
 # Runs in a page of the example's server: the module that the page itself uses, without the page around it.
@@ -91,7 +83,7 @@ def sample_bundles(folder: Path, max_steps: int) -> dict[str, Path]:
     settings |= TRAINING
     flags = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-m", "edgetune", "train", str(base), *flags]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return _export_all(folder / "run", folder)
 
 
@@ -146,65 +138,6 @@ def compare(browser: Browser, kind: str, bundle: Path, prompts: list[str]) -> di
     return result
 
 
-class Browser:
-    """Chromium on a server of the example and some bundles."""
-
-    def __init__(self, chromium: Chromium, server: serve.ThreadingHTTPServer) -> None:
-        self.chromium, self.server = chromium, server
-
-    def run(self, script: str, bundle: str, *arguments: Any) -> Any:
-        """The result of a script on a bundle, in a page with nothing in it and without the memory of the last one."""
-        self.chromium.open(f"http://127.0.0.1:{self.server.server_port}/package.json?{time.monotonic_ns()}")
-        words = ", ".join(json.dumps(word) for word in (f"{serve.BUNDLES}{bundle}/", *arguments))
-        return self.chromium.evaluate(f"{script}({words})", timeout_s=TIMEOUT_S)
-
-    def chat(self, bundle: str, prompts: Mapping[str, list[str]], pictures: Path) -> dict[str, Any]:
-        """Type prompts for each adapter ("" is the base) into the page; what it shows, and pictures of it."""
-        self.chromium.open(serve.address(self.server, bundle))
-        self._wait()
-        for adapter, texts in prompts.items():
-            self._page(f"$('adapter').value = {json.dumps(adapter)}; $('adapter').dispatchEvent(new Event('change'))")
-            self._wait()
-            for text in texts:
-                self._page(f"$('prompt').value = {json.dumps(text)}; $('composer').requestSubmit()")
-                self._wait()
-        pictures.mkdir(parents=True, exist_ok=True)
-        self.chromium.screenshot(pictures / "light.png", width=900, height=720)
-        self.chromium.screenshot(pictures / "dark.png", width=900, height=720, dark=True)
-        self.chromium.screenshot(pictures / "phone.png", width=390, height=800, dark=True)
-        shown: dict[str, Any] = {
-            name: self._page(f"return $('{name}').textContent") for name in ("load", "memory", "first", "speed")
-        }
-        said = "return [...document.querySelectorAll('.user p, .assistant p')].map((each) => each.textContent)"
-        return shown | {"said": self._page(said), "pictures": str(pictures)}
-
-    def _page(self, script: str) -> Any:
-        return self.chromium.evaluate(f"(($) => {{ {script} }})((id) => document.getElementById(id))")
-
-    def _wait(self) -> None:
-        """Wait until the page takes input. Raises RuntimeError with what it says instead."""
-        deadline = time.monotonic() + 60
-        while self._page("return $('adapter').disabled"):
-            if (
-                error := self._page("return document.querySelector('.error')?.textContent")
-            ) or time.monotonic() > deadline:
-                raise RuntimeError(f"the page does not go on; it says {error!r}")
-            time.sleep(0.05)
-
-
-@contextmanager
-def open_browser(bundles: Mapping[str, Path]) -> Iterator[Browser]:
-    command = find_chromium()
-    if command is None or not (EXAMPLE / "node_modules").is_dir():
-        sys.exit("This needs Chromium (Debian: apt-get install chromium) and `npm ci --prefix examples/web`.")
-    with serve.server(bundles) as server, Chromium(command) as chromium:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield Browser(chromium, server)
-        finally:
-            server.shutdown()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=40, help="prompts that are answered")
@@ -213,6 +146,8 @@ def main() -> None:
     parser.add_argument("--num-hidden-layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--pictures", type=Path, default=REPOSITORY / "build" / "web")
     flags = parser.parse_args()
+    if missing():
+        sys.exit(missing())
     rows = sample.PERSONAL_EVAL.read_text(encoding="utf-8").splitlines()[: flags.rows]
     prompts = [json.loads(row)["messages"][0]["content"] for row in rows]
     with tempfile.TemporaryDirectory() as temporary:
@@ -220,7 +155,8 @@ def main() -> None:
         bundles = sample_bundles(small, flags.max_steps)
         with open_browser(bundles) as browser:
             tokens = {kind: compare(browser, kind, bundle, prompts) for kind, bundle in bundles.items()}
-            page = browser.chat("standard", {"": prompts[:1], "adapter": prompts[:1]}, flags.pictures)
+            page = browser.chat("standard", {"": prompts[:1], ADAPTER: prompts[:2]})
+            browser.take_pictures(flags.pictures)
             versions = {"chromium": browser.chromium.version}
         bundles = shape_bundles(large, flags.shape, flags.num_hidden_layers)
         with open_browser(bundles) as browser:
@@ -233,7 +169,9 @@ def main() -> None:
     npm = json.loads((EXAMPLE / "package.json").read_text(encoding="utf-8"))["dependencies"]
     machine["versions"] |= npm | versions
     shape = {"shape": flags.shape, "num_hidden_layers": flags.num_hidden_layers, "seed": 0}
-    print(json.dumps({"tokens": tokens, "speed": shape | speed, "page": page, **machine}, indent=1))
+    passed = all(each.get("same_fp32_compute", each["same"]) for kind in tokens.values() for each in kind.values())
+    result = {"pass": passed, "tokens": tokens, "speed": shape | speed, "page": page}
+    print(json.dumps(result | machine, indent=1))
 
 
 if __name__ == "__main__":

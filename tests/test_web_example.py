@@ -1,6 +1,6 @@
 """The JavaScript example: its modules in Node and its page in Chromium, against a decoder written out in numpy.
 
-Nothing is downloaded here: without `npm ci --prefix examples/web`, Node or Chromium these tests are skipped.
+Nothing is downloaded here: without the npm packages, Node or Chromium these tests are skipped.
 """
 
 from __future__ import annotations
@@ -9,23 +9,21 @@ import hashlib
 import json
 import shutil
 import subprocess
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny_bundle import CONTEXT, SLOTS, Reference, byte_ids, random_adapter, random_reference, write_bundle
+from tiny_bundle import CONTEXT, EOS, SLOTS, Reference, byte_ids, random_adapter, random_reference, write_bundle
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXAMPLE = REPOSITORY / "examples" / "web"
 PROMPTS = ["Dear diary,", "so — what now?"]
-S, END, USER, ASSISTANT = [1], [2], "<|user|>", "<|assistant|>"
 
 pytestmark = pytest.mark.skipif(
-    not (EXAMPLE / "node_modules").is_dir(), reason="the npm packages are not there: npm ci --prefix examples/web"
+    not (EXAMPLE / "node_modules").is_dir(),
+    reason="the npm packages are not there: npm ci --ignore-scripts --prefix examples/web",
 )
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="there is no node command")
 
@@ -47,7 +45,7 @@ def bundle(tmp_path: Path, reference: Reference, adapter: dict[str, np.ndarray])
 
 def wanted(reference: Reference, prompt: str, adapter: dict[str, np.ndarray] | None) -> list[int]:
     """The tokens that answer a prompt in the tiny bundle's chat template."""
-    ids = [*byte_ids(f"{USER}{prompt}"), *END, *byte_ids(ASSISTANT)]
+    ids = [*byte_ids(f"<|user|>{prompt}"), EOS, *byte_ids("<|assistant|>")]
     return reference.greedy(ids, CONTEXT - len(ids), adapter)
 
 
@@ -114,38 +112,16 @@ def test_the_page_chats_with_and_without_the_adapter(
     bundle: Path, reference: Reference, adapter: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    monkeypatch.syspath_prepend(str(EXAMPLE))
-    import serve
-    from chromium import Chromium, find_chromium
+    from web_page import missing, open_browser
 
     from edgetune.tokenizer import load_tokenizer
 
-    command = find_chromium()
-    if command is None:
-        pytest.skip("there is no chromium command")
-    with serve.server({"tiny": bundle}) as server, Chromium(command) as chromium:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-
-        def page(script: str) -> Any:
-            return chromium.evaluate(f"(($) => {{ {script} }})((id) => document.getElementById(id))")
-
-        def settle() -> None:
-            deadline = time.monotonic() + 60
-            while page("return $('adapter').disabled"):
-                assert time.monotonic() < deadline, page("return document.body.innerText")
-                time.sleep(0.02)
-
-        chromium.open(serve.address(server, "tiny"))
-        settle()
-        for name in ("adapter", ""):
-            page(f"$('adapter').value = '{name}'; $('adapter').dispatchEvent(new Event('change'))")
-            settle()
-            page(f"$('prompt').value = {json.dumps(PROMPTS[0])}; $('composer').requestSubmit()")
-            settle()
-        said = page("return [...document.querySelectorAll('.assistant p')].map((each) => each.textContent)")
-        memory = page("return $('memory').textContent")
-        server.shutdown()
-    tokens = [wanted(reference, PROMPTS[0], each) for each in (adapter, None)]
-    tokenizer = load_tokenizer(bundle)
-    assert said == [tokenizer.decode(ids) for ids in tokens]
-    assert int(memory.removesuffix(" MiB")) > 0
+    if missing():
+        pytest.skip(missing())
+    with open_browser({"tiny": bundle}) as browser:
+        shown = browser.chat("tiny", {"adapter": PROMPTS[:1], "": PROMPTS[:1]})
+        with pytest.raises(RuntimeError, match=r"edgetune\.json: 404"):
+            browser.chat("none", {})
+    decode = load_tokenizer(bundle).decode
+    assert shown["answers"] == [decode(wanted(reference, PROMPTS[0], each)) for each in (adapter, None)]
+    assert shown["memory"].endswith(" MiB") and int(shown["memory"].removesuffix(" MiB")) > 0
