@@ -76,6 +76,19 @@ def test_node_gives_the_tokens_of_a_second_implementation(
 
 
 @needs_node
+def test_node_tells_the_story_of_llama2_c(tmp_path: Path, real: Callable[[str], Path]) -> None:
+    from edgetune.exporter import export
+
+    folder, begin = real("stories260k"), "Once upon a time"
+    oracle = json.loads((folder / "oracle.json").read_text(encoding="utf-8"))
+    export(folder, out=tmp_path / "bundle", weights="fp32")
+    answer = json.loads(run(tmp_path / "bundle", "-", begin).stdout)
+    given = answer["promptTokens"] - 1  # tokens of the prompt after <s>
+    assert answer["tokenIds"] == oracle["expected_new_token_ids"][given : given + 128]
+    assert oracle["expected_text"].startswith(begin + answer["text"])
+
+
+@needs_node
 def test_node_refuses_what_would_answer_nonsense(bundle: Path) -> None:
     def replace_adapter(manifest: dict[str, Any]) -> None:
         """An adapter of another base, as it would lie in the folder: listed with the hash that it has."""

@@ -44,9 +44,12 @@ function* tensorProblems(tensors, binding, slots) {
   const expected = new Map();
   for (const name of binding.slots) {
     const slot = known.get(name);
-    if (!slot) yield `${name}: the graph has no such slot`;
-    expected.set(`${name}.lora_A`, [slot?.in_features, binding.r]);
-    expected.set(`${name}.lora_B`, [binding.r, slot?.out_features]);
+    if (!slot) {
+      yield `${name}: the graph has no such slot`;
+      continue;
+    }
+    expected.set(`${name}.lora_A`, [slot.in_features, binding.r]);
+    expected.set(`${name}.lora_B`, [binding.r, slot.out_features]);
   }
   for (const [name, shape] of expected) {
     const tensor = tensors.get(name);

@@ -7,8 +7,9 @@ const [folder, adapter, ...prompts] = process.argv.slice(2);
 try {
   const bundle = await openBundle((name) => readFile(join(folder, name)), { threads: 1 });
   await bundle.useAdapter(adapter === "-" ? null : adapter);
-  for (const prompt of prompts) {
-    console.log(JSON.stringify(await bundle.answer([{ role: "user", content: prompt }])));
+  for (const content of prompts) {
+    const prompt = bundle.tokenizer.template ? [{ role: "user", content }] : content;
+    console.log(JSON.stringify(await bundle.answer(prompt)));
   }
 } catch (error) {
   console.error(`${error.name}: ${error.message}`);
