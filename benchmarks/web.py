@@ -3,7 +3,7 @@
 Three parts. `tokens`: greedy answers of a bundle of the packaged sample for every kind of weights, base and with an
 adapter of a short training, the same in the browser as here? Counted are the tokens of each before the first that
 differs. WebAssembly multiplies 4- and 8-bit weights in fp32, onnxruntime here by int8 activations: `equal` can fall
-short where `equal_fp32_compute` does not. 8 bits have no fp32 kernel here, so `pass` leaves those kinds out. `speed`:
+short where `equal_fp32_compute` does not. That option does not reach 8 bits, so `pass` leaves them out. `speed`:
 the same kinds on a larger shape with random weights. `page`: a chat typed into the page of examples/web, and pictures.
 
 Run: npm ci --ignore-scripts --prefix examples/web && python benchmarks/web.py
