@@ -6,6 +6,7 @@
     train(plan, base, data=, out=) -> Run                an adapter, inside the budget
     export(run, out=) -> Bundle                          ONNX that stock onnxruntime runs
     generate(bundle, prompt) · bench(bundle, device)     text, and numbers against the profile
+    embed(bundle, texts)                                 embeddings, from the bundle of an encoder
 
 Names are loaded when they are first used: `import edgetune` imports neither numpy nor torch nor onnxruntime, and a
 device without the extra `[train]` has everything that it can run.
@@ -36,7 +37,7 @@ from edgetune.extras import missing_extra
 if TYPE_CHECKING:
     from edgetune.adapters.lora import LoraConfig
     from edgetune.benchmark import bench
-    from edgetune.bundle import Bundle
+    from edgetune.bundle import Bundle, EncoderBundle
     from edgetune.device import DeviceProfile, list_devices, load_device
     from edgetune.exporter import export
     from edgetune.planner import Plan, TrainConfig, plan
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         remove_adapter,
         set_default_adapter,
     )
+    from edgetune.runtime.embedding import embed
     from edgetune.runtime.generate import generate
     from edgetune.training.loop import Run, train
 
@@ -65,6 +67,7 @@ __all__ = [
     "DeviceProfile",
     "EdgetuneError",
     "EdgetuneWarning",
+    "EncoderBundle",
     "ExportError",
     "LoraConfig",
     "MissingExtraError",
@@ -76,6 +79,7 @@ __all__ = [
     "add_adapter",
     "bench",
     "check_adapters",
+    "embed",
     "export",
     "generate",
     "list_adapters",
@@ -92,6 +96,7 @@ __all__ = [
 _HOME = {
     "Bundle": "edgetune.bundle",
     "DeviceProfile": "edgetune.device",
+    "EncoderBundle": "edgetune.bundle",
     "LoraConfig": "edgetune.adapters.lora",
     "Plan": "edgetune.planner",
     "Run": "edgetune.training.loop",
@@ -99,6 +104,7 @@ _HOME = {
     "add_adapter": "edgetune.runtime.adapters",
     "bench": "edgetune.benchmark",
     "check_adapters": "edgetune.runtime.adapters",
+    "embed": "edgetune.runtime.embedding",
     "export": "edgetune.exporter",
     "generate": "edgetune.runtime.generate",
     "list_adapters": "edgetune.runtime.adapters",

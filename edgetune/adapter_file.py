@@ -62,7 +62,7 @@ class AdapterEntry:
     """What the manifest says of an adapter; its files are `<name>.safetensors` and `<name>.onnx_adapter`."""
 
     binding: Binding
-    probe_change: Annotated[float, Key("largest change of a logit on the probe rows by the largest logit", low=0)]
+    probe_change: Annotated[float, Key("largest change of an output on the probe rows by the largest output", low=0)]
 
 
 @dataclass(frozen=True)
@@ -146,15 +146,15 @@ def probe_rows(vocab_size: int, context_length: int) -> list[list[int]]:
 
 
 def check_probe_change(change: float, *, origin: str = "the adapter") -> None:
-    """Refuse an adapter by what it does to the logits of the probe rows, as a share of the largest one.
+    """Refuse an adapter by what it does to the outputs of the probe rows, as a share of the largest one.
 
     Raises AdapterError where that is nothing, or no number.
     """
     if not np.isfinite(change):
-        raise AdapterError(f"{origin} makes logits that are no numbers on the probe rows. Train it with a lower rate")
+        raise AdapterError(f"{origin} makes outputs that are no numbers on the probe rows. Train it with a lower rate")
     if change <= MIN_PROBE_CHANGE:
         raise AdapterError(
-            f"{origin} changes nothing: on the probe rows no logit moves by more than {change:.1e} of the largest one, "
+            f"{origin} changes nothing: on the probe rows no output moves by more than {change:.1e} of the largest, "
             f"and {MIN_PROBE_CHANGE:.0e} is the rounding of float32. Train it longer, or use the base alone"
         )
 

@@ -9,22 +9,26 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from edgetune.errors import ModelError
 from edgetune.grids import GRIDS
-from edgetune.models import load_config
+from edgetune.models import ModelConfig, load_config
 from edgetune.models.config import DecoderConfig
+from edgetune.models.encoder_config import EncoderConfig
 from edgetune.weights import Weights, open_weights, sha256_file
+
+Config = TypeVar("Config", bound=ModelConfig)
 
 
 @dataclass(frozen=True)
-class Base:
+class AnyBase(Generic[Config]):
     """`config` and mapped `weights` of a folder; matrices are named by module (`model.layers.0.mlp.up_proj`)."""
 
     folder: Path
-    config: DecoderConfig
+    config: Config
     weights: Weights
 
     def grid_of(self, module: str) -> str | None:
@@ -55,16 +59,46 @@ class Base:
         return weight
 
     def vector(self, name: str) -> np.ndarray:
-        """float32 copy of a bias, or of what a norm multiplies by, by its full name."""
-        vector = self.weights.float32(name)
-        return vector + np.float32(self.config.norm_offset) if name.endswith("norm.weight") else vector
+        """float32 copy of a tensor that is no matrix, by its full name; of a norm's weight, what it multiplies by."""
+        return self.weights.float32(name)
 
     def nbytes(self, module: str) -> int:
         """Stored bytes of a matrix."""
         return sum(info.nbytes for name, info in self.weights.items() if name.startswith(f"{module}.weight"))
 
 
+@dataclass(frozen=True)
+class Base(AnyBase[DecoderConfig]):
+    """The base of a decoder."""
+
+    def vector(self, name: str) -> np.ndarray:
+        vector = super().vector(name)
+        return vector + np.float32(self.config.norm_offset) if name.endswith("norm.weight") else vector
+
+
+@dataclass(frozen=True)
+class EncoderBase(AnyBase[EncoderConfig]):
+    """The base of an encoder."""
+
+
 def open_base(folder: str | Path) -> Base:
+    """As `open_any_base`, for what only decoders can do.
+
+    Raises:
+        ModelError: as there, or it is an encoder.
+    """
+    if isinstance(load_config(folder), EncoderConfig):
+        raise ModelError(
+            f"{folder} is an encoder, which turns texts into embeddings; a decoder, which continues them, was "
+            "expected. An encoder can be quantized, exported and run, but not planned for or trained: there is no "
+            "objective for embeddings yet. `edgetune export` makes a bundle of it."
+        )
+    base = open_any_base(folder)
+    assert isinstance(base, Base)
+    return base
+
+
+def open_any_base(folder: str | Path) -> Base | EncoderBase:
     """Open a base/ folder or a plain model folder and check every tensor's name and shape.
 
     Raises:
@@ -72,7 +106,9 @@ def open_base(folder: str | Path) -> Base:
             config; the message lists up to ten of them.
     """
     folder = Path(folder)
-    base = Base(folder, load_config(folder), open_weights(folder))
+    config, weights = load_config(folder), open_weights(folder)
+    base: Base | EncoderBase
+    base = EncoderBase(folder, config, weights) if isinstance(config, EncoderConfig) else Base(folder, config, weights)
     problems = [*_missing(base), *_unexpected(base)]
     if problems:
         more = f"\n… and {len(problems) - 10} more" if len(problems) > 10 else ""
@@ -91,7 +127,7 @@ def weights_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
 
 
-def _expected(base: Base) -> dict[str, tuple[int, ...]]:
+def _expected(base: AnyBase[Any]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of each tensor that must be there, on the grid that it is on."""
     shapes: dict[str, tuple[int, ...]] = dict(base.config.vectors())
     for module, shape in base.config.matrices().items():
@@ -107,7 +143,7 @@ def _expected(base: Base) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _missing(base: Base) -> list[str]:
+def _missing(base: AnyBase[Any]) -> list[str]:
     found = []
     for name, shape in _expected(base).items():
         info = base.weights.get(name)
@@ -118,14 +154,11 @@ def _missing(base: Base) -> list[str]:
     return found
 
 
-def _unexpected(base: Base) -> list[str]:
-    """Tensors that the decoder would silently leave out, but for those that carry nothing new."""
+def _unexpected(base: AnyBase[Any]) -> list[str]:
+    """Tensors that the model would silently leave out, but for those that it may."""
     expected = _expected(base)
-    tied = base.config.tie_word_embeddings
     return [
         f"{name} {list(info.shape)} has no place in a {base.config.model_type} of this config"
         for name, info in base.weights.items()
-        if name not in expected
-        and not name.endswith("rotary_emb.inv_freq")
-        and not (tied and name.startswith("lm_head."))
+        if name not in expected and not base.config.leaves_out(name)
     ]

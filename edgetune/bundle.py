@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -71,12 +71,28 @@ class BundleModel:
 
 
 @dataclass(frozen=True)
-class Bundle:
+class EncoderModel:
+    """The same of an encoder. `pooling` is "mean" or "cls"; `normalize`: whether an embedding has length 1."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    max_position_embeddings: int
+    pooling: str
+    normalize: bool
+
+
+_Model = TypeVar("_Model", BundleModel, EncoderModel)
+
+
+@dataclass(frozen=True)
+class AnyBundle(Generic[_Model]):
     """A checked bundle folder. `manifest` is `edgetune.json` as it is on disk."""
 
     folder: Path
     manifest: dict[str, Any]
-    model: BundleModel
+    model: _Model
     slots: tuple[AdapterSlot, ...]
     adapters: dict[str, AdapterEntry]
 
@@ -140,6 +156,14 @@ class Bundle:
         return result
 
 
+class Bundle(AnyBundle[BundleModel]):
+    """The bundle of a decoder: it continues texts."""
+
+
+class EncoderBundle(AnyBundle[EncoderModel]):
+    """The bundle of an encoder: it turns texts into embeddings."""
+
+
 def explain(summary: Mapping[str, Any]) -> str:
     """`Bundle.summary` for people: what was written, whether it computes what was trained, what rounding cost."""
     parity, rounding = summary["parity"], summary["rounding"]
@@ -148,9 +172,13 @@ def explain(summary: Mapping[str, Any]) -> str:
     )
     lines = [
         f"{summary['bundle']}: {format_mib(summary['bundle_bytes'])}, {summary['weights']} weights, {kind}",
-        f"  parity    logits differ from torch's by at most {parity['max_abs_logit']:.1e}, the likeliest token agrees "
-        f"at {parity['top1_agreement']:.2%} of {parity['rows']:,} positions",
     ]
+    if "max_abs_hidden" in parity:
+        return "\n".join([*lines, *_encoder_lines(parity, rounding)])
+    lines.append(
+        f"  parity    logits differ from torch's by at most {parity['max_abs_logit']:.1e}, the likeliest token agrees "
+        f"at {parity['top1_agreement']:.2%} of {parity['rows']:,} positions"
+    )
     if "fast" in parity:
         fast = parity["fast"]
         lines.append(
@@ -183,6 +211,24 @@ def explain(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _encoder_lines(parity: Mapping[str, Any], rounding: Mapping[str, Any] | None) -> Iterator[str]:
+    """Parity and cost of rounding of an encoder."""
+    yield (
+        f"  parity    hidden states differ from torch's by at most {parity['max_abs_hidden']:.1e} over "
+        f"{parity['rows']:,} tokens, the least cosine of {parity['texts']} embeddings is {parity['min_cosine']:.6f}"
+    )
+    if "fast" in parity:
+        yield (
+            f"  fast path cosine {parity['fast']['mean_cosine']:.4f} on average on int8 activations, "
+            f"{parity['fast']['min_cosine']:.4f} at least"
+        )
+    if rounding is not None:
+        yield (
+            f"  rounding  moved weights by {rounding['mean_relative_error']:.2%} on average; cosine of embeddings "
+            f"before and after {rounding['mean_cosine']:.4f} on average, {rounding['min_cosine']:.4f} at least"
+        )
+
+
 def _sweep_lines(merge: Mapping[str, Any]) -> Iterator[str]:
     """The table of a merge: the metrics at each alpha, the chosen one marked."""
     yield f"  merged    {merge['alpha']:g} of the adapter's change ({merge['chosen_by']}; 0 is the base, 1 as trained)"
@@ -196,7 +242,25 @@ def _sweep_lines(merge: Mapping[str, Any]) -> Iterator[str]:
         yield f"            {row['alpha']:<7g}{figures}{'  <- chosen' if row['alpha'] == merge['alpha'] else ''}"
 
 
-def load_bundle(folder: str | Path) -> Bundle:
+def load_bundle(folder: str | Path | AnyBundle[Any]) -> Bundle:
+    """As `load_any_bundle`, for what only decoders can do. Raises BundleError also where it is an encoder's."""
+    folder = Path(folder.folder if isinstance(folder, AnyBundle) else folder)
+    if is_encoder(folder):
+        raise BundleError(
+            f"{folder} is the bundle of an encoder, which gives embeddings and no text. `edgetune run {folder} "
+            f"--prompt TEXT` prints the embedding of a text, edgetune.embed() gives those of many"
+        )
+    bundle = load_any_bundle(folder)
+    assert isinstance(bundle, Bundle)
+    return bundle
+
+
+def is_encoder(folder: Path) -> bool:
+    """Whether this is the bundle of an encoder, by its manifest. Raises BundleError as `read_manifest`."""
+    return "pooling" in read_manifest(folder)["model"]
+
+
+def load_any_bundle(folder: str | Path) -> Bundle | EncoderBundle:
     """Read and check a bundle folder: manifest keys and types, then the size and SHA-256 of every listed file.
 
     Raises BundleError naming the file and the field.
@@ -205,13 +269,16 @@ def load_bundle(folder: str | Path) -> Bundle:
     path = folder / MANIFEST
     manifest = read_manifest(folder)
     _check_files(folder, manifest["files"])
-    model = _parse(BundleModel, manifest["model"], f"{path}: model")
+    where = f"{path}: model"
     slots = tuple(_parse(AdapterSlot, slot, f"{path}: slots[{i}]") for i, slot in enumerate(manifest["slots"]))
-    adapters = _read_entries(manifest, path)
-    return Bundle(folder, manifest, model, slots, adapters)
+    if "pooling" in manifest["model"]:
+        model = _parse(EncoderModel, manifest["model"], where)
+        return EncoderBundle(folder, manifest, model, slots, _read_entries(manifest, path))
+    decoder = _parse(BundleModel, manifest["model"], where)
+    return Bundle(folder, manifest, decoder, slots, _read_entries(manifest, path))
 
 
-def load_adapter_tensors(bundle: Bundle, path: str | Path) -> dict[str, np.ndarray]:
+def load_adapter_tensors(bundle: AnyBundle[Any], path: str | Path) -> dict[str, np.ndarray]:
     """Adapter tensors for this bundle's graph inputs from a file that `write_adapter` wrote, checked.
 
     Raises AdapterError where the file is unreadable, belongs to another base, or does not fit the slots.
@@ -221,7 +288,7 @@ def load_adapter_tensors(bundle: Bundle, path: str | Path) -> dict[str, np.ndarr
     return adapter.tensors
 
 
-def check_adapter(bundle: Bundle, adapter: BoundAdapter, *, origin: str = "the adapter") -> None:
+def check_adapter(bundle: AnyBundle[Any], adapter: BoundAdapter, *, origin: str = "the adapter") -> None:
     """Refuse an adapter that does not fit this bundle, before an inference session exists.
 
     Raises AdapterError: it was made for another base, grid or tokenizer, or its tensors are not those of its slots; the
@@ -242,7 +309,7 @@ def check_adapter(bundle: Bundle, adapter: BoundAdapter, *, origin: str = "the a
         raise AdapterError(f"{origin} changes nothing: lora_A or lora_B of every slot is zero. Train it")
 
 
-def _check_binding(bundle: Bundle, binding: Binding, origin: str) -> None:
+def _check_binding(bundle: AnyBundle[Any], binding: Binding, origin: str) -> None:
     """Raises AdapterError naming what of the adapter's origin is not the bundle's."""
     manifest = bundle.manifest
     if binding.base_sha256 != manifest["base_sha256"]:
@@ -358,9 +425,9 @@ def _check_files(folder: Path, files: Mapping[str, Any]) -> None:
             )
 
 
-_Part = TypeVar("_Part", BundleModel, AdapterSlot)
+_Part = TypeVar("_Part", BundleModel, EncoderModel, AdapterSlot)
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,), "int": (int,), "int | None": (int, type(None)), "tuple[int, ...]": (list,)
+    "str": (str,), "int": (int,), "bool": (bool,), "int | None": (int, type(None)), "tuple[int, ...]": (list,)
 }  # fmt: skip
 
 
@@ -371,7 +438,7 @@ def _parse(kind: type[_Part], value: Any, where: str) -> _Part:
     types = {field.name: _FIELD_TYPES[str(field.type)] for field in fields(kind)}
     _check_keys(value, types, where)
     for key, item in value.items():
-        numbers = item if isinstance(item, list) else [item] if isinstance(item, int) else []
+        numbers = item if isinstance(item, list) else [item] if type(item) is int else []
         if any(type(number) is not int or number < 0 for number in numbers):
             raise BundleError(f"{where}: {key} is {item!r:.80}, expected no negative number. Export the bundle again")
     parts: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgetune.base import Base
+from edgetune.base import AnyBase
 from edgetune.errors import ConfigError
 from edgetune.grids import GRIDS, PIECE_CODES, row_tiles
 from edgetune.memory import format_mib, read_ahead
@@ -99,7 +99,7 @@ class Workspace:
 class FrozenLinear(nn.Module):
     """y = x W^T + bias with W [out_features, in_features] on a 4-bit grid."""
 
-    def __init__(self, base: Base, module: str, workspace: Workspace) -> None:
+    def __init__(self, base: AnyBase[Any], module: str, workspace: Workspace) -> None:
         super().__init__()
         self.name = module
         self.out_features, self.in_features = base.shape(module)
@@ -110,7 +110,7 @@ class FrozenLinear(nn.Module):
         self.held: torch.Tensor | None = None
         self._load(base)
 
-    def _load(self, base: Base) -> None:
+    def _load(self, base: AnyBase[Any]) -> None:
         assert self.grid is not None
         self.codes = base.codes(self.name)
         parts = GRIDS[self.grid].flat(self.codes, self.shape)
@@ -207,7 +207,7 @@ class FrozenLinear(nn.Module):
 class DenseLinear(FrozenLinear):
     """The same over a weight in its stored dtype (float32, float16 or bfloat16)."""
 
-    def _load(self, base: Base) -> None:
+    def _load(self, base: AnyBase[Any]) -> None:
         weight = _mapped(base.weights.array(f"{self.name}.weight"))
         self.weight = weight.view(torch.bfloat16) if base.weights[f"{self.name}.weight"].dtype == "BF16" else weight
 
@@ -259,7 +259,7 @@ class _FrozenMatmul(torch.autograd.Function):
         return grads[0] @ weight, None
 
 
-def frozen_linear(base: Base, module: str, workspace: Workspace) -> FrozenLinear:
+def frozen_linear(base: AnyBase[Any], module: str, workspace: Workspace) -> FrozenLinear:
     """The layer for a matrix of a base, on its grid or dense."""
     kind = DenseLinear if base.grid_of(module) is None else FrozenLinear
     return kind(base, module, workspace)

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from edgetune.errors import ConfigError
 
@@ -63,7 +63,8 @@ def _check_replaceable(out: Path, manifest: str) -> None:
             f"{out} is not empty and holds no {manifest}, so it is none of edgetune's and --force does not replace it. "
             "Choose another --out."
         ) from None
-    foreign = sorted(present - named - {manifest})
+    folders = {parent.as_posix() for name in named for parent in PurePosixPath(name).parents}
+    foreign = sorted(present - named - folders - {manifest})
     if foreign:
         raise ConfigError(
             f"{out} holds {foreign[0]}, which {manifest} does not name ({len(foreign)} such in all); --force would "

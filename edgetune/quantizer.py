@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from edgetune import __version__
-from edgetune.base import Base, open_base
+from edgetune.base import AnyBase, open_any_base
 from edgetune.errors import ConfigError, ModelError
 from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
 from edgetune.models.config import read_hf_config
+from edgetune.models.pooling import pooling_files
 from edgetune.output import folder_in_progress
 from edgetune.tokenizer import load_tokenizer
 from edgetune.weights import StoredMatrix, TensorInfo, sha256_file, write_safetensors
@@ -68,7 +69,7 @@ def quantize(
         raise ConfigError(f"grid = {grid!r}; choose from {', '.join(GRIDS)}.")
     if double_quant and grid != "nf4":
         raise ConfigError(f"double_quant needs grid 'nf4'; {grid!r} has no second quantization. Leave it off.")
-    source = open_base(model_folder(model))
+    source = open_any_base(model_folder(model))
     if source.grid is not None:
         raise ModelError(f"{source.folder} is on the {source.grid} grid already. Quantize the original model instead.")
     if (source.folder / "tokenizer.json").is_file():
@@ -79,8 +80,9 @@ def quantize(
         _write_weights(folder, source, grid, options, on_grid, on_progress)
         hf = read_hf_config(source.folder) | {"quantization_config": _quantization_config(grid, double_quant)}
         (folder / "config.json").write_text(json.dumps(hf, indent=1), encoding="utf-8")
-        for name in COPIED:
+        for name in (*COPIED, *pooling_files(source.folder)):
             if (source.folder / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source.folder / name, folder / name)
         _write_manifest(folder, source, grid, double_quant=double_quant, dense_embeddings=dense_embeddings)
     return Path(out)
@@ -88,7 +90,7 @@ def quantize(
 
 def _write_weights(
     folder: Path,
-    source: Base,
+    source: AnyBase[Any],
     grid: str,
     options: dict[str, Any],
     on_grid: set[str],
@@ -135,9 +137,11 @@ def _quantization_config(grid: str, double_quant: bool) -> dict[str, Any]:
     return {"quant_method": "edgetune", "grid": grid, "bits": 4, "block_size": GRIDS[grid].BLOCK, "symmetric": True}
 
 
-def _write_manifest(folder: Path, source: Base, grid: str, **options: bool) -> None:
+def _write_manifest(folder: Path, source: AnyBase[Any], grid: str, **options: bool) -> None:
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
     manifest = {
         "format_version": FORMAT_VERSION, "edgetune_version": __version__, "grid": grid, **options,

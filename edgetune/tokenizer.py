@@ -73,8 +73,10 @@ class Tokenizer:
         """The text of every id that ends a text."""
         return tuple(token for i in self.eos_token_ids if (token := self.backend.id_to_token(i)) is not None)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, max_length: int | None = None) -> list[int]:
         """Token ids of a text. A chat that a template rendered has its special tokens: pass False for it.
+
+        With `max_length` the text is cut so that there are at most so many, special ones included.
 
         Raises:
             DataError: The text is no Unicode text (a lone surrogate), or the tokenizer has no token for a part of it.
@@ -87,7 +89,12 @@ class Tokenizer:
                 "which is half a character. Write the whole character, or remove it."
             ) from error
         with _rust_errors(DataError, f"The tokenizer of {self.folder} cannot encode a text of {len(text)} characters"):
-            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            encoding = self.backend.encode(text, add_special_tokens=add_special_tokens and max_length is None)
+            if max_length is not None:
+                added = self.backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+                encoding.truncate(max(max_length - added, 0))
+                encoding = self.backend.post_process(encoding, add_special_tokens=add_special_tokens)
+            ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -226,10 +226,10 @@ def test_an_adapter_of_something_else_is_refused(exported: Bundle, binding: dict
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (0.0, "notes changes nothing: on the probe rows no logit moves by more than 0.0e\\+00 of the largest"),
+        (0.0, "notes changes nothing: on the probe rows no output moves by more than 0.0e\\+00 of the largest"),
         (1e-6, "notes changes nothing"),
-        (float("nan"), "notes makes logits that are no numbers"),
-        (float("inf"), "notes makes logits that are no numbers"),
+        (float("nan"), "notes makes outputs that are no numbers"),
+        (float("inf"), "notes makes outputs that are no numbers"),
     ],
 )
 def test_an_adapter_that_changes_nothing_is_refused(change: float, message: str) -> None:

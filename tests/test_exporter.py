@@ -482,7 +482,7 @@ def test_runs_that_cannot_be_exported(bases: dict[str, Path], tmp_path: Path) ->
     with pytest.raises(ExportError, match="changes nothing: every lora_B is zero"):
         export(other, out=tmp_path / "bundle")
     save_file({n: v * np.float32(1e-12) for n, v in tensors.items()}, other / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match="the run's adapter changes nothing: on the probe rows no logit moves"):
+    with pytest.raises(AdapterError, match="the run's adapter changes nothing: on the probe rows no output moves"):
         export(other, out=tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
 

@@ -14,7 +14,7 @@ from edgetune.device import NBITS, WEIGHTS
 from edgetune.planner.plans import STEP_RULES
 
 TABLES: list[tuple[ModuleType, dict[str, Any]]] = [
-    (models, models.FAMILIES),
+    (models, models.FAMILIES | models.ENCODERS),
     (grids, grids.GRIDS),
     (adapters, adapters.METHODS),
     (objectives, objectives.OBJECTIVES),

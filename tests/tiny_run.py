@@ -10,12 +10,12 @@ import numpy as np
 
 from edgetune.adapters.base import save_adapter
 from edgetune.adapters.lora import LoraConfig, slots
-from edgetune.base import open_base
+from edgetune.base import open_any_base
 
 
 def adapter_tensors(base: Path, config: LoraConfig, seed: int = 5) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """A resolved config and random tensors under training's names; B is as large as A."""
-    model = open_base(base).config
+    model = open_any_base(base).config
     config = config.resolved(model)
     rng = np.random.default_rng(seed)
     return config, {

@@ -1,4 +1,4 @@
-"""An adapter method around the frozen linears of a torch decoder.
+"""An adapter method around the frozen linears of a torch model.
 
 `AdaptedLinear` holds the frozen layer and the method's tensors and knows neither: no class per combination of method
 and grid. Dropout masks come from counters (seed, step, micro-batch, slot), so a recomputed block sees the mask of its
@@ -19,6 +19,7 @@ from edgetune.adapters.slot import Slot
 from edgetune.errors import AdapterError
 from edgetune.linear import FrozenLinear
 from edgetune.models.decoder import Decoder
+from edgetune.models.encoder import Encoder
 
 
 class AdaptedLinear(nn.Module):
@@ -77,15 +78,17 @@ class AdaptedLinear(nn.Module):
         return self.base_layer.dequantize() + torch.from_numpy(self.method.delta(tensors, self.config))
 
 
-def attach(decoder: Decoder, config: LoraConfig, seed: int = 0, method: str = "lora") -> dict[str, nn.Parameter]:
+def attach(
+    model: Decoder | Encoder, config: LoraConfig, seed: int = 0, method: str = "lora"
+) -> dict[str, nn.Parameter]:
     """Wrap the linears that a resolved config names; return the trainable tensors by full name.
 
-    The values are initialized from `seed` alone; the adapted decoder computes what the base computes.
+    The values are initialized from `seed` alone; the adapted model computes what the base computes.
     """
     parameters: dict[str, nn.Parameter] = {}
-    for index, slot in enumerate(METHODS[method].slots(config, decoder.config)):
+    for index, slot in enumerate(METHODS[method].slots(config, model.config)):
         path, _, name = slot.linear.removeprefix("model.").rpartition(".")
-        parent = decoder.get_submodule(path)
+        parent = model.get_submodule(path)
         layer = AdaptedLinear(getattr(parent, name), slot, index, config, method)
         for key, value in METHODS[method].initialize(slot, np.random.default_rng([seed, index])).items():
             layer.tensors[key].data.copy_(torch.from_numpy(value))

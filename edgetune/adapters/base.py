@@ -14,7 +14,7 @@ import numpy as np
 
 from edgetune.adapters.lora import LoraConfig, config_from_peft, config_to_peft, slot
 from edgetune.errors import AdapterError, ModelError
-from edgetune.models.config import DecoderConfig
+from edgetune.models import ModelConfig
 from edgetune.weights import TensorInfo, open_tensors, write_atomic, write_safetensors
 
 PREFIX = "base_model.model."
@@ -37,7 +37,7 @@ def save_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, np.ndar
     write_atomic(folder / CONFIG, json.dumps(config_to_peft(config, base_model), indent=1))
 
 
-def load_adapter(folder: str | Path, model: DecoderConfig) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+def load_adapter(folder: str | Path, model: ModelConfig) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """A resolved config and float32 tensors, from a folder that edgetune or PEFT wrote. Raises as `read_adapter`."""
     return read_adapter(folder, model.linears())
 

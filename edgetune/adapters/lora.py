@@ -16,7 +16,7 @@ import numpy as np
 
 from edgetune.adapters.slot import Slot
 from edgetune.errors import AdapterError, ConfigError
-from edgetune.models.config import LINEARS, DecoderConfig
+from edgetune.models import ModelConfig
 
 NAME = "lora"
 
@@ -32,13 +32,13 @@ class LoraConfig:
     lora_dropout: float | None = None
     """Share of the adapter's inputs that are zeroed in training; 0 where nothing is set."""
     target_modules: tuple[str, ...] | None = None
-    """Short names of the linears that get an adapter; all seven of a block where nothing is set."""
+    """Short names of the linears that get an adapter; all of a block where nothing is set."""
     use_rslora: bool | None = None
     """Scale by 1/sqrt(r) rather than 1/r."""
     layers_to_transform: tuple[int, ...] | None = None
     """Blocks that get an adapter; all where nothing is set."""
 
-    def resolved(self, model: DecoderConfig) -> LoraConfig:
+    def resolved(self, model: ModelConfig) -> LoraConfig:
         """The same with every field filled.
 
         Raises:
@@ -46,7 +46,7 @@ class LoraConfig:
         """
         r = 8 if self.r is None else self.r
         layers = tuple(range(model.num_hidden_layers)) if self.layers_to_transform is None else self.layers_to_transform
-        known = tuple(path.rpartition(".")[2] for path in LINEARS)
+        known = tuple(dict.fromkeys(path.rpartition(".")[2] for path in model.linear_shapes))
         targets = known if self.target_modules is None else tuple(self.target_modules)
         config = replace(
             self,
@@ -98,11 +98,11 @@ class LoraConfig:
 Config = LoraConfig
 
 
-def slots(config: LoraConfig, model: DecoderConfig) -> list[Slot]:
+def slots(config: LoraConfig, model: ModelConfig) -> list[Slot]:
     """The adapted linears in the model's order, for a resolved config."""
     assert config.target_modules is not None and config.layers_to_transform is not None
     return [
-        slot(f"model.layers.{i}.{path}", shape, config)
+        slot(f"{model.block(i)}.{path}", shape, config)
         for i in sorted(config.layers_to_transform)
         for path, shape in model.linear_shapes.items()
         if path.rpartition(".")[2] in config.target_modules

@@ -382,6 +382,7 @@ def export(
 
 @app.command()
 def run(
+    context: typer.Context,
     bundle: Bundle,
     *,
     prompt: Annotated[
@@ -414,13 +415,29 @@ def run(
 ) -> None:
     """Generate text from a bundle with onnxruntime alone. Without --prompt it is a conversation.
 
+    The bundle of an encoder gives the embedding of the prompt instead.
+
     Example: edgetune run bundle/ --prompt "Dear diary," --temperature 0.8
     """
+    from edgetune.bundle import is_encoder
     from edgetune.runtime.generate import Sampling, generate
 
     if no_adapter and adapter is not None:
         raise typer.BadParameter("--adapter and --no-adapter do not go together")
     chosen = not no_adapter if adapter is None else adapter
+    if is_encoder(bundle):
+        from edgetune.cli.embedding import show_embedding
+
+        generating = ("chat", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+        typed = [f"--{name.replace('_', '-')}" for name in generating if was_typed(context, name)]
+        if typed or prompt is None:
+            raise typer.BadParameter(
+                f"{bundle} is the bundle of an encoder, which embeds a text and generates none: it needs --prompt TEXT"
+                + (f" and does not take {', '.join(typed)}" if typed else "")
+            )
+        text = sys.stdin.read() if prompt == "-" else prompt
+        show_embedding(bundle, text, adapter=chosen, threads=threads, as_json=as_json)
+        return
     if prompt is None:
         if as_json or not sys.stdin.isatty():
             raise typer.BadParameter("give --prompt TEXT, or --prompt - to read stdin; a conversation needs a terminal")

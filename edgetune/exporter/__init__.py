@@ -24,8 +24,7 @@ import torch
 
 from edgetune import __version__
 from edgetune.adapter_file import Binding, BoundAdapter, check_probe_change, probe_rows, write_adapter
-from edgetune.adapters.attach import attach
-from edgetune.adapters.lora import LoraConfig
+from edgetune.base import EncoderBase
 from edgetune.bundle import (
     ADAPTER,
     DATA,
@@ -35,19 +34,20 @@ from edgetune.bundle import (
     MODEL,
     SHARE_BUFFER,
     Bundle,
-    load_bundle,
+    EncoderBundle,
+    load_any_bundle,
 )
 from edgetune.device import DeviceProfile
 from edgetune.errors import ExportError
-from edgetune.exporter import agreement, parity
-from edgetune.exporter.job import Adapter, Job, read_job
+from edgetune.exporter import agreement, encoder, parity
+from edgetune.exporter.job import Job, attach_adapter, read_job
 from edgetune.exporter.merging import BaseWeights, RoundedWeights
 from edgetune.exporter.sweep import choose_alpha
 from edgetune.graphs import FORMATS
 from edgetune.graphs.decoder import decoder_graph
 from edgetune.hub import model_folder
 from edgetune.memory import Meter, trim_allocator
-from edgetune.models.decoder import Decoder, load_decoder
+from edgetune.models.decoder import load_decoder
 from edgetune.output import folder_in_progress
 from edgetune.weights import sha256_file
 
@@ -67,8 +67,8 @@ def export(
     eval_data: str | Path | None = None,
     retention_data: str | Path | None = None,
     force: bool = False,
-) -> Bundle:
-    """Write a bundle folder and return it; `bundle.summary()` has the figures.
+) -> Bundle | EncoderBundle:
+    """Write a bundle folder and return it, an EncoderBundle for an encoder; `bundle.summary()` has the figures.
 
     Args:
         source: a run (`Run` or its folder), a base/ folder, a model folder or a Hub id.
@@ -113,11 +113,14 @@ def export(
             merged = choose_alpha(job, job.adapter, alpha, Path(work))
             share = merged["alpha"]
             job = replace(job, adapter=job.adapter.weakened(share))
-        figures, rounding = _write_model(job, temporary, Path(work), share, accept_loss=accept_loss)
+        if isinstance(job.base, EncoderBase):
+            figures, rounding = encoder.write_model(job, job.base, temporary, share, accept_loss=accept_loss)
+        else:
+            figures, rounding = _write_model(job, temporary, Path(work), share, accept_loss=accept_loss)
         adapters = _write_adapter(job, temporary, Path(work))
         _write_companions(job, temporary)
         _write_manifest(job, temporary, figures, rounding, adapters, merged, meter.peak_rss_bytes)
-    return load_bundle(out)
+    return load_any_bundle(out)
 
 
 def _write_model(
@@ -127,10 +130,11 @@ def _write_model(
 
     `alpha` is the share of the trained adapter that the job merges, None where it merges none.
     """
-    config, stored = job.base.config, job.base.grid or "fp32"
-    source = BaseWeights(job.base)
+    base = job.decoder
+    config, stored = base.config, base.grid or "fp32"
+    source = BaseWeights(base)
     if job.merge or job.weights != stored:
-        source = RoundedWeights(job.base, job.weights, job.adapter, merge=job.merge)
+        source = RoundedWeights(base, job.weights, job.adapter, merge=job.merge)
     builder = decoder_graph(
         source, data_file=DATA, context_length=job.context_length, slots=not job.merge, contrib=job.contrib
     )
@@ -145,19 +149,19 @@ def _write_model(
     decoder = load_decoder(job.base.folder)
     if isinstance(source, RoundedWeights) and (job.merge or not source.is_exact):
         if tuned:
-            _attach(job, decoder)
+            attach_adapter(job, decoder)
         trained = parity.spool_logits(decoder, items, work / "trained")
         decoder = load_decoder(job.base.folder)
         parity.use_written_weights(decoder, model, job.weights)
         if tuned and not job.merge:
-            _attach(job, decoder)
+            attach_adapter(job, decoder)
         expected = parity.spool_logits(decoder, items, work / "rounded")
         rounding = source.figures() | agreement.rounding_cost(items, trained, expected)
         if tuned and not accept_loss:
             parity.check_rounding(rounding, stored, job.weights, alpha=alpha)
     feeds = job.adapter.feeds if job.adapter and not job.merge else {}
     if rounding is None or not tuned:
-        feeds = _attach(job, decoder).feeds
+        feeds = attach_adapter(job, decoder).feeds
         expected = parity.spool_logits(decoder, items, work / "expected")
     del decoder
     fast = FORMATS[job.weights].ROUNDS_ACTIVATIONS
@@ -167,30 +171,15 @@ def _write_model(
     return figures, rounding
 
 
-def _attach(job: Job, decoder: Decoder) -> Adapter:
-    """Put the run's adapter into a decoder and return it, or a seeded random one that fills every slot."""
-    config = job.adapter.config if job.adapter is not None else LoraConfig().resolved(job.base.config)
-    parameters = attach(decoder, config)
-    if job.adapter is not None:
-        values = job.adapter.tensors
-    else:
-        rng = np.random.default_rng(0)
-        values = {
-            name: rng.normal(0, 0.1, tuple(value.shape)).astype(np.float32)
-            for name, value in parameters.items()
-            if name.endswith("lora_B")
-        }
-    for name, value in values.items():
-        parameters[name].data.copy_(torch.from_numpy(value))
-    return Adapter(config, {name: value.detach().numpy() for name, value in parameters.items()})
-
-
 def _write_adapter(job: Job, folder: Path, work: Path) -> dict[str, Any]:
     """The run's adapter beside the graph: its two files, and the manifest's entry. Empty where there is none."""
     if job.adapter is None or job.merge:
         return {}
     config, feeds, rows = job.adapter.config, job.adapter.feeds, _probe_rows(job)
-    change = parity.probe_change(folder / MODEL, job.base.config, feeds, rows, work)
+    if isinstance(job.base, EncoderBase):
+        change = encoder.probe_change(folder / MODEL, feeds, rows)
+    else:
+        change = parity.probe_change(folder / MODEL, job.base.config, feeds, rows, work)
     check_probe_change(change, origin="the run's adapter")
     slots = tuple(dict.fromkeys(name.rpartition(".")[0] for name in feeds))
     alpha = float(config.lora_alpha or 0)
@@ -204,15 +193,16 @@ def _probe_rows(job: Job) -> list[list[int]]:
 
 
 def _write_companions(job: Job, folder: Path) -> None:
-    """The tokenizer's files, and what onnxruntime-genai reads."""
+    """The tokenizer's files, and for a decoder what onnxruntime-genai reads."""
     for path in job.tokenizer.files if job.tokenizer else []:
         shutil.copyfile(path, folder / path.name)
-    (folder / GENAI_CONFIG).write_text(json.dumps(_genai_config(job), indent=1), encoding="utf-8")
+    if not isinstance(job.base, EncoderBase):
+        (folder / GENAI_CONFIG).write_text(json.dumps(_genai_config(job), indent=1), encoding="utf-8")
 
 
 def _genai_config(job: Job) -> dict[str, Any]:
     """`genai_config.json`. onnxruntime-genai refuses keys that it does not know, so nothing else may stand here."""
-    config, ends = job.base.config, list(job.eos_token_ids)
+    config, ends = job.decoder.config, list(job.eos_token_ids)
     special = {"bos_token_id": job.bos_token_id, "pad_token_id": ends[0] if ends else None}
     return {
         "model": {
@@ -240,6 +230,18 @@ def _genai_config(job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _bundle_model(job: Job) -> dict[str, Any]:
+    """The fields of `bundle.BundleModel`."""
+    model = {key: getattr(job.decoder.config, key) for key in (
+        "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "head_dim",
+    )}  # fmt: skip
+    return model | {
+        "max_position_embeddings": job.context_length, "bos_token_id": job.bos_token_id,
+        "eos_token_ids": list(job.eos_token_ids),
+    }  # fmt: skip
+
+
 def _write_manifest(
     job: Job,
     folder: Path,
@@ -249,16 +251,11 @@ def _write_manifest(
     merged: Mapping[str, Any] | None,
     peak_rss_bytes: int,
 ) -> None:
-    config = job.base.config
-    model = {key: getattr(config, key) for key in (
-        "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-        "head_dim",
-    )}  # fmt: skip
-    model |= {
-        "max_position_embeddings": job.context_length, "bos_token_id": job.bos_token_id,
-        "eos_token_ids": list(job.eos_token_ids),
-    }  # fmt: skip
-    linears = {} if job.merge else config.linears()
+    if isinstance(job.base, EncoderBase):
+        model = encoder.bundle_model(job.base.config, job.context_length)
+    else:
+        model = _bundle_model(job)
+    linears = {} if job.merge else job.base.config.linears()
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())
     }

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from edgetune.adapters import lora
+from edgetune.adapters.attach import attach
 from edgetune.adapters.base import load_adapter
 from edgetune.adapters.lora import LoraConfig
-from edgetune.base import Base, open_base, weights_sha256
+from edgetune.base import AnyBase, Base, EncoderBase, open_any_base, weights_sha256
 from edgetune.data import Row, read_rows, split_eval
 from edgetune.device import DeviceProfile, load_device
 from edgetune.errors import DeviceError, EdgetuneWarning, ExportError
@@ -25,6 +27,8 @@ from edgetune.graphs import FORMATS, standard
 from edgetune.graphs.ops import has_fused_attention
 from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
+from edgetune.models.decoder import Decoder
+from edgetune.models.encoder import Encoder
 from edgetune.quantizer import quantize, read_manifest
 from edgetune.tokenizer import Tokenizer, load_tokenizer
 from edgetune.weights import sha256_file
@@ -55,7 +59,7 @@ class Adapter:
 class Job:
     """One export: what goes in, and how."""
 
-    base: Base
+    base: Base | EncoderBase
     base_sha256: str
     adapter: Adapter | None
     weights: str
@@ -65,6 +69,12 @@ class Job:
     retention: Sequence[Row]
     "rows of what the base could do already"
     tokenizer: Tokenizer | None
+
+    @property
+    def decoder(self) -> Base:
+        """The base, where the job is a decoder's."""
+        assert isinstance(self.base, Base)
+        return self.base
 
     @property
     def contrib(self) -> bool:
@@ -87,12 +97,30 @@ class Job:
     @property
     def bos_token_id(self) -> int | None:
         found = self.tokenizer.bos_token_id if self.tokenizer else None
-        return self.base.config.bos_token_id if found is None else found
+        return self.decoder.config.bos_token_id if found is None else found
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         found = self.tokenizer.eos_token_ids if self.tokenizer else ()
-        return found or self.base.config.eos_token_ids
+        return found or self.decoder.config.eos_token_ids
+
+
+def attach_adapter(job: Job, model: Decoder | Encoder) -> Adapter:
+    """Put the run's adapter into a model and return it, or a seeded random one that fills every slot."""
+    config = job.adapter.config if job.adapter is not None else LoraConfig().resolved(job.base.config)
+    parameters = attach(model, config)
+    if job.adapter is not None:
+        values = job.adapter.tensors
+    else:
+        rng = np.random.default_rng(0)
+        values = {
+            name: rng.normal(0, 0.1, tuple(value.shape)).astype(np.float32)
+            for name, value in parameters.items()
+            if name.endswith("lora_B")
+        }
+    for name, value in values.items():
+        parameters[name].data.copy_(torch.from_numpy(value))
+    return Adapter(config, {name: value.detach().numpy() for name, value in parameters.items()})
 
 
 def read_job(
@@ -108,7 +136,7 @@ def read_job(
     if weights is not None and weights not in FORMATS:
         raise ExportError(f"weights = {weights!r}; choose from {', '.join(FORMATS)}.")
     run = _read_run(folder)
-    base = open_base(run["base"] if run else folder)
+    base = open_any_base(run["base"] if run else folder)
     adapter = _read_adapter(folder, base) if run else None
     if merge and adapter is None:
         raise ExportError(f"{folder} has no adapter to merge. Export a run folder, or leave --merge off.")
@@ -136,7 +164,9 @@ def read_job(
     tokenizer = load_tokenizer(base.folder) if (base.folder / "tokenizer.json").is_file() else None
     if tokenizer is not None:
         tokenizer.check_vocab(base.config.vocab_size)
-    rows = _held_out(run, tokenizer, base, eval_data)
+    if isinstance(base, EncoderBase) and (eval_data is not None or retention_data is not None):
+        raise ExportError(f"{base.folder} is an encoder: it predicts no token of held-out rows. Leave their files out.")
+    rows = () if isinstance(base, EncoderBase) else _held_out(run, tokenizer, base, eval_data)
     retention = () if retention_data is None else _held_out({}, tokenizer, base, retention_data)
     if retention and not rows:
         raise ExportError(
@@ -167,7 +197,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
     return run
 
 
-def _read_adapter(folder: Path, base: Base) -> Adapter:
+def _read_adapter(folder: Path, base: AnyBase[Any]) -> Adapter:
     config, tensors = load_adapter(folder, base.config)
     if not any(value.any() for name, value in tensors.items() if name.endswith("lora_B")):
         raise ExportError(
@@ -188,7 +218,7 @@ def _profile(device: DeviceProfile | str | Path | None, folder: Path) -> DeviceP
         return None
 
 
-def _default_weights(base: Base, adapter: Adapter | None, profile: DeviceProfile | None) -> str:
+def _default_weights(base: AnyBase[Any], adapter: Adapter | None, profile: DeviceProfile | None) -> str:
     """What the profile names, unless the base is on another grid than the profile's: that was chosen against it."""
     stored = base.grid or "fp32"
     if profile is None or stored not in (profile.runtime.grid, "fp32" if adapter is None else None):
@@ -196,7 +226,7 @@ def _default_weights(base: Base, adapter: Adapter | None, profile: DeviceProfile
     return profile.runtime.weights
 
 
-def _on_grid(base: Base, weights: str, work: Path) -> Base:
+def _on_grid(base: Base | EncoderBase, weights: str, work: Path) -> Base | EncoderBase:
     """The base to export as `weights` without an adapter: a dense one is quantized for a grid, from the original."""
     grid = "int4" if weights == standard.NAME else weights
     if grid not in GRIDS or base.grid == grid:
@@ -206,11 +236,11 @@ def _on_grid(base: Base, weights: str, work: Path) -> Base:
             f"{base.folder} is stored as {base.grid}; {weights} would round it to 4 bits a second time. Quantize the "
             f"original model for another grid."
         )
-    return open_base(quantize(base.folder, grid, work / "base"))
+    return open_any_base(quantize(base.folder, grid, work / "base"))
 
 
 def _held_out(
-    run: Mapping[str, Any], tokenizer: Tokenizer | None, base: Base, eval_data: str | Path | None
+    run: Mapping[str, Any], tokenizer: Tokenizer | None, base: AnyBase[Any], eval_data: str | Path | None
 ) -> Sequence[Row]:
     """The rows that training did not see: those given, else the run's own, where its file is still what it was."""
     length = min(run.get("max_seq_length", _ROW_LENGTH), base.config.max_position_embeddings, CONTEXT_LIMIT)

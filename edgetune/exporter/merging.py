@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 
 from edgetune.adapters import lora
-from edgetune.base import Base
+from edgetune.base import AnyBase, Config
 from edgetune.exporter.job import Adapter
 from edgetune.graphs import FORMATS, standard
 from edgetune.grids import GRIDS, row_tiles
@@ -38,10 +38,10 @@ def round_to(weights: str, matrix: Matrix) -> Codes:
     return codes
 
 
-class BaseWeights:
+class BaseWeights(Generic[Config]):
     """A base as the graph's weights, bit for bit."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: AnyBase[Config]) -> None:
         self.base, self.config = base, base.config
 
     def format_of(self, module: str) -> str:
@@ -88,13 +88,13 @@ def _changes(adapter: Adapter, module: str) -> bool:
     return b is not None and bool(b.any())
 
 
-class RoundedWeights(BaseWeights):
+class RoundedWeights(BaseWeights[Config]):
     """A base in the format `weights`, with `merge` its adapter folded in.
 
     `rounding` fills while matrices are produced: what it moved each of them by.
     """
 
-    def __init__(self, base: Base, weights: str, adapter: Adapter | None, *, merge: bool) -> None:
+    def __init__(self, base: AnyBase[Config], weights: str, adapter: Adapter | None, *, merge: bool) -> None:
         super().__init__(base)
         self.weights, self.adapter, self.merge = weights, adapter, merge
         self.rounding: dict[str, dict[str, float]] = {}

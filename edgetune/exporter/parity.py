@@ -37,6 +37,7 @@ from edgetune.graphs.builder import part_name
 from edgetune.grids import row_tiles, tile_rows
 from edgetune.models.config import DecoderConfig
 from edgetune.models.decoder import Decoder
+from edgetune.models.encoder import Encoder
 
 MAX_ABS_LOGIT = 1e-3
 MIN_TOP1 = 0.999
@@ -51,9 +52,9 @@ class Graph:
         self, model: Path, config: DecoderConfig, feeds: Mapping[str, np.ndarray], *, fp32_compute: bool
     ) -> None:
         self._model = onnx.load(model, load_external_data=False)
-        self._options = _session_options(model.parent, fp32_compute=fp32_compute)
+        self._options = session_options(model.parent, fp32_compute=fp32_compute)
         if fp32_compute:
-            _compute_in_fp32(self._model.graph)
+            compute_in_fp32(self._model.graph)
         *self._pieces, head = cut(self._model)
         step = tile_rows((config.vocab_size, config.hidden_size), max(config.largest_linear, _TILE_WEIGHTS))
         self._heads = functools.partial(row_ranges, head, model.parent, config.vocab_size, step)
@@ -118,7 +119,8 @@ class Graph:
         return {name: empty for name in piece.inputs if name.startswith("past_key_values.")}
 
 
-def _session_options(folder: Path, *, fp32_compute: bool) -> onnxruntime.SessionOptions:
+def session_options(folder: Path, *, fp32_compute: bool) -> onnxruntime.SessionOptions:
+    """Of a model whose weights lie in `folder`."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = host.threads()
     options.log_severity_level = 3
@@ -139,7 +141,7 @@ def _steps(sequence: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         yield {"input_ids": ids, "attention_mask": np.ones((len(ids), total), np.int64)}
 
 
-def _compute_in_fp32(graph: onnx.GraphProto) -> None:
+def compute_in_fp32(graph: onnx.GraphProto) -> None:
     """8-bit products in fp32 compute: their kernels do not know `force_fp32` (measured on 1.31.1)."""
     nodes = list(graph.node)
     del graph.node[:]
@@ -208,7 +210,7 @@ def check_loads(model: Path) -> None:
 
     Raises ParityError with what onnx's checker or onnxruntime says.
     """
-    options = _session_options(model.parent, fp32_compute=False)
+    options = session_options(model.parent, fp32_compute=False)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
@@ -222,7 +224,7 @@ def check_loads(model: Path) -> None:
         ) from error
 
 
-def check_bytes(model: Path, source: BaseWeights, produced: Mapping[str, str]) -> None:
+def check_bytes(model: Path, source: BaseWeights[Any], produced: Mapping[str, str]) -> None:
     """Every weight in the written file equals the base's own bytes; of a rounded one, the bytes that were produced.
 
     Raises ParityError naming the first tensor that differs.
@@ -241,7 +243,7 @@ def check_bytes(model: Path, source: BaseWeights, produced: Mapping[str, str]) -
         )
 
 
-def _differing(source: BaseWeights, written: Mapping[str, np.ndarray]) -> Iterator[str]:
+def _differing(source: BaseWeights[Any], written: Mapping[str, np.ndarray]) -> Iterator[str]:
     """The initializers that are not what the base says."""
     for module, shape in source.config.matrices().items():
         weights = FORMATS[source.format_of(module)]
@@ -309,20 +311,20 @@ class _WrittenLinear(torch.nn.Module):
         return self._rows(unique)[torch.from_numpy(inverse.reshape(ids.shape))]
 
 
-def use_written_weights(decoder: Decoder, model: Path, weights: str) -> None:
-    """Replace every matrix of a decoder by the one in a written model file: torch's view of rounded weights."""
+def use_written_weights(torch_model: Decoder | Encoder, model: Path, weights: str) -> None:
+    """Replace every matrix of a torch model by the one in a written model file: torch's view of rounded weights."""
     written = Written(model)
-    matrices = decoder.config.matrices()
+    matrices = torch_model.config.matrices()
     for module, shape in matrices.items():
         name = f"{module}.weight"
         found = {key.removeprefix(name).lstrip("."): value for key, value in written.items() if key.startswith(name)}
         # The weight itself, or its parts; longer names are views of the same bytes.
         codes = {key or "weight": value for key, value in found.items() if "." not in key}
         path, _, leaf = module.removeprefix("model.").rpartition(".")
-        parent = decoder.get_submodule(path)
+        parent = torch_model.get_submodule(path)
         setattr(parent, leaf, _WrittenLinear(weights, codes, shape, getattr(parent, leaf).bias))
-    if decoder.config.tie_word_embeddings:
-        decoder.lm_head = decoder.embed_tokens
+    if isinstance(torch_model, Decoder) and torch_model.config.tie_word_embeddings:
+        torch_model.lm_head = torch_model.embed_tokens
 
 
 def check_logits(

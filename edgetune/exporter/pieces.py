@@ -1,10 +1,11 @@
-"""A written decoder in pieces that run one after the other, so that onnxruntime never holds the whole model.
+"""A written model in pieces that run one after the other, so that onnxruntime never holds the whole model.
 
     what comes before the blocks │ block 0 │ … │ the last norm │ the head, in ranges of rows
 
 onnxruntime packs weights anew on its heap when it loads a graph: 0.8 GB for a billion in int4, twice the file in fp16.
 A piece is a model of its own over the same data file. Together the pieces hold every node of the written graph once, as
-it stands there, but for the head: its products are cut along the vocabulary where their layout allows it.
+it stands there, but for the head: its products are cut along the vocabulary where their layout allows it. An encoder
+has no head; its last piece is the pooling.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-_BLOCK = re.compile(r"/model/layers\.\d+/")
+_BLOCK = re.compile(r"/(model/layers|encoder/layer)\.\d+/")
 _HEAD = "/lm_head/"
 
 
@@ -37,11 +38,11 @@ class Piece:
 
 
 def cut(model: onnx.ModelProto) -> list[Piece]:
-    """The pieces of a decoder's graph in order; the last one is the head."""
+    """The pieces of a graph in order; a decoder's last one is the head."""
     nodes = list(model.graph.node)
-    head = next(index for index, node in enumerate(nodes) if node.name.startswith(_HEAD))
+    head = next((index for index, node in enumerate(nodes) if node.name.startswith(_HEAD)), len(nodes))
     groups = [list(group) for _, group in itertools.groupby(nodes[:head], key=_block_of)]
-    groups.append(nodes[head:])
+    groups += [nodes[head:]] if nodes[head:] else []
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     inputs = {value.name: value for value in model.graph.input}
     results = {value.name for value in model.graph.output}

@@ -54,8 +54,8 @@ def _least_loss(rows: Sequence[dict[str, Any]]) -> float:
 
 def _measure(job: Job, adapter: Adapter, alpha: float, work: Path) -> dict[str, Any]:
     """One row: the graph is written, run and removed."""
-    config, folder = job.base.config, work / "sweep"
-    source = RoundedWeights(job.base, job.weights, adapter.weakened(alpha) if alpha else None, merge=True)
+    config, folder = job.decoder.config, work / "sweep"
+    source = RoundedWeights(job.decoder, job.weights, adapter.weakened(alpha) if alpha else None, merge=True)
     folder.mkdir()
     builder = decoder_graph(source, data_file=DATA, context_length=job.context_length, slots=False, contrib=job.contrib)
     builder.save(folder, MODEL)

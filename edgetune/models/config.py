@@ -117,10 +117,14 @@ class DecoderConfig:
             return self.mlp_bias
         return self.o_bias if linear.endswith("o_proj") else self.qkv_bias
 
+    def block(self, index: int) -> str:
+        """The name of a block."""
+        return f"model.layers.{index}"
+
     def linears(self) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of every block linear, by its full name `model.layers.0.self_attn.q_proj`."""
         return {
-            f"model.layers.{i}.{path}": shape
+            f"{self.block(i)}.{path}": shape
             for i in range(self.num_hidden_layers)
             for path, shape in self.linear_shapes.items()
         }
@@ -135,7 +139,7 @@ class DecoderConfig:
         """Every other tensor, by its full name: norms and biases."""
         shapes: dict[str, tuple[int]] = {}
         for i in range(self.num_hidden_layers):
-            at = f"model.layers.{i}."
+            at = f"{self.block(i)}."
             shapes |= {at + f"{norm}.weight": (self.hidden_size,) for norm in self.block_norms.names}
             if self.qk_norm:
                 shapes |= {at + f"self_attn.{norm}.weight": (self.head_dim,) for norm in ("q_norm", "k_norm")}
@@ -143,6 +147,10 @@ class DecoderConfig:
                 at + f"{path}.bias": shape[:1] for path, shape in self.linear_shapes.items() if self.has_bias(path)
             }
         return shapes | {"model.norm.weight": (self.hidden_size,)}
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether a tensor of a file is one that says nothing new."""
+        return name.endswith("rotary_emb.inv_freq") or (self.tie_word_embeddings and name.startswith("lm_head."))
 
     @property
     def num_parameters(self) -> int:

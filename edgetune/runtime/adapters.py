@@ -31,24 +31,25 @@ from edgetune.adapter_file import (
 )
 from edgetune.adapters import base as peft
 from edgetune.adapters.lora import onnx_tensors
-from edgetune.base import open_base, weights_sha256
-from edgetune.bundle import MANIFEST, Bundle, check_adapter, load_bundle, read_manifest
+from edgetune.base import open_any_base, weights_sha256
+from edgetune.bundle import MANIFEST, AnyBundle, Bundle, EncoderBundle, check_adapter, load_any_bundle, read_manifest
 from edgetune.errors import AdapterError, BundleError
 from edgetune.output import sync_folder
-from edgetune.runtime.session import open_session
+from edgetune.runtime.embedding import Embedder, open_embedder
+from edgetune.runtime.session import Session, open_session
 from edgetune.weights import sha256_file, write_atomic
 
 _SUMMARY = "summary.json"
 _UNFINISHED = (".*.safetensors.tmp-*", ".*.onnx_adapter.tmp", f".{MANIFEST}.tmp-*")  # of an edit that was killed
 
 
-def list_adapters(bundle: Bundle | str | Path) -> dict[str, Any]:
+def list_adapters(bundle: AnyBundle[Any] | str | Path) -> dict[str, Any]:
     """What a bundle carries, ready for JSON: `bundle`, `default`, and `adapters`: name -> r, lora_alpha, slots (how
     many), bytes of its two files, probe_change.
 
     Raises BundleError.
     """
-    bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    bundle = bundle if isinstance(bundle, AnyBundle) else load_any_bundle(bundle)
     files = bundle.manifest["files"]
     adapters = {
         name: {
@@ -63,7 +64,9 @@ def list_adapters(bundle: Bundle | str | Path) -> dict[str, Any]:
     return {"bundle": str(bundle.folder), "default": bundle.default_adapter, "adapters": adapters}
 
 
-def add_adapter(bundle: Bundle | str | Path, source: Any, *, name: str | None = None, default: bool = False) -> Bundle:
+def add_adapter(
+    bundle: AnyBundle[Any] | str | Path, source: Any, *, name: str | None = None, default: bool = False
+) -> Bundle | EncoderBundle:
     """Add an adapter to a bundle; the bundle as it is then.
 
     Args:
@@ -78,11 +81,11 @@ def add_adapter(bundle: Bundle | str | Path, source: Any, *, name: str | None = 
     """
     folder, source = _folder(bundle), Path(getattr(source, "folder", source))
     with _locked(folder):
-        bundle = load_bundle(folder)
+        bundle = load_any_bundle(folder)
         name = _new_name(bundle, source, name)
         adapter = _read_source(bundle, source)
         check_adapter(bundle, adapter, origin=str(source))
-        session = open_session(bundle, adapter=False, fp32_compute=True)
+        session = _open(bundle)
         entry = AdapterEntry(adapter.binding, session.probe_change(adapter.tensors))
         check_probe_change(entry.probe_change, origin=str(source))
         manifest = bundle.manifest | {"adapters": bundle.manifest["adapters"] | {name: asdict(entry)}}
@@ -91,10 +94,10 @@ def add_adapter(bundle: Bundle | str | Path, source: Any, *, name: str | None = 
         with _written(folder, name, adapter) as paths:
             facts = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in paths}
             _commit(folder, manifest | {"files": manifest["files"] | facts})
-    return load_bundle(folder)
+    return load_any_bundle(folder)
 
 
-def remove_adapter(bundle: Bundle | str | Path, name: str) -> Bundle:
+def remove_adapter(bundle: AnyBundle[Any] | str | Path, name: str) -> Bundle | EncoderBundle:
     """Take an adapter out of a bundle, also one whose files are damaged; the bundle as it is then.
 
     Where it was the default, the bundle has none afterwards and is used as the base alone, until `set_default_adapter`.
@@ -113,28 +116,28 @@ def remove_adapter(bundle: Bundle | str | Path, name: str) -> Bundle:
         _commit(folder, manifest)
         for file in files:
             (folder / file).unlink(missing_ok=True)
-    return load_bundle(folder)
+    return load_any_bundle(folder)
 
 
-def set_default_adapter(bundle: Bundle | str | Path, name: str | None) -> Bundle:
+def set_default_adapter(bundle: AnyBundle[Any] | str | Path, name: str | None) -> Bundle | EncoderBundle:
     """Choose the adapter that is used where none is named; None is the base alone. Raises as `remove_adapter`."""
     folder = _folder(bundle)
     with _locked(folder):
-        manifest = load_bundle(folder).manifest
+        manifest = load_any_bundle(folder).manifest
         if name is not None:
             _check_known(folder, manifest, name)
         _commit(folder, manifest | {"default_adapter": name})
-    return load_bundle(folder)
+    return load_any_bundle(folder)
 
 
-def check_adapters(bundle: Bundle | str | Path) -> dict[str, Any]:
+def check_adapters(bundle: AnyBundle[Any] | str | Path) -> dict[str, Any]:
     """Read every byte of a bundle, and measure again what each adapter does to the probe rows.
 
     The result of `list_adapters`, with `probe_change` as it is on this machine.
     Raises BundleError where a file is not what the manifest says, AdapterError naming every adapter that is wrong.
     """
-    bundle = load_bundle(_folder(bundle))
-    session = open_session(bundle, adapter=False, fp32_compute=True)
+    bundle = load_any_bundle(_folder(bundle))
+    session = _open(bundle)
     result, problems = list_adapters(bundle), []
     for name, figures in result["adapters"].items():
         try:
@@ -147,8 +150,15 @@ def check_adapters(bundle: Bundle | str | Path) -> dict[str, Any]:
     return result
 
 
-def _folder(bundle: Bundle | str | Path) -> Path:
-    return bundle.folder if isinstance(bundle, Bundle) else Path(bundle)
+def _open(bundle: Bundle | EncoderBundle) -> Session | Embedder:
+    """What adapters are probed on: the base, in fp32."""
+    if isinstance(bundle, EncoderBundle):
+        return open_embedder(bundle, adapter=False, fp32_compute=True)
+    return open_session(bundle, adapter=False, fp32_compute=True)
+
+
+def _folder(bundle: AnyBundle[Any] | str | Path) -> Path:
+    return bundle.folder if isinstance(bundle, AnyBundle) else Path(bundle)
 
 
 @contextlib.contextmanager
@@ -211,7 +221,7 @@ def _check_known(folder: Path, manifest: dict[str, Any], name: str) -> None:
         raise AdapterError(f"{folder} has no adapter {name!r}; {known}")
 
 
-def _new_name(bundle: Bundle, source: Path, name: str | None) -> str:
+def _new_name(bundle: AnyBundle[Any], source: Path, name: str | None) -> str:
     chosen = (source.stem if source.is_file() else source.resolve().name).lower() if name is None else name
     if not is_name(chosen):
         raise AdapterError(
@@ -226,7 +236,7 @@ def _new_name(bundle: Bundle, source: Path, name: str | None) -> str:
     return chosen
 
 
-def _read_source(bundle: Bundle, source: Path) -> BoundAdapter:
+def _read_source(bundle: AnyBundle[Any], source: Path) -> BoundAdapter:
     """The adapter of a run folder, a PEFT folder or a file, with what it was trained on."""
     if source.is_file():
         return read_adapter(source)
@@ -261,4 +271,4 @@ def _origin(folder: Path) -> tuple[str, str | None, str | None]:
             f"there, or correct the path"
         )
     tokenizer = base / "tokenizer.json"
-    return weights_sha256(base), open_base(base).grid, sha256_file(tokenizer) if tokenizer.is_file() else None
+    return weights_sha256(base), open_any_base(base).grid, sha256_file(tokenizer) if tokenizer.is_file() else None

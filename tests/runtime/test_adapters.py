@@ -130,7 +130,7 @@ def test_a_refused_adapter_leaves_the_session_as_it_was(original: Path, tmp_path
             session.use_adapter(adapter)
         session.reset()
         np.testing.assert_array_equal(session.forward([5, 6]), wanted)
-    with pytest.raises(AdapterError, match=r"dead\.safetensors changes nothing: on the probe rows no logit moves"):
+    with pytest.raises(AdapterError, match=r"dead\.safetensors changes nothing: on the probe rows no output moves"):
         open_session(original, adapter=dead)
 
 
@@ -235,9 +235,9 @@ NOTHING = {name: np.zeros_like(value) for name, value in random_adapter().items(
         (lambda a: BoundAdapter(a.binding, NOTHING), {}, r"has shape \[22, 3\], expected \[22, 2\]"),
         (lambda a: BoundAdapter(replace(a.binding, r=3), NOTHING), {}, "changes nothing: lora_A or lora_B of"),
         (scaled(1e-9), {},
-         "work.safetensors changes nothing: on the probe rows no logit moves by more than 0.0e"),
+         "work.safetensors changes nothing: on the probe rows no output moves by more than 0.0e"),
         (scaled(1e30), {},
-         "makes logits that are no numbers"),
+         "makes outputs that are no numbers"),
         (scaled(np.inf), {},
          "holds NaN or infinity"),
     ],

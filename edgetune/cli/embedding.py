@@ -1,0 +1,16 @@
+"""`edgetune run` on the bundle of an encoder: the embedding of a text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from edgetune.cli.console import answer, warnings_told
+from edgetune.runtime.embedding import embed
+
+
+def show_embedding(bundle: Path, text: str, *, adapter: bool | str | Path, threads: int | None, as_json: bool) -> None:
+    """Print one JSON list of numbers, or with --json `embedding`, `hidden_size` and `bundle`."""
+    with warnings_told():
+        numbers = embed(bundle, [text], adapter=adapter, threads=threads)[0].tolist()
+    answer({"bundle": str(bundle), "hidden_size": len(numbers), "embedding": numbers}, json.dumps(numbers), as_json)

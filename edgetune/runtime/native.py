@@ -1,0 +1,57 @@
+"""What every client of a bundle does before its first call: choose an adapter's tensors, and load the graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from edgetune import host
+from edgetune.adapter_file import is_name
+from edgetune.bundle import AnyBundle, load_adapter_tensors
+from edgetune.errors import BundleError, ConfigError
+
+
+def is_file(adapter: bool | str | Path) -> bool:
+    """Whether this means a file, and no adapter of the bundle."""
+    return isinstance(adapter, Path) or (isinstance(adapter, str) and not is_name(adapter))
+
+
+def adapter_tensors(bundle: AnyBundle[Any], adapter: bool | str | Path) -> dict[str, np.ndarray]:
+    """The feeds of an adapter, checked: True is the bundle's default, False none, a name one of the bundle's.
+
+    Raises AdapterError.
+    """
+    if adapter is False:
+        return {}
+    if isinstance(adapter, bool):
+        return bundle.adapter_tensors()
+    return load_adapter_tensors(bundle, adapter) if is_file(adapter) else bundle.adapter_tensors(str(adapter))
+
+
+def load_graph(bundle: AnyBundle[Any], threads: int | None, *, fp32_compute: bool) -> onnxruntime.InferenceSession:
+    """Onnxruntime's session on a graph that is called with many shapes. `threads` None is all that there are.
+
+    `fp32_compute` makes kernels that round activations to int8 compute in fp32, where they can.
+    Raises BundleError where onnxruntime does not take the graph, ConfigError for less than one thread.
+    """
+    threads = host.threads() if threads is None else threads
+    if threads < 1:
+        raise ConfigError(f"threads is {threads}, expected at least 1; leave it out to use every core")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1  # the graph is a chain: there is nothing to run side by side
+    options.log_severity_level = 3  # errors only: an input that may be left out is a warning to onnxruntime
+    options.enable_mem_pattern = options.enable_cpu_mem_arena = False  # they pay where every call is of one shape
+    if fp32_compute:
+        options.add_session_config_entry("mlas.qnbit.force_fp32", "1")
+    try:
+        return onnxruntime.InferenceSession(bundle.model_path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the exceptions of onnxruntime share no other base
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise BundleError(
+            f"onnxruntime {onnxruntime.__version__} cannot load {bundle.model_path}: {reason}. Export the bundle "
+            f"again, or install the onnxruntime that it was exported for"
+        ) from error
