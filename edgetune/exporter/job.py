@@ -27,6 +27,7 @@ from edgetune.graphs import FORMATS, standard
 from edgetune.graphs.ops import has_fused_attention
 from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
+from edgetune.models.config import DecoderConfig
 from edgetune.models.decoder import Decoder
 from edgetune.models.encoder import Encoder
 from edgetune.quantizer import quantize, read_manifest
@@ -84,7 +85,8 @@ class Job:
     @property
     def writes_cache_in_place(self) -> bool:
         """Whether past and present of the KV cache may be one buffer: only the contrib attention can."""
-        return self.contrib and has_fused_attention(self.base.config)
+        config = self.base.config
+        return self.contrib and isinstance(config, DecoderConfig) and has_fused_attention(config)
 
     @property
     def context_length(self) -> int:

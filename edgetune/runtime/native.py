@@ -44,7 +44,9 @@ def load_graph(bundle: AnyBundle[Any], threads: int | None, *, fp32_compute: boo
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1  # the graph is a chain: there is nothing to run side by side
     options.log_severity_level = 3  # errors only: an input that may be left out is a warning to onnxruntime
-    options.enable_mem_pattern = options.enable_cpu_mem_arena = False  # they pay where every call is of one shape
+    # Calls differ in shape, so a memory pattern is never used twice. The arena keeps what the longest call needed: 103
+    # against 55 MiB anonymous after a prompt of 128 tokens on a 6-layer nf4 decoder, at no gain in speed.
+    options.enable_mem_pattern = options.enable_cpu_mem_arena = False
     if fp32_compute:
         options.add_session_config_entry("mlas.qnbit.force_fp32", "1")
     try:

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from edgetune import host
-from edgetune.adapter_file import check_probe_change, is_name
-from edgetune.bundle import LOGITS_TO_KEEP, SHARE_BUFFER, Bundle, load_adapter_tensors, load_bundle
+from edgetune.adapter_file import check_probe_change
+from edgetune.bundle import LOGITS_TO_KEEP, SHARE_BUFFER, Bundle, load_bundle
 from edgetune.errors import BundleError, ConfigError
+from edgetune.runtime.native import adapter_tensors, is_file, load_graph
 
 # A longer prompt is read in pieces of this many tokens, so that logits and activations stay bounded: the logits of one
 # piece are 25 MiB at a vocabulary of 49k and 78 MB at 152k.
@@ -95,11 +95,11 @@ class Session:
         One of the bundle's is kept when it was loaded once, so that switching back reads nothing.
         Raises AdapterError; the session then goes on with the adapter that it had.
         """
-        tensors = self._loaded.get(adapter) or _read_tensors(self.bundle, adapter)
+        tensors = self._loaded.get(adapter) or adapter_tensors(self.bundle, adapter)
         self._use(adapter, tensors)
 
     def _use(self, adapter: bool | str | Path, tensors: dict[str, np.ndarray]) -> None:
-        if _is_file(adapter):
+        if is_file(adapter):
             check_probe_change(self.probe_change(tensors), origin=str(adapter))
         else:
             self._loaded[adapter] = tensors
@@ -204,46 +204,7 @@ def open_session(
     """
     if not isinstance(bundle, Bundle):
         bundle = load_bundle(bundle)
-    tensors = _read_tensors(bundle, adapter)
-    options = _session_options(threads if threads is not None else host.threads(), fp32_compute)
-    try:
-        native = onnxruntime.InferenceSession(bundle.model_path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the exceptions of onnxruntime share no other base
-        reason = str(error).strip().partition("\n")[0][:300]
-        raise BundleError(
-            f"onnxruntime {onnxruntime.__version__} cannot load {bundle.model_path}: {reason}. "
-            f"Export the bundle again, or install the onnxruntime that it was exported for"
-        ) from error
-    session = Session(bundle, native)
+    tensors = adapter_tensors(bundle, adapter)
+    session = Session(bundle, load_graph(bundle, threads, fp32_compute=fp32_compute))
     session._use(adapter, tensors)
     return session
-
-
-def _is_file(adapter: bool | str | Path) -> bool:
-    return isinstance(adapter, Path) or (isinstance(adapter, str) and not is_name(adapter))
-
-
-def _read_tensors(bundle: Bundle, adapter: bool | str | Path) -> dict[str, np.ndarray]:
-    """The feeds of an adapter, checked."""
-    if adapter is False:
-        return {}
-    if isinstance(adapter, bool):
-        return bundle.adapter_tensors()
-    return load_adapter_tensors(bundle, adapter) if _is_file(adapter) else bundle.adapter_tensors(str(adapter))
-
-
-def _session_options(threads: int, fp32_compute: bool) -> onnxruntime.SessionOptions:
-    if threads < 1:
-        raise ConfigError(f"threads is {threads}, expected at least 1; leave it out to use every core")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1  # the graph is a chain: there is nothing to run side by side
-    # Errors only: an overridable initializer, which every LoRA input is, is a warning to onnxruntime.
-    options.log_severity_level = 3
-    # The past grows by a token per run, so a memory pattern is never used twice. The arena keeps what prefill needed:
-    # 103 against 55 MiB anonymous after a prompt of 128 tokens on a 6-layer nf4 decoder, at no gain in speed.
-    options.enable_mem_pattern = False
-    options.enable_cpu_mem_arena = False
-    if fp32_compute:
-        options.add_session_config_entry("mlas.qnbit.force_fp32", "1")
-    return options

@@ -85,4 +85,4 @@ def test_a_cache_takes_memory_as_it_is_written(tmp_path: Path) -> None:
     for _ in range(8):
         session.forward(np.resize(IDS, CHUNK))
     grown = anonymous_bytes() - before
-    assert grown > 0.8 * size * 1029 / 8192, "what was written counts"
+    assert grown > 0.5 * size * 1029 / 8192, "what was written counts"
