@@ -17,7 +17,7 @@ import torch
 from conftest import tiny_config, write_model
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import save_file
-from tiny_run import adapter_tensors, write_run
+from tiny_run import adapter_tensors
 
 from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.lora import LoraConfig, onnx_tensors
@@ -320,45 +320,3 @@ def test_stories260k_tells_the_expected_story(tmp_path: Path, real: Callable[[st
     assert client.greedy(oracle["prompt_ids"], 200) == oracle["expected_new_token_ids"]
     first = client.run(np.array([oracle["prompt_ids"]]))[0][0, -1, :8]
     np.testing.assert_allclose(first, oracle["first_step_logits_first_8"], atol=oracle["logit_tolerance"], rtol=0)
-
-
-def genai_greedy(folder: Path, prompt: list[int], count: int, adapter: bool) -> list[int]:
-    og = pytest.importorskip("onnxruntime_genai")
-    model = og.Model(str(folder))
-    parameters = og.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(prompt) + count, do_sample=False)
-    generator = og.Generator(model, parameters)
-    if adapter:
-        adapters = og.Adapters(model)
-        adapters.load(str(folder / "adapter.onnx_adapter"), "tuned")
-        generator.set_active_adapter(adapters, "tuned")
-    generator.append_tokens(prompt)
-    tokens = []
-    while not generator.is_done():
-        generator.generate_next_token()
-        tokens.append(int(generator.get_next_tokens()[0]))
-    return tokens
-
-
-@pytest.mark.parametrize("head_dim", [8, 16])  # a cache that grows, and one shared buffer
-@pytest.mark.parametrize(
-    ("family", "weights"),
-    [*(("llama", weights) for weights in FORMATS), *((family, "int4") for family in FAMILIES if family != "llama")],
-)
-def test_onnxruntime_genai_gives_the_same_tokens(tmp_path: Path, family: str, weights: str, head_dim: int) -> None:
-    pytest.importorskip("onnxruntime_genai")
-    base = make_base(tmp_path, family, weights if weights in GRIDS else "int4", head_dim=head_dim)
-    bundle = export(write_run(tmp_path / "run", base), out=tmp_path / "bundle", weights=weights)
-    shared = json.loads((bundle.folder / "genai_config.json").read_text(encoding="utf-8"))["search"]
-    assert shared["past_present_share_buffer"] is (head_dim == 16 and weights != "standard")
-    client, end, prompt = Client(bundle.model_path, fp32=False), bundle.model.eos_token_ids[0], [7, 80, 3]
-
-    def until_end(tokens: list[int]) -> list[int]:
-        return tokens[: tokens.index(end) + 1] if end in tokens else tokens
-
-    plain = until_end(client.greedy(prompt, 40))
-    tuned = until_end(client.greedy(prompt, 40, bundle.adapter_tensors()))
-    assert plain != tuned
-    assert min(len(plain), len(tuned)) >= 8
-    assert genai_greedy(bundle.folder, prompt, 40, adapter=False) == plain
-    assert genai_greedy(bundle.folder, prompt, 40, adapter=True) == tuned
