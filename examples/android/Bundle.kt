@@ -14,6 +14,7 @@ import ai.onnxruntime.OrtEnvironment
 import ai.onnxruntime.OrtLoggingLevel
 import ai.onnxruntime.OrtLoraAdapter
 import ai.onnxruntime.OrtSession
+import android.system.Os
 import java.io.File
 import java.nio.FloatBuffer
 import java.nio.LongBuffer
@@ -62,6 +63,11 @@ class Bundle(private val folder: File) {
  * optional inputs ("Unknown input name"), which other bindings take. Its object has to live as long as runs use it.
  */
 class Client(private val bundle: Bundle, adapter: String?, threads: Int) : AutoCloseable {
+    init {
+        // First: from 1.29 on onnxruntime sends usage events to Microsoft unless told not to before it is loaded.
+        Os.setenv("ORT_DISABLE_TELEMETRY", "1", true)
+    }
+
     private val environment = OrtEnvironment.getEnvironment()
     private val lora = adapter?.let { OrtLoraAdapter.create(bundle.adapter(it).path) } // checked before the graph opens
     private val run = OrtSession.RunOptions().apply { lora?.let(::addActiveLoraAdapter) }

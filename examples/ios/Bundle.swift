@@ -154,6 +154,8 @@ public final class Client {
     private var length = 0
 
     public init(_ bundle: TunedBundle, adapter name: String?, threads: Int32) throws {
+        // First: from 1.29 on onnxruntime sends usage events to Microsoft unless told not to before it starts.
+        setenv("ORT_DISABLE_TELEMETRY", "1", 1)
         model = bundle.model
         adapter = try name.map(bundle.adapter) ?? [:]  // refused before the graph is opened
         let options = try ORTSessionOptions()

@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# Before it is loaded: from 1.29 on onnxruntime's own packages send usage events to Microsoft unless told not to.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
 CHUNK = 128  # a longer prompt is read in pieces of so many tokens, so that the logits of one call stay small
