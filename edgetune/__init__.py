@@ -14,6 +14,7 @@ device without the extra `[train]` has everything that it can run.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,10 @@ if TYPE_CHECKING:
     from edgetune.training.loop import Run, train
 
 __version__ = "0.1.0"
+
+# From 1.29 on the official packages of onnxruntime send usage events to Microsoft, on Linux and phones too. That has to
+# be switched off before it is loaded: its own `disable_telemetry_events()` comes too late. A value of yours stays.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
     "AdapterError",

@@ -55,6 +55,15 @@ def test_every_name_is_what_its_module_has(name: str) -> None:
     assert getattr(edgetune, name) is value, "the second access must give the same object as the first"
 
 
+def test_onnxruntime_is_told_to_send_no_usage_events_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import ctypes, edgetune.runtime.session; print(ctypes.CDLL(None).getenv(b'ORT_DISABLE_TELEMETRY') != 0)"
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    result = python("-c", code)
+    assert result.stdout == "True\n", result.stderr
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    assert python("-c", "import os, edgetune; print(os.environ['ORT_DISABLE_TELEMETRY'])").stdout == "0\n"
+
+
 def test_no_module_shares_a_public_name() -> None:
     clashes = [name for name in edgetune.__all__ if importlib.util.find_spec(f"edgetune.{name}")]
     assert not clashes, f"rename the modules {clashes}: after they are imported, `edgetune.{clashes[:1]}` is the module"
