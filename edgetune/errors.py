@@ -11,6 +11,7 @@
     ├── ExportError                a bundle cannot be written
     │   └── ParityError            the exported graph does not compute what was trained
     ├── BundleError                a bundle is missing, damaged or of another version
+    ├── GateError                  a benchmark is beyond a limit that was set for it
     └── MissingExtraError          an optional dependency is not installed
 
 Every message says what is wrong with its value, what was expected, and the next step.
@@ -67,6 +68,10 @@ class ParityError(ExportError):
 
 class BundleError(EdgetuneError):
     """A bundle is missing, damaged or of another version."""
+
+
+class GateError(EdgetuneError):
+    """A benchmark is beyond a limit that was set for it."""
 
 
 class MissingExtraError(EdgetuneError):

@@ -49,7 +49,19 @@ class Sample:
     """One reading, summed over a process and its descendants."""
 
     anonymous_bytes: int
+    """Anonymous + swap."""
     rss_bytes: int
+    file_backed_bytes: int
+    """Resident pages of mapped files, clean ones mostly, which the system may drop."""
+
+
+def read_memory(pid: int | None = None) -> Sample:
+    """What a process and its descendants use now, by the kernel's own count; None is this process.
+
+    Raises:
+        ProcessLookupError: there is no such process (any more).
+    """
+    return _Tree(pid).read()
 
 
 def anonymous_bytes(pid: int | None = None) -> int:
@@ -58,12 +70,12 @@ def anonymous_bytes(pid: int | None = None) -> int:
     Raises:
         ProcessLookupError: there is no such process (any more).
     """
-    return _Tree(pid).read().anonymous_bytes
+    return read_memory(pid).anonymous_bytes
 
 
 def rss_bytes(pid: int | None = None) -> int:
     """Resident bytes of the same, mapped files included."""
-    return _Tree(pid).read().rss_bytes
+    return read_memory(pid).rss_bytes
 
 
 class _Tree:
@@ -72,7 +84,7 @@ class _Tree:
     def __init__(self, pid: int | None) -> None:
         self.pid = os.getpid() if pid is None else pid
         self.highest_rss_bytes = 0  # of the root, as the kernel remembers it
-        self._rest = Sample(0, 0)  # beside the root's resident pages: its swap and its descendants
+        self._rest = Sample(0, 0, 0)  # beside the root's resident pages: its swap and its descendants
         self._files: list[int] = []
         if _PROC:
             try:
@@ -88,12 +100,13 @@ class _Tree:
         status, _ = self._files
         root = _status_fields(os.pread(status, 4096, 0))
         self.highest_rss_bytes = root.get(b"VmHWM", 0)
-        anonymous, rss = root.get(b"VmSwap", 0), 0
+        anonymous, rss, files = root.get(b"VmSwap", 0), 0, 0
         for child in _descendants(self.pid):
             fields = _fields_of(child)
             anonymous, rss = anonymous + _anonymous(fields), rss + fields.get(b"VmRSS", 0)
-        self._rest = Sample(anonymous, rss)
-        return Sample(root.get(b"RssAnon", 0) + anonymous, root.get(b"VmRSS", 0) + rss)
+            files += _file_backed(fields)
+        self._rest = Sample(anonymous, rss, files)
+        return Sample(root.get(b"RssAnon", 0) + anonymous, root.get(b"VmRSS", 0) + rss, _file_backed(root) + files)
 
     def glance(self) -> Sample:
         """The root's resident pages now, and the rest as `read` found it: two microseconds instead of fifty."""
@@ -101,9 +114,13 @@ class _Tree:
             return self._read_psutil()
         _, statm = self._files
         _, resident, shared, *_ = os.pread(statm, 256, 0).split()
-        pages = int(resident)
-        anonymous = (pages - int(shared)) * _PAGE_BYTES
-        return Sample(anonymous + self._rest.anonymous_bytes, pages * _PAGE_BYTES + self._rest.rss_bytes)
+        pages, shared_bytes = int(resident), int(shared) * _PAGE_BYTES
+        rss = pages * _PAGE_BYTES
+        return Sample(
+            rss - shared_bytes + self._rest.anonymous_bytes,
+            rss + self._rest.rss_bytes,
+            shared_bytes + self._rest.file_backed_bytes,
+        )
 
     def _read_psutil(self) -> Sample:
         anonymous = rss = 0
@@ -114,7 +131,7 @@ class _Tree:
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
             anonymous, rss = anonymous + info.uss, rss + info.rss
-        return Sample(anonymous, rss)
+        return Sample(anonymous, rss, max(0, rss - anonymous))
 
     def __del__(self) -> None:
         for file in self._files:
@@ -134,6 +151,11 @@ def _fields_of(pid: int) -> dict[bytes, int]:
 
 def _anonymous(fields: dict[bytes, int]) -> int:
     return fields.get(b"RssAnon", 0) + fields.get(b"VmSwap", 0)
+
+
+def _file_backed(fields: dict[bytes, int]) -> int:
+    """Shared memory included, of which edgetune creates none."""
+    return fields.get(b"VmRSS", 0) - fields.get(b"RssAnon", 0)
 
 
 def _descendants(pid: int) -> list[int]:
@@ -202,6 +224,11 @@ class Meter:
         """The most resident bytes since the last reset; exact for this process where the kernel keeps the figure."""
         return self._peak.rss_bytes
 
+    @property
+    def peak_file_backed_bytes(self) -> int:
+        """The most resident bytes of mapped files of any sample since the last reset."""
+        return self._peak.file_backed_bytes
+
     def reset_peak(self) -> None:
         """Forget the peaks: from here on they start at what is in use now."""
         with self._lock:
@@ -217,6 +244,7 @@ class Meter:
             self._peak = Sample(
                 max(self._peak.anonymous_bytes, sample.anonymous_bytes),
                 max(self._peak.rss_bytes, sample.rss_bytes, seen),
+                max(self._peak.file_backed_bytes, sample.file_backed_bytes),
             )
         if self.budget_bytes is not None and sample.anonymous_bytes > self.budget_bytes:
             self.exceeded.set()

@@ -18,6 +18,7 @@ from tiny_run import write_run
 import edgetune as et
 from edgetune import errors
 from edgetune.adapters.base import load_adapter
+from edgetune.benchmark import check_gates
 from edgetune.bundle import load_bundle
 from edgetune.checkpoint import lock_run
 from edgetune.data import read_rows
@@ -62,6 +63,10 @@ def cut_weights(at: Path) -> object:
     path = model(at) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     return et.quantize(path.parent, "int4", at / "base")
+
+
+def failed_gate(at: Path) -> object:
+    return check_gates(et.bench(bundle(at), "host", new_tokens=2, runs=1, fail_if=["load_ms>0"]))
 
 
 def bundle(at: Path) -> Path:
@@ -274,6 +279,7 @@ CASES: dict[str, tuple[Action, type[errors.EdgetuneError], str]] = {
         "Rounding int4 weights to nf4 loses the adapter.*--accept-loss",
     ),
     "the graph computes something else": (unequal_graph, et.ParityError, "logit"),
+    "a gate failed": (failed_gate, et.GateError, r"load_ms is [\d.]+, and `load_ms>0` was to fail"),
     "no bundle": (lambda at: load_bundle(at), et.BundleError, "no edgetune.json.*edgetune export"),
     "bundle is damaged": (damaged_bundle, et.BundleError, r"tokenizer.json has \d+ bytes.*Copy the bundle again"),
     "bundle of a newer edgetune": (

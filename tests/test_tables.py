@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from edgetune import adapters, benchmark, graphs, grids, models, objectives, optimizers, training
+from edgetune import adapters, graphs, grids, models, objectives, optimizers, training
+from edgetune.benchmark.prediction import BYTES_PER_WEIGHT
 from edgetune.device import NBITS, WEIGHTS
 from edgetune.planner.plans import STEP_RULES
 
@@ -49,7 +50,7 @@ def test_every_key_is_the_name_of_its_module(package: ModuleType, table: dict[st
 
 def test_a_profile_may_name_every_format_of_weights() -> None:
     assert set(WEIGHTS) == graphs.FORMATS.keys()
-    assert set(benchmark.BYTES_PER_WEIGHT) == set(WEIGHTS) > set(NBITS)
+    assert set(BYTES_PER_WEIGHT) == set(WEIGHTS) > set(NBITS)
 
 
 def test_every_step_rule_can_be_planned() -> None:

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from edgetune import __version__
-from edgetune.cli import adapters
+from edgetune.cli import adapters, benchmarking
 from edgetune.cli.console import answer, fail, flat, stream_text, tell, tell_text, tensor_progress, warnings_told
 from edgetune.cli.flags import (
     Budget,
@@ -456,33 +456,7 @@ def run(
         tell(f"ended after {len(made.token_ids)} tokens, not {max_new_tokens}: the model's context is full")
 
 
-@app.command()
-def bench(
-    bundle: Bundle,
-    *,
-    device: Device,
-    prompt_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--prompt-tokens",
-            help="Length of the prompt. (default: 128, fewer where the context is short)",
-            show_default=False,
-        ),
-    ] = None,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens to generate.")] = 64,
-    runs: Annotated[int, typer.Option("--runs", help="Measured runs, after one to warm up.")] = 5,
-    as_json: Json = False,
-) -> None:
-    """Measure a bundle on this machine and judge it against a device's targets.
-
-    What was measured here passes or fails only for `host`; for another device it is predicted, and says so.
-
-    Example: edgetune bench bundle/ --device pixel-watch-3
-    """
-    from edgetune import benchmark
-
-    result = benchmark.bench(bundle, device, prompt_tokens=prompt_tokens, new_tokens=new_tokens, runs=runs)
-    answer(result, benchmark.explain(result), as_json)
+app.command()(benchmarking.bench)
 
 
 @app.command()
