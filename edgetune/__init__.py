@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from edgetune.exporter import export
     from edgetune.planner import Plan, TrainConfig, plan
     from edgetune.quantizer import quantize
+    from edgetune.report import write_report
     from edgetune.runtime.adapters import (
         add_adapter,
         check_adapters,
@@ -97,6 +98,7 @@ __all__ = [
     "remove_adapter",
     "set_default_adapter",
     "train",
+    "write_report",
 ]
 
 # Public name -> module. No module shares its name with a function here, or the second `et.plan` would be the module.
@@ -122,6 +124,7 @@ _HOME = {
     "remove_adapter": "edgetune.runtime.adapters",
     "set_default_adapter": "edgetune.runtime.adapters",
     "train": "edgetune.training.loop",
+    "write_report": "edgetune.report",
 }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 560, 260  # user units; the page scales them
+WIDTH, HEIGHT, BAR_HEIGHT = 560, 260, 76  # user units; the page scales them
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 12, 44  # of the plot's frame
 # Colour-blind safe on both grounds (Okabe and Ito 2008, darkened or lightened to the ground's contrast).
 STYLE = """
@@ -52,15 +52,15 @@ class Chart:
 
     title: str
     svg: str
+    height: int
     legend: tuple[tuple[str, str], ...]
 
     def document(self) -> str:
         """A file of its own: title, legend and drawing, with the colours."""
         rows = [(22 + 18 * i, colour, name) for i, (colour, name) in enumerate(self.legend, 1)]
         head = 14 + 18 * (len(rows) + 1)
-        inner_height = float(self.svg.partition('viewBox="0 0 ')[2].partition('"')[0].split()[1])
         parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {WIDTH} {head + inner_height:g}">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {WIDTH} {head + self.height}">',
             f"<style>{STYLE}</style>",
             '<rect width="100%" height="100%" fill="var(--ground)"/>',
             f'<text x="12" y="20" style="font-size:15px;fill:var(--ink)">{escape(self.title)}</text>',
@@ -97,7 +97,7 @@ def line_chart(
         parts.extend(_draw(line, f"var(--c{i})", frame))
     legend = [(f"var(--c{i})", line.name) for i, line in enumerate(lines, 1)]
     legend += [("var(--limit)", f"{rule.name} (dashed)") for rule in rules]
-    return Chart(title, _svg(title, HEIGHT, parts), tuple(legend))
+    return Chart(title, _svg(title, HEIGHT, parts), HEIGHT, tuple(legend))
 
 
 def stacked_bar(
@@ -119,16 +119,18 @@ def stacked_bar(
     drawn, legend, x = [], [], 14.0
     for i, (name, size) in enumerate(known, 1):
         drawn.append(
-            f'<rect x="{x:.1f}" y="26" width="{max(size * scale - 1, 0.5):.1f}" height="34" rx="2" fill="var(--c{i})">'
+            f'<rect x="{x:.1f}" y="30" width="{max(size * scale - 1, 0.5):.1f}" height="34" rx="2" fill="var(--c{i})">'
             f"<title>{escape(name)}: {escape(show(size))}</title></rect>"
         )
         legend.append((f"var(--c{i})", f"{name} {show(size)}"))
         x += size * scale
     if limit is not None:
         at = 14 + limit.y * scale
-        drawn.append(f'<line class="rule" x1="{at:.1f}" x2="{at:.1f}" y1="16" y2="70"/>')
-        drawn.append(f'<text x="{at:.1f}" y="12" text-anchor="end">{escape(limit.name)} {escape(show(limit.y))}</text>')
-    return Chart(title, _svg(title, 76, drawn), tuple(legend))
+        drawn.append(f'<line class="rule" x1="{at:.1f}" x2="{at:.1f}" y1="22" y2="72"/>')
+        anchor = "end" if at > WIDTH / 2 else "start"
+        text = escape(f"{limit.name} {show(limit.y)}")
+        drawn.append(f'<text x="{at:.1f}" y="16" text-anchor="{anchor}">{text}</text>')
+    return Chart(title, _svg(title, BAR_HEIGHT, drawn), BAR_HEIGHT, tuple(legend))
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,9 @@ class _Frame:
         return f'y1="{self.y(value)}" y2="{self.y(value)}"'
 
 
-def _svg(title: str, height: float, parts: Iterable[str]) -> str:
-    inside = "".join(parts)
-    return f'<svg class="chart" role="img" viewBox="0 0 {WIDTH} {height:g}" aria-label="{escape(title)}">{inside}</svg>'
+def _svg(title: str, height: int, parts: Iterable[str]) -> str:
+    size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
+    return f'<svg class="chart" role="img" {size} aria-label="{escape(title)}">{"".join(parts)}</svg>'
 
 
 def _axes(

@@ -34,6 +34,7 @@ from edgetune.benchmark.verdicts import judge
 from edgetune.bundle import MANIFEST, Bundle, load_bundle
 from edgetune.device import DeviceProfile, load_device
 from edgetune.errors import ConfigError
+from edgetune.weights import sha256_file
 
 __all__ = ["bench", "check_gates", "explain"]
 
@@ -91,7 +92,7 @@ def bench(
     result: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "bundle": str(bundle.folder), "base_sha256": bundle.manifest["base_sha256"],
+        "bundle": str(bundle.folder), "manifest_sha256": sha256_file(bundle.folder / MANIFEST),
         "weights": bundle.manifest["weights"], "device": device.id, "prompt_tokens": settings.main_prompt_tokens,
         "new_tokens": new_tokens, "runs": runs, "warmup": warmup, "threads": threads,
     }  # fmt: skip

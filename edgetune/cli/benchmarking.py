@@ -1,4 +1,4 @@
-"""`edgetune bench`: measure a bundle."""
+"""`edgetune bench` and `edgetune report`: measure a bundle, and show what a run and a bundle came to."""
 
 from __future__ import annotations
 
@@ -94,3 +94,28 @@ def bench(
         tell(f"{name}: {error}")
         raise typer.Exit(1) from error
     answer(result, benchmark.explain(result), as_json)
+
+
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER…", help="A run/, a bundle/, or a run and its bundle.", show_default=False),
+    ],
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", show_default=False,
+            help="The page to write. (default: FOLDER-report.html beside the first folder)",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Write one HTML page on a run, its bundle and their benchmark, with plots. It asks the network for nothing.
+
+    Example: edgetune report run/ bundle/ --out report.html
+    """
+    from edgetune.report import write_report
+
+    path = write_report(*folders, out=out)
+    answer({"report": str(path), "report_bytes": path.stat().st_size}, str(path), as_json)

@@ -457,6 +457,7 @@ def run(
 
 
 app.command()(benchmarking.bench)
+app.command()(benchmarking.report)
 
 
 @app.command()
