@@ -192,11 +192,15 @@ def _pieces(line: Line) -> list[list[tuple[float, float]]]:
 
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round values, about `count` of them, from one not above `low` to one not below `high`: steps of 1, 2 or 5."""
-    if high <= low:
-        high = low + (abs(low) or 1.0)
+    """Round values, about `count` of them, from one not above `low` to one not below `high`: steps of 1, 2 or 5.
+
+    A span of less than a billionth of the values is none: it is drawn as a flat line.
+    """
+    size = max(abs(low), abs(high))
+    if high - low < 1e-9 * max(size, 1.0):
+        high = low + (size if size > 1e-9 else 1.0)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
+    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]

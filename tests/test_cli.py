@@ -658,7 +658,7 @@ def test_every_verb_has_a_help_worth_reading_and_json(verb: str, capsys: pytest.
 
 
 def test_the_verbs_are_those_of_the_readme() -> None:
-    tree = ["devices", "doctor", "plan", "quantize", "train", "export", "run", "bench", "demo"]
+    tree = ["devices", "doctor", "plan", "quantize", "train", "export", "run", "bench", "report", "demo"]
     assert sorted(tree) == VERBS
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert all(f"edgetune {verb}" in readme or f"make {verb}" in readme for verb in tree)

@@ -97,6 +97,7 @@ def test_importing_imports_nothing_heavy() -> None:
         "planner",
         "doctor",
         "calibration",
+        "report",
         "speed",
     ],
 )

@@ -27,7 +27,7 @@ def explain(result: Result) -> str:
 
 def markdown(result: Result) -> str:
     """The same as a Markdown document."""
-    lines = [f"# {title(result)}", "", f"Measured on {place(result)}, {result['measured_at']}."]
+    lines = [f"# {title(result)}", "", f"Measured on {place(result)}, {when(result)}."]
     for name, rows in tables(result).items():
         lines += ["", *([f"## {name}", ""] if name else []), *_piped(rows)]
     lines += [line for notice in result["notices"] for line in ("", f"Note: {notice}.")]
@@ -49,6 +49,11 @@ def place(result: Result) -> str:
         f"{machine['cpu']}, {result['threads']} of {machine['cores']} cores, onnxruntime {machine['onnxruntime']}, "
         f"Python {machine['python']}"
     )
+
+
+def when(result: Result) -> str:
+    """When it was measured."""
+    return f"{result['measured_at'][:16].replace('T', ' ')} UTC"
 
 
 def tables(result: Result) -> dict[str, Rows]:

@@ -19,8 +19,8 @@ from edgetune.charts import STYLE
 from edgetune.errors import ConfigError
 from edgetune.report.artifacts import Artifacts, read_artifacts
 from edgetune.report.blocks import Card, Missing, Section
-from edgetune.report.shipping import bundle_cards, bundle_sections, bundle_versions, damaged
-from edgetune.report.training import run_cards, run_sections, run_versions
+from edgetune.report.shipping import bundle_cards, bundle_details, bundle_sections, damaged
+from edgetune.report.training import run_cards, run_details, run_sections
 
 __all__ = ["render", "report_path", "write_report"]
 
@@ -71,35 +71,32 @@ def render(artifacts: Artifacts) -> str:
 
 
 def _content(artifacts: Artifacts) -> tuple[list[Card], list[Section]]:
-    """Cards and sections in the order of the way through: train, export, run."""
+    """Cards and sections in the order of the way through: train, export, run; then what is looked up."""
     run, bundle = artifacts.run, artifacts.bundle
     cards: list[Card] = []
     sections: list[Section] = []
-    versions = []
+    details: list[Section] = []
     if run is not None:
         cards += run_cards(run)
         sections += run_sections(run)
-        versions.append(run_versions(run))
-    else:
-        assert bundle is not None
+        details.append(run_details(run))
+    elif bundle is not None:
         text = "No run was named, so memory and loss of training are not here."
         sections.append(Section("Training", [Missing(text, f"edgetune report RUN {bundle.folder}")]))
     if bundle is not None:
         try:
             cards += bundle_cards(bundle)
             sections += bundle_sections(bundle)
-            versions.append(bundle_versions(bundle))
+            details.append(bundle_details(bundle))
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             # Their formats are checked at the top level, not figure by figure a second time.
             raise damaged(bundle, error) from error
-    else:
-        assert run is not None
+    elif run is not None:
         text = "No bundle was named, so parity and latency are not here."
         command = f"edgetune export {run.folder} --out bundle/ && edgetune bench bundle/ --device {run.plan.device}"
         command += f" && edgetune report {run.folder} bundle/"
         sections.append(Section("Bundle", [Missing(text, command)]))
-    sections.append(Section("Versions and hashes", [table for table in versions if table is not None]))
-    return cards, sections
+    return cards, sections + details
 
 
 def _is_report(path: Path) -> bool:

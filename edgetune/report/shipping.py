@@ -7,7 +7,7 @@ from typing import Any
 
 from edgetune.benchmark.plots import plots
 from edgetune.benchmark.results import results_path
-from edgetune.benchmark.tables import place, tables
+from edgetune.benchmark.tables import place, tables, when
 from edgetune.bundle import MANIFEST
 from edgetune.charts import Line, line_chart
 from edgetune.errors import BundleError
@@ -50,16 +50,19 @@ def bundle_cards(bundle: BundleFiles) -> list[Card]:
 def bundle_sections(bundle: BundleFiles) -> Iterator[Section]:
     """Everything that a bundle's manifest and its benchmark hold. Raises BundleError where one is damaged."""
     yield Section("Parity and rounding", list(_parity(bundle)))
-    yield Section("In the bundle", list(_contents(bundle)))
     yield from _benchmark(bundle)
 
 
-def bundle_versions(bundle: BundleFiles) -> Table:
-    """Versions and hashes of the manifest."""
+def bundle_details(bundle: BundleFiles) -> Section:
+    """Contents, files, versions and hashes. Raises as `bundle_sections`."""
+    return Section("In the bundle", [*_contents(bundle), _versions(bundle)])
+
+
+def _versions(bundle: BundleFiles) -> Table:
     rows = [("", ""), ("edgetune", bundle.manifest["edgetune_version"])]
     rows += [(name, str(value)) for name, value in bundle.manifest["versions"].items()]
     rows += [(name, str(bundle.manifest[name])) for name in ("base_sha256", "tokenizer_sha256")]
-    return Table("Of the bundle", rows, folded=True)
+    return Table("Versions and hashes", rows, folded=True)
 
 
 def _size(bundle: BundleFiles) -> float:
@@ -131,7 +134,7 @@ def _benchmark(bundle: BundleFiles) -> Iterator[Section]:
             [Missing("The bundle has not been benched.", f"edgetune bench {bundle.folder} --device host")],
         )
         return
-    blocks: list[Block] = [Text(f"Measured on {place(result)}, {result['measured_at']}.")]
+    blocks: list[Block] = [Text(f"Measured on {place(result)}, {when(result)}.")]
     if bundle.stale:
         blocks.append(Missing("The bundle has changed since.", f"edgetune bench {bundle.folder} --device host"))
     blocks += [Drawing(chart, _NOTES[name]) for name, chart in plots(result).items()]

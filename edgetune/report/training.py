@@ -50,17 +50,19 @@ def run_sections(run: RunFiles) -> Iterator[Section]:
     yield Section("Loss", list(_loss(run)))
     yield Section("Speed of training", list(_speed(run)))
     yield Section("What was conceded to the budget", list(_conceded(run)))
-    yield Section("How it was trained", [_settings(run)])
 
 
-def run_versions(run: RunFiles) -> Table | None:
-    """Versions and hashes of the certificate; None where the run has none."""
-    if run.summary is None:
-        return None
-    hashes = {name: value for name, value in run.summary.items() if name.endswith("_sha256") and value}
-    versions = run.summary.get("versions")
+def run_details(run: RunFiles) -> Section:
+    """Settings, versions and hashes."""
+    versions = [] if run.summary is None else [_versions(run.summary)]
+    return Section("How it was trained", [_settings(run), *versions])
+
+
+def _versions(summary: dict[str, Any]) -> Table:
+    hashes = {name: value for name, value in summary.items() if name.endswith("_sha256") and value}
+    versions = summary.get("versions")
     rows = [("", "")] + [(name, str(value)) for name, value in _items(versions)]
-    return Table("Of the run", rows + [(name, str(value)) for name, value in hashes.items()], folded=True)
+    return Table("Versions and hashes", rows + [(name, str(value)) for name, value in hashes.items()], folded=True)
 
 
 def _memory(run: RunFiles) -> Iterator[Block]:
