@@ -56,6 +56,7 @@ def main() -> None:
             run = write_run(base, folder / f"run-{grid}", r=8)
             bundle = export(run, out=folder / f"bundle-{grid}")
             results[grid] = bench(bundle, flags.device, runs=flags.runs) | {"parity": bundle.manifest["parity"]}
+            del results[grid]["memory"]  # a series of hundreds, for plots
     shape = {"shape": flags.shape, "num_hidden_layers": flags.num_hidden_layers, "seed": 0}
     print(json.dumps({**shape, "results": results, **about()}, indent=1))
 

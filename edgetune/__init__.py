@@ -7,6 +7,7 @@
     export(run, out=) -> Bundle                          ONNX that stock onnxruntime runs
     generate(bundle, prompt) · bench(bundle, device)     text, and numbers against the profile
     embed(bundle, texts)                                 embeddings, from the bundle of an encoder
+    write_report(run, bundle) -> Path                    all of it on one HTML page
 
 Names are loaded when they are first used: `import edgetune` imports neither numpy nor torch nor onnxruntime, and a
 device without the extra `[train]` has everything that it can run.

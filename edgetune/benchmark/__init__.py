@@ -52,7 +52,7 @@ def bench(
     warmup: int = 1,
     soak: float = 0,
     compare: Bundle | str | Path | None = None,
-    fail_if: Sequence[str] = (),
+    fail_if: str | Sequence[str] = (),
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a bundle in child processes and judge it by the targets of `device`.
@@ -81,7 +81,7 @@ def bench(
     bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     device = device if isinstance(device, DeviceProfile) else load_device(device)
     other = compare if isinstance(compare, Bundle | None) else load_bundle(compare)
-    gates = parse_gates(fail_if, soak=soak > 0, compare=other is not None)
+    gates = parse_gates((fail_if,) if isinstance(fail_if, str) else fail_if, soak=soak > 0, compare=other is not None)
     for name, value, least in (("runs", runs, 1), ("warmup", warmup, 0), ("soak", soak, 0)):
         if not value >= least:
             raise ConfigError(f"{name} is {value}, expected at least {least}")
@@ -157,6 +157,11 @@ def _warnings(result: dict[str, Any]) -> list[str]:
         found.append(
             f"runs differ by {result['variation_percent']:.0f} % (standard deviation over mean): the machine is busy "
             f"or throttles. More --runs on an idle machine give figures to quote"
+        )
+    soak = result["soak"]
+    if soak is not None and soak["throttled"]:
+        found.append(
+            f"the speed fell to {soak['sustained_ratio']:.0%} of the first {soak['window_s']:.0f} s: throttled"
         )
     if result["cold_load_ms"] is None:
         found.append(f"no cold load: {result['loads']['cold_reason']}")

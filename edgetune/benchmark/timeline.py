@@ -14,7 +14,7 @@ from typing import Any
 from edgetune.memory import read_memory
 
 MOST_SAMPLES = 400
-FIRST_INTERVAL_S = 0.02
+FIRST_INTERVAL_S = 0.05  # a reading takes 50 us of the process's time
 
 
 class Timeline:
