@@ -34,7 +34,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens to generate after each prompt.")] = 64,
     runs: Annotated[int, typer.Option("--runs", help="Measured runs of each length, after one to warm up.")] = 5,
     soak: Annotated[
-        float, typer.Option("--soak", metavar="SECONDS", help="Then generate for so long, to see whether the speed holds.")
+        float, typer.Option("--soak", metavar="SECONDS", help="Then generate for so long: whether the speed holds.")
     ] = 0,
     compare: Annotated[
         Path | None,

@@ -44,11 +44,12 @@ class Missing:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text, the head first. `folded` is shown on demand."""
+    """Rows of text, the head first. `folded` is shown on demand; `words` are set as words and not as figures."""
 
     title: str
     rows: Sequence[Sequence[str]]
     folded: bool = False
+    words: bool = False
     kind: str = "table"
 
     @property
@@ -78,8 +79,10 @@ class Section:
 
     @property
     def wide(self) -> bool:
-        """Whether it needs the whole width: it has a chart or a wide table, beside which others would be lost."""
-        return any(block.kind == "chart" or (isinstance(block, Table) and block.wide) for block in self.blocks)
+        """Whether it gets the whole width: it has a chart, a wide table or a gap, beside which others would be lost."""
+        return any(
+            block.wide if isinstance(block, Table) else isinstance(block, (Drawing, Missing)) for block in self.blocks
+        )
 
 
 def number(values: Any, key: str) -> float | None:

@@ -62,7 +62,7 @@ def _versions(bundle: BundleFiles) -> Table:
     rows = [("", ""), ("edgetune", bundle.manifest["edgetune_version"])]
     rows += [(name, str(value)) for name, value in bundle.manifest["versions"].items()]
     rows += [(name, str(bundle.manifest[name])) for name in ("base_sha256", "tokenizer_sha256")]
-    return Table("Versions and hashes", rows, folded=True)
+    return Table("Versions and hashes", rows, folded=True, words=True)
 
 
 def _size(bundle: BundleFiles) -> float:
@@ -121,6 +121,7 @@ def _contents(bundle: BundleFiles) -> Iterator[Block]:
             ("adapters", kind),
             ("default adapter", manifest["default_adapter"] or "none"),
         ],
+        words=True,
     )
     files = sorted(manifest["files"].items(), key=lambda item: -(number(item[1], "bytes") or 0))
     yield Table("Files", [("file", "size"), *((name, mib(number(file, "bytes"))) for name, file in files)], folded=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -62,7 +63,9 @@ def _versions(summary: dict[str, Any]) -> Table:
     hashes = {name: value for name, value in summary.items() if name.endswith("_sha256") and value}
     versions = summary.get("versions")
     rows = [("", "")] + [(name, str(value)) for name, value in _items(versions)]
-    return Table("Versions and hashes", rows + [(name, str(value)) for name, value in hashes.items()], folded=True)
+    return Table(
+        "Versions and hashes", rows + [(name, str(value)) for name, value in hashes.items()], folded=True, words=True
+    )
 
 
 def _memory(run: RunFiles) -> Iterator[Block]:
@@ -133,8 +136,11 @@ def _conceded(run: RunFiles) -> Iterator[Block]:
     if not run.plan.concessions:
         yield Text("Nothing: the plan trains with every setting as it was wished.")
         return
-    rows = [("setting", "wanted", "given", "why")]
-    yield Table("", rows + [(c.setting, c.wanted, c.given, c.reason) for c in run.plan.concessions])
+    rows: list[tuple[str, ...]] = [("setting", "wanted", "given", "why")]
+    conceded = [(c.setting, c.wanted, c.given, c.reason) for c in run.plan.concessions]
+    # A list of modules has no spaces to break a line at.
+    rows += [tuple(re.sub(r",(?=\S)", ", ", text) for text in texts) for texts in conceded]
+    yield Table("", rows, words=True)
 
 
 def _loss(run: RunFiles) -> Iterator[Block]:
@@ -203,7 +209,7 @@ def _settings(run: RunFiles) -> Table:
     if summary:
         stopped = str(summary.get("stopped"))
         rows.append(("end", _ENDS.get(stopped, stopped)))
-    return Table("", rows)
+    return Table("", rows, words=True)
 
 
 def _no_summary(run: RunFiles) -> Missing:

@@ -114,6 +114,7 @@ def test_the_page_has_the_figures_of_the_files(made: tuple[Path, Path]) -> None:
     assert result["machine"]["cpu"] in text and result["machine"]["onnxruntime"] in text
     assert summary["versions"]["torch"] in text and summary["base_sha256"] in text
     for concession in summary["concessions"]:
+        concession = {name: value.replace(",", ", ") for name, value in concession.items()}
         assert f"{concession['setting']} {concession['wanted']} {concession['given']}" in text
     if not summary["concessions"]:
         assert "Nothing: the plan trains with every setting as it was wished." in text
