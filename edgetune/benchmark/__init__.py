@@ -161,7 +161,7 @@ def _warnings(result: dict[str, Any]) -> list[str]:
     soak = result["soak"]
     if soak is not None and soak["throttled"]:
         found.append(
-            f"the speed fell to {soak['sustained_ratio']:.0%} of the first {soak['window_s']:.0f} s: throttled"
+            f"the speed fell to {soak['sustained_ratio']:.0%} of the first {soak['window_s']:.3g} s: throttled"
         )
     if result["cold_load_ms"] is None:
         found.append(f"no cold load: {result['loads']['cold_reason']}")

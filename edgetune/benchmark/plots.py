@@ -52,5 +52,5 @@ def _soak(soak: dict[str, Any]) -> Chart | None:
         f"Speed during {soak['seconds']:,.0f} s without a pause",
         [Line("tokens/s", ends, rates)],
         x_name="seconds",
-        rules=[Rule(f"the first {soak['window_s']:.0f} s", soak["burst_tokens_per_second"])],
+        rules=[Rule(f"the first {soak['window_s']:.3g} s", soak["burst_tokens_per_second"])],
     )

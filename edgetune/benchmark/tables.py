@@ -128,7 +128,7 @@ def _lengths(result: Result) -> Rows:
 
 
 def _soak(soak: Result) -> Rows:
-    window = f"{soak['window_s']:.0f} s"
+    window = f"{soak['window_s']:.3g} s"
     clocks, temperatures = soak["clock_mhz"], soak["temperature_c"]
     rows: Rows = [
         ("", "measured here"),
