@@ -166,7 +166,7 @@ def test_the_wheel_has_devices_sample_and_types(wheel: Path) -> None:
         for path in (REPOSITORY / "edgetune" / "sample").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    wanted = devices | sample | {"edgetune/py.typed"}
+    wanted = devices | sample | {"edgetune/py.typed", "edgetune/report/page.html.jinja"}
     assert len(devices) >= 12
     assert wanted <= names, f"missing: {sorted(wanted - names)}"
     assert not [name for name in names if name.startswith(("tests/", "devices/", "benchmarks/"))]
