@@ -15,7 +15,7 @@ from html import escape
 
 WIDTH, HEIGHT, BAR_HEIGHT = 560, 260, 76  # user units; the page scales them
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 12, 44  # of the plot's frame
-# Colour-blind safe on both grounds (Okabe and Ito 2008, darkened or lightened to the ground's contrast).
+# Hues after the colour-blind safe set of Okabe and Ito (2008), darker on light ground and lighter on dark.
 STYLE = """
 .chart{--c1:#0969b8;--c2:#c2500a;--c3:#00795a;--c4:#a3478b;--c5:#8a6d00;--c6:#3a8fb7;--c7:#7a7f87;--limit:#c62828;
 --ink:#1f2328;--faint:#656d76;--grid:#d8dee4;--ground:#ffffff;font-family:system-ui,sans-serif}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from edgetune import memory
-from edgetune.memory import MIB, Meter, anonymous_bytes, format_mib, measure_floor, rss_bytes
+from edgetune.memory import MIB, Meter, anonymous_bytes, format_mib, measure_floor, read_memory, rss_bytes
 
 CLOSE = 2 * MIB  # what Python itself may allocate meanwhile
 
@@ -70,11 +70,22 @@ def test_counts_what_was_written_and_no_more() -> None:
 def test_mapped_files_count_as_rss_alone(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"w" * (32 * MIB))
-    before, rss_before = anonymous_bytes(), rss_bytes()
+    before, rss_before, files_before = anonymous_bytes(), rss_bytes(), read_memory().file_backed_bytes
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         assert sum(mapped[at] for at in range(0, len(mapped), mmap.PAGESIZE)) == ord("w") * 32 * MIB // mmap.PAGESIZE
         assert abs(anonymous_bytes() - before) < CLOSE
         assert rss_bytes() - rss_before > 31 * MIB
+        assert 31 * MIB < read_memory().file_backed_bytes - files_before < 32 * MIB + CLOSE
+
+
+@pytest.mark.skipif(not memory.has_data_limit(), reason="only Linux keeps the figure")
+def test_file_backed_is_what_the_kernel_calls_so() -> None:
+    with child_holding(8 * MIB) as pid:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Rss")}
+        found = read_memory(pid)
+        assert found.file_backed_bytes == (kib["RssFile"] + kib["RssShmem"]) * 1024
+        assert found.rss_bytes - found.file_backed_bytes == kib["RssAnon"] * 1024
 
 
 def test_children_and_their_children_count() -> None:
@@ -184,11 +195,13 @@ class TestMeter:
         path = tmp_path / "weights"
         path.write_bytes(b"w" * (64 * MIB))
         with Meter() as meter:
-            before, rss_before = meter.peak_bytes, meter.peak_rss_bytes
+            before, rss_before, files_before = meter.peak_bytes, meter.peak_rss_bytes, meter.peak_file_backed_bytes
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                 sum(mapped[at] for at in range(0, len(mapped), mmap.PAGESIZE))
                 meter.now_bytes  # noqa: B018 - takes a sample
         assert meter.peak_rss_bytes - rss_before > 60 * MIB
+        assert 60 * MIB < meter.peak_file_backed_bytes - files_before < 64 * MIB + CLOSE
+        assert read_memory().file_backed_bytes < meter.peak_file_backed_bytes - 60 * MIB, "the peak outlives the file"
         assert abs(meter.peak_bytes - before) < CLOSE
 
     @pytest.mark.skipif(not memory.has_data_limit(), reason="only Linux keeps the figure")

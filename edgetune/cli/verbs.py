@@ -48,7 +48,8 @@ from edgetune.extras import missing_extra
 
 app = typer.Typer(
     help="Fine-tune a language model inside the memory of a phone, a watch or a small board, and ship it as ONNX.\n\n"
-    "The way through: devices, plan, quantize, train, export, run, bench, report. In minutes: [bold]edgetune demo[/bold].",
+    "The way through: devices, plan, quantize, train, export, run, bench, report. "
+    "In minutes: [bold]edgetune demo[/bold].",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
