@@ -2,7 +2,7 @@
 
     worker       the process that is measured; process is its parent's side
     page_cache   cold starts; timeline is memory over time
-    measuring    which passes are run, and the figures of them; throttling is the soak
+    measuring    which passes are run, and the figures of them; soaking is the long one
     prediction   another device's speed and energy, from its profile
     verdicts     the profile's targets; gates are limits that fail a benchmark
     tables       text and Markdown; plots are the same as SVG; results is the JSON on disk
@@ -92,14 +92,15 @@ def bench(
     result: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "bundle": str(bundle.folder), "manifest_sha256": sha256_file(bundle.folder / MANIFEST),
+        "bundle": str(bundle.folder),
         "weights": bundle.manifest["weights"], "device": device.id, "prompt_tokens": settings.main_prompt_tokens,
         "new_tokens": new_tokens, "runs": runs, "warmup": warmup, "threads": threads,
     }  # fmt: skip
     say("loading it, cold and warm")
     result |= measure_loads(bundle.folder, [*bundle.manifest["files"], MANIFEST], threads, runs)
     say(f"{runs} runs at {', '.join(map(str, lengths))} prompt tokens")
-    result |= measure_speed(bundle.folder, settings) | {"bundle_bytes": bundle.nbytes}
+    result |= measure_speed(bundle.folder, settings)
+    result |= {"bundle_bytes": bundle.nbytes, "manifest_sha256": sha256_file(bundle.folder / MANIFEST)}
     result["compare"] = result["soak"] = None
     if other is not None:
         say(f"in turns with {other.folder}")
@@ -156,13 +157,12 @@ def _warnings(result: dict[str, Any]) -> list[str]:
     if result["variation_percent"] > STEADY_PERCENT:
         found.append(
             f"runs differ by {result['variation_percent']:.0f} % (standard deviation over mean): the machine is busy "
-            f"or throttles. More --runs on an idle machine give figures to quote"
+            f"or hot. More --runs on an idle machine give figures to quote"
         )
     soak = result["soak"]
-    if soak is not None and soak["throttled"]:
-        found.append(
-            f"the speed fell to {soak['sustained_ratio']:.0%} of the first {soak['window_s']:.3g} s: throttled"
-        )
+    if soak is not None and soak["slowed"]:
+        ratio, window = f"{soak['sustained_ratio']:.0%}", f"{soak['window_s']:.3g} s"
+        found.append(f"the speed fell to {ratio} of the first {window}: throttled, or beside another program")
     if result["cold_load_ms"] is None:
         found.append(f"no cold load: {result['loads']['cold_reason']}")
     return found

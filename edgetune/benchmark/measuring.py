@@ -19,7 +19,7 @@ import numpy as np
 
 from edgetune.benchmark.page_cache import drop_from_cache
 from edgetune.benchmark.process import Worker
-from edgetune.benchmark.throttling import Soak
+from edgetune.benchmark.soaking import Soak
 
 PERCENTILES = (50, 90, 95, 99)
 PAST_TOKENS = (64, 1024)  # where the time of one token is measured

@@ -134,7 +134,7 @@ def _soak(soak: Result) -> Rows:
         ("", "measured here"),
         (f"first {window}", f"{soak['burst_tokens_per_second']:,.1f} tokens/s"),
         (f"last {window}", f"{soak['sustained_tokens_per_second']:,.1f} tokens/s"),
-        ("sustained over burst", f"{soak['sustained_ratio']:.2f}{', THROTTLED' if soak['throttled'] else ''}"),
+        ("sustained over burst", f"{soak['sustained_ratio']:.2f}{', SLOWED' if soak['slowed'] else ''}"),
         ("clock, first to last", _ends(clocks, "{:,.0f} MHz")),
         ("temperature, first to last", _ends(temperatures, "{:.0f} °C")),
     ]

@@ -100,11 +100,12 @@ class _Worker:
 
     def memory(self) -> dict[str, Any]:
         """Peaks of the whole process by the meter, and the course between them."""
+        series = self._timeline.series()
         return {
+            "series": series,
             "peak_memory_bytes": max(self._meter.now_bytes, self._meter.peak_bytes),
             "peak_rss_bytes": self._meter.peak_rss_bytes,
             "peak_file_backed_bytes": self._meter.peak_file_backed_bytes,
-            "series": self._timeline.series(),
         }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from conftest import tiny_config, write_model
 from tiny_bundle import CONTEXT, random_adapter, random_reference, write_bundle
 
 from edgetune import host
@@ -22,7 +23,9 @@ from edgetune.benchmark.verdicts import judge
 from edgetune.bundle import Bundle, load_bundle
 from edgetune.device import Cluster, DeviceProfile, Targets, load_device
 from edgetune.errors import BundleError, ConfigError, EdgetuneError
+from edgetune.exporter import export
 from edgetune.memory import MIB
+from edgetune.quantizer import quantize
 
 KEYS = {
     "load_ms", "load_peak_bytes", "time_to_first_token_ms", "prompt_tokens_per_second", "generation_tokens_per_second",
@@ -86,6 +89,16 @@ def test_the_figures_at_the_top_are_of_the_length_nearest_to_128(bundle: Bundle)
     assert twenty.items() - {("prompt_tokens", 20)} <= {k: v for k, v in result.items() if k in twenty}.items()
     assert four["peak_memory_bytes"] <= twenty["peak_memory_bytes"], "lengths ascend, so a peak is that of its length"
     assert result["past"] == [{"past_tokens": 64, "p50_ms": None}, {"past_tokens": 1024, "p50_ms": None}]
+
+
+def test_long_prompts_and_long_pasts_where_the_context_holds_them(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", tiny_config("llama", max_position_embeddings=1100))
+    exported = export(quantize(model, "int4", tmp_path / "base"), out=tmp_path / "bundle")
+    result = bench(exported, "host", new_tokens=4, runs=1, warmup=0)
+    assert [length["prompt_tokens"] for length in result["lengths"]] == [16, 128, 512]
+    assert result["prompt_tokens"] == 128
+    assert [entry["past_tokens"] for entry in result["past"] if entry["p50_ms"] > 0] == [64, 1024]
+    assert not [notice for notice in result["notices"] if "cut to" in notice]
 
 
 # ---- memory, cold loads, soak, comparison

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from edgetune.benchmark import timeline
 from edgetune.benchmark.measuring import Settings, latency
 from edgetune.benchmark.page_cache import drop_from_cache, resident_bytes
-from edgetune.benchmark.throttling import Soak
+from edgetune.benchmark.soaking import Soak
 from edgetune.benchmark.timeline import Timeline
 from edgetune.memory import anonymous_bytes
 
@@ -68,7 +68,7 @@ def test_a_soak_compares_the_first_and_the_last_minute() -> None:
     rates = [100.0] * 12 + [80.0] * 96 + [50.0] * 12
     figures = soak(rates, every_s=5, total_s=600).figures()
     assert (figures["burst_tokens_per_second"], figures["sustained_tokens_per_second"]) == pytest.approx((100, 50))
-    assert (figures["sustained_ratio"], figures["throttled"]) == (pytest.approx(0.5), True)
+    assert (figures["sustained_ratio"], figures["slowed"]) == (pytest.approx(0.5), True)
     assert (figures["seconds"], figures["window_s"], figures["interval_s"]) == (600, 60, 10)
     assert len(figures["generation_tokens_per_second"]) == 60
     assert figures["clock_mhz"] is None and figures["temperature_c"] is None
@@ -76,7 +76,7 @@ def test_a_soak_compares_the_first_and_the_last_minute() -> None:
 
 def test_a_short_soak_compares_its_halves_and_leaves_gaps() -> None:
     figures = soak([40.0, 38.0], every_s=2.5, total_s=5).figures()
-    assert (figures["window_s"], figures["throttled"]) == (2.5, False)
+    assert (figures["window_s"], figures["slowed"]) == (2.5, False)
     assert figures["generation_tokens_per_second"] == [None, None, pytest.approx(40), None, None]
     one = soak([30.0], every_s=7, total_s=5).figures()
     assert one["sustained_ratio"] == 1

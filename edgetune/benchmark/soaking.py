@@ -14,7 +14,7 @@ from typing import Any
 
 MOST_INTERVALS = 60
 MINUTE_S = 60.0
-THROTTLED_BELOW = 0.9  # of the first minute's speed; two equal minutes on a shared machine differ by a few percent
+SLOWED_BELOW = 0.9  # of the first minute's speed; two equal minutes on a shared machine differ by a few percent
 _CLOCKS = "devices/system/cpu/cpu*/cpufreq/scaling_cur_freq"  # kHz
 _TEMPERATURES = "class/thermal/thermal_zone*/temp"  # 1/1000 degree Celsius
 
@@ -44,7 +44,8 @@ class Soak:
 
     def figures(self) -> dict[str, Any]:
         """`burst_` and `sustained_tokens_per_second` (first and last minute, or halves of a shorter soak), their ratio,
-        whether that is throttling, and the series; None stands where an interval saw no pass end or nothing is told.
+        whether it `slowed` by more than a tenth, and the series; None stands where an interval saw no pass end, or for
+        what the kernel does not tell.
         """
         last_end = self._passes[-1][0]
         window = min(MINUTE_S, last_end / 2)
@@ -61,7 +62,7 @@ class Soak:
             "burst_tokens_per_second": burst,
             "sustained_tokens_per_second": sustained,
             "sustained_ratio": sustained / burst,
-            "throttled": sustained / burst < THROTTLED_BELOW,
+            "slowed": sustained / burst < SLOWED_BELOW,
             "interval_s": self.interval_s,
             "generation_tokens_per_second": rates,
             "clock_mhz": _told(clocks),
