@@ -99,13 +99,13 @@ class _Worker:
         return [after - before for before, after in itertools.pairwise(times)]
 
     def memory(self) -> dict[str, Any]:
-        """Peaks of the whole process by the meter, and the course between them."""
-        series = self._timeline.series()
+        """Peaks of the whole process, the highest that the meter or the course saw, and the course."""
+        series, meter = self._timeline.series(), self._meter
         return {
             "series": series,
-            "peak_memory_bytes": max(self._meter.now_bytes, self._meter.peak_bytes),
-            "peak_rss_bytes": self._meter.peak_rss_bytes,
-            "peak_file_backed_bytes": self._meter.peak_file_backed_bytes,
+            "peak_memory_bytes": max(meter.now_bytes, meter.peak_bytes, *series["anonymous_bytes"]),
+            "peak_rss_bytes": meter.peak_rss_bytes,
+            "peak_file_backed_bytes": max(meter.peak_file_backed_bytes, *series["file_backed_bytes"]),
         }
 
 
