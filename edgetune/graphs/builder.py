@@ -139,17 +139,6 @@ class Builder:
         assert start_byte + nbytes <= placed.nbytes, f"{name} reads past the end of {weight}"
         return self._external(name, dtype, shape, placed.offset + start_byte)
 
-    def unshared(self, value: ir.Value) -> ir.Value:
-        """An initializer for a node of its own: a view under another name where a node reads this one already.
-
-        onnxruntime packs a shared one for a kernel at every load: it keeps packed bytes on disk only of the others.
-        """
-        if not value.uses():
-            return value
-        assert value.name is not None and value.const_value is not None
-        tensor = value.const_value
-        return self.view(f"{value.name}.unshared", value.name, tensor.dtype.numpy().name, tensor.shape.numpy())
-
     def _external(self, name: str, dtype: str, shape: Sequence[int], offset: int) -> ir.Value:
         tensor = ir.ExternalTensor(
             self.data_file, offset, _nbytes(dtype, shape), _dtype(dtype), shape=ir.Shape(shape), name=name

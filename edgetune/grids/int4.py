@@ -144,9 +144,8 @@ def emit_linear(
     Accuracy level 4: activations are rounded to int8 per block, which is what the fast kernels compute.
     """
     codes, scales = _initializers(builder, name, shape, fill, bits)
-    inputs = [x, builder.unshared(codes), scales, None, None, bias]
     return builder.op(
-        f"{path}/MatMulNBits", "MatMulNBits", inputs[: 3 if bias is None else 6],
+        f"{path}/MatMulNBits", "MatMulNBits", [x, codes, scales, None, None, bias][: 3 if bias is None else 6],
         domain="com.microsoft", K=shape[1], N=shape[0], bits=bits, block_size=BLOCK, accuracy_level=4,
     )  # fmt: skip
 
