@@ -21,16 +21,25 @@ _NOTES = {
     "soak": "Gaps are intervals in which no pass ended.",
     "soak-memory": "A line that keeps rising would be a leak.",
 }
+# What a parity figure says: of a decoder's logits, or of an encoder's hidden states and embeddings.
+_AGREEMENTS = (
+    ("largest difference of a logit", "max_abs_logit", "{:.2g}"),
+    ("the likeliest token is the same", "top1_agreement", "{:.2%}"),
+    ("KL divergence", "kl", "{:.2g}"),
+    ("largest difference of a hidden state", "max_abs_hidden", "{:.2g}"),
+    ("least cosine of an embedding", "min_cosine", "{:.6f}"),
+)
 
 
 def bundle_cards(bundle: BundleFiles) -> list[Card]:
     """The figures of a bundle that count."""
     parity, result = bundle.manifest["parity"], bundle.benchmark
+    agreement, detail = shown(number(parity, "top1_agreement"), "{:.2%}"), "same likeliest token"
+    if _is_encoder(bundle):
+        agreement, detail = shown(number(parity, "min_cosine"), "{:.6f}"), "least cosine"
     cards = [
         Card("Bundle", format_mib(_size(bundle)), "measured", f"{bundle.manifest['weights']} weights"),
-        Card(
-            "Parity with torch", shown(number(parity, "top1_agreement"), "{:.2%}"), "measured", "same likeliest token"
-        ),
+        Card("Parity with torch", agreement, "measured", detail),
     ]
     if result is not None:
         cards += [
@@ -65,25 +74,27 @@ def _versions(bundle: BundleFiles) -> Table:
     return Table("Versions and hashes", rows, folded=True, words=True)
 
 
+def _is_encoder(bundle: BundleFiles) -> bool:
+    return "pooling" in bundle.manifest["model"]
+
+
 def _size(bundle: BundleFiles) -> float:
     return sum(number(file, "bytes") or 0 for file in bundle.manifest["files"].values())
 
 
 def _parity(bundle: BundleFiles) -> Iterator[Block]:
     parity, rounding, merge = (bundle.manifest[key] for key in ("parity", "rounding", "merge"))
-    if number(parity, "max_abs_logit") is None:
-        yield Missing("The manifest has no parity.", "edgetune export run/ --out bundle/")
-    else:
-        compared = {"fp32 compute": parity, "as it runs, int8 activations": parity.get("fast"), "rounding": rounding}
-        found = {name: values for name, values in compared.items() if isinstance(values, dict)}
-        rows = [("against torch on held-out rows", *found)]
-        for name, key, pattern in (
-            ("largest difference of a logit", "max_abs_logit", "{:.2g}"),
-            ("the likeliest token is the same", "top1_agreement", "{:.2%}"),
-            ("KL divergence", "kl", "{:.2g}"),
-        ):
-            rows.append((name, *(shown(number(values, key), pattern) for values in found.values())))
+    compared = {"fp32 compute": parity, "as it runs, int8 activations": parity.get("fast"), "rounding": rounding}
+    found = {name: values for name, values in compared.items() if isinstance(values, dict)}
+    rows = [("against torch on held-out rows", *found)]
+    for name, key, pattern in _AGREEMENTS:
+        figures = [number(values, key) for values in found.values()]
+        if figures[0] is not None:
+            rows.append((name, *(shown(figure, pattern) for figure in figures)))
+    if len(rows) > 1:
         yield Table("", rows)
+    else:
+        yield Missing("The manifest has no parity.", "edgetune export run/ --out bundle/")
     if isinstance(rounding, dict) and number(rounding, "max_error_over_delta") is not None:
         ratio = rounding["max_error_over_delta"]
         yield Text(
@@ -129,6 +140,8 @@ def _contents(bundle: BundleFiles) -> Iterator[Block]:
 
 def _benchmark(bundle: BundleFiles) -> Iterator[Section]:
     result = bundle.benchmark
+    if _is_encoder(bundle):
+        return  # which `bench` does not measure
     if result is None:
         yield Section(
             "Latency and memory on onnxruntime",

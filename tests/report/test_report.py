@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from tiny_bundle import random_adapter, random_reference, write_bundle
+from tiny_encoder import encoder_hf, write_encoder
 
 import edgetune as et
 from edgetune import sample
@@ -181,6 +182,13 @@ def test_a_bundle_alone_says_how_to_get_the_rest(bundle: Path) -> None:
     assert f"edgetune report RUN {bundle}" in text
     assert f"The bundle has not been benched. edgetune bench {bundle} --device host" in text
     assert "The manifest has no parity." in text
+
+
+def test_an_encoder_is_reported_by_its_cosine_and_not_asked_to_be_benched(tmp_path: Path) -> None:
+    bundle = et.export(write_encoder(tmp_path / "model", encoder_hf()), out=tmp_path / "bundle")
+    text = page(bundle.folder).text
+    assert f"least cosine of an embedding {bundle.manifest['parity']['min_cosine']:.6f}" in text
+    assert "likeliest token" not in text and "edgetune bench" not in text
 
 
 def test_a_benchmark_without_a_soak_and_one_of_an_older_bundle_say_so(bundle: Path) -> None:
