@@ -18,7 +18,8 @@ points = st.lists(st.tuples(values, st.one_of(st.none(), values, st.just(math.na
 @given(values, st.floats(0, 1e9))
 def test_ticks_are_even_round_and_enclose(low: float, span: float) -> None:
     ticks = _ticks(low, low + span)
-    assert ticks[0] <= low + 1e-6 * max(1, abs(low)) and ticks[-1] >= low + span - 1e-6 * max(1, abs(low + span))
+    little = 1e-6 * max(1, abs(low), span)
+    assert ticks[0] <= low + little and ticks[-1] >= low + span - little
     assert 2 <= len(ticks) <= 12
     steps = {f"{after - before:.3g}" for before, after in itertools.pairwise(ticks)}
     assert len(steps) == 1 and float(steps.pop()) > 0
