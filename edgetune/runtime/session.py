@@ -1,7 +1,8 @@
 """A bundle's graph on plain onnxruntime with its KV cache: token ids in, logits out, one sequence at a time.
 
 An adapter is fed as ordinary graph inputs, read from its `.safetensors`. That gives the same bits as onnxruntime's own
-`.onnx_adapter` mechanism and works in every binding, also under IO binding, where active adapters are silently ignored.
+`.onnx_adapter` mechanism, and works under IO binding, where active adapters are silently ignored (the bindings for Java
+and the web refuse optional inputs: `examples/README.md`).
 It also makes adapters hot-swappable, of any rank: other feeds are another adapter, and leaving them out selects the
 graph's empty default, which is the base exactly.
 
