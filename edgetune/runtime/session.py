@@ -16,6 +16,9 @@ Left out: batches, and execution providers other than the CPU's.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -73,8 +76,7 @@ class Session:
             self._bind(name, value)
         length = self.context_length if self._in_place else 0
         for past, present in zip(self._past, self._present, strict=True):
-            # Zeros that were never written take no memory.
-            cache = np.zeros((1, model.num_key_value_heads, length, model.head_dim), np.float32)
+            cache = _zeros((1, model.num_key_value_heads, length, model.head_dim))
             self._bind_cache(past, present, onnxruntime.OrtValue.ortvalue_from_numpy(cache))
         self.length = 0
 
@@ -185,6 +187,21 @@ class Session:
         self.length = total
         result: np.ndarray = logits[0]
         return result
+
+
+def _zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """float32 zeros that take memory page by page, as they are written.
+
+    numpy's do not: it asks for huge pages, and glibc clears blocks by hand once it has kept large ones.
+    """
+    if not math.prod(shape):
+        return np.zeros(shape, np.float32)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    memory = mmap.mmap(-1, 4 * math.prod(shape), **private)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.float32).reshape(shape)
 
 
 def open_session(
