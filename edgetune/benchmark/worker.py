@@ -44,9 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.threads])
+    described = machine()  # platform starts `uname -p`: until it is another program, a meter counts this process twice
     floor_bytes = anonymous_bytes()
     with Meter() as meter, Timeline() as timeline:
-        worker = _Worker(flags.folder, flags.threads, floor_bytes, meter, timeline)
+        worker = _Worker(flags.folder, flags.threads, floor_bytes, described, meter, timeline)
         for line in sys.stdin:
             order = json.loads(line)
             try:
@@ -60,8 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class _Worker:
     """One method for each order."""
 
-    def __init__(self, folder: str, threads: int, floor_bytes: int, meter: Meter, timeline: Timeline) -> None:
-        self._folder, self._threads, self._floor_bytes = folder, threads, floor_bytes
+    def __init__(
+        self, folder: str, threads: int, floor_bytes: int, described: dict[str, Any], meter: Meter, timeline: Timeline
+    ) -> None:
+        self._folder, self._threads, self._floor_bytes, self._machine = folder, threads, floor_bytes, described
         self._meter, self._timeline = meter, timeline
         self._session: Session | None = None
 
@@ -81,7 +84,7 @@ class _Worker:
             "load_peak_bytes": max(self._meter.now_bytes, self._meter.peak_bytes),
             "floor_bytes": self._floor_bytes,
             "has_adapter": self._session.has_adapter,
-            "machine": machine(),
+            "machine": self._machine,
         }
 
     def generate(self, prompt_tokens: int, new_tokens: int, adapter: bool) -> list[float]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -364,3 +365,22 @@ def test_the_worker_pins_itself(
     loaded, seconds = map(json.loads, capsys.readouterr().out.splitlines())
     assert loaded["has_adapter"] is True
     assert len(seconds) == 2 and min(seconds) > 0
+
+
+def test_the_machine_is_described_before_memory_is_measured(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`platform` starts a program for it, whose memory a meter counts as the worker's until it is loaded."""
+    from edgetune.benchmark import worker
+
+    meters: list[str] = []
+
+    def described() -> dict[str, Any]:
+        meters.extend(thread.name for thread in threading.enumerate() if thread.name.startswith("edgetune-"))
+        return {"cpu": "described"}
+
+    monkeypatch.setattr(worker, "machine", described)
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"do": "load"}\n'))
+    assert worker.main([str(bundle.folder), "--threads=1"]) == 0
+    assert json.loads(capsys.readouterr().out)["machine"] == {"cpu": "described"}
+    assert meters == []
