@@ -207,7 +207,10 @@ def explain(summary: Mapping[str, Any]) -> str:
             f"{rounding['top1_agreement']:.2%}, KL {rounding['kl']:.1e}"
         )
         if rounding["loss_before"] is not None:
-            lines.append(f"            held-out loss {rounding['loss_before']:.4f} -> {rounding['loss_after']:.4f}")
+            lines.append(
+                f"            loss on the held-out rows among these {rounding['rows']:,} positions "
+                f"{rounding['loss_before']:.4f} -> {rounding['loss_after']:.4f}"
+            )
     return "\n".join(lines)
 
 

@@ -275,11 +275,11 @@ def weaker(run: Path, factor: float) -> Path:
 def test_rounding_that_loses_the_adapter_is_refused(bases: dict[str, Path], tmp_path: Path, merge: bool) -> None:
     run, rows = weaker(write_run(tmp_path / "run", bases["nf4"]), 0.1), write_rows(tmp_path / "rows.jsonl")
     message = (
-        r"Rounding nf4 weights to int4 loses the adapter: it moves 4 of 4 matrices further than training did, "
-        r"model\.layers\.\d\.\S+ \d\.\d\d times as far.* Over \d+ positions logits change by up to .*, KL .*, held-out "
-        rf"loss goes from .* to .*\. Nothing was written\. {'Leave --merge out' if merge else 'Keep --weights nf4'}, "
-        r"which is exact, or take --weights int8, which is near lossless, or train again on an int4 base .*"
-        r"--accept-loss"
+        rf"Rounding {'the merged ' * merge}nf4 weights to int4 loses the adapter: it moves 4 of 4 matrices further "
+        r"than training did, model\.layers\.\d\.\S+ \d\.\d\d times as far.* Over \d+ positions logits change by up to "
+        r".*, KL .*, their held-out loss goes from .* to .*\. Nothing was written\. "
+        rf"{'Leave --merge out' if merge else 'Keep --weights nf4'}, which is exact, or take --weights int8, which is "
+        r"near lossless, or train again on an int4 base .*--accept-loss"
     )
     with pytest.raises(ExportError, match=message):
         export(run, out=tmp_path / "bundle", weights="int4", merge=merge, eval_data=rows)

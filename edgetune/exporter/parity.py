@@ -405,7 +405,7 @@ def check_rounding(figures: Mapping[str, Any], stored: str, weights: str, *, alp
         return
     loss = ""
     if figures["loss_before"] is not None:
-        loss = f", held-out loss goes from {figures['loss_before']:.4f} to {figures['loss_after']:.4f}"
+        loss = f", their held-out loss goes from {figures['loss_before']:.4f} to {figures['loss_after']:.4f}"
     ways = [f"Keep --weights {stored}, which is exact" if alpha is None else "Leave --merge out, which is exact"]
     if above and alpha not in (None, 1):
         ways.append("merge more with a larger --alpha")
@@ -413,8 +413,9 @@ def check_rounding(figures: Mapping[str, Any], stored: str, weights: str, *, alp
         ways.append("take --weights int8, which is near lossless")
     if stored == "nf4" and weights != "nf4":
         ways.append("train again on an int4 base (`edgetune quantize --grid int4`), which is exact and fast")
+    rounded = f"{stored} weights" if alpha is None else f"the merged {stored} weights"
     raise ExportError(
-        f"Rounding {stored} weights to {weights} loses the adapter: {'; '.join(problems)}. Over {figures['rows']} "
+        f"Rounding {rounded} to {weights} loses the adapter: {'; '.join(problems)}. Over {figures['rows']} "
         f"positions logits change by up to {figures['max_abs_logit']:.3g}, KL {figures['kl']:.2e}{loss}. Nothing was "
         f"written. {', or '.join(ways)}, or write it all the same with --accept-loss"
     )
