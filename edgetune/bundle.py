@@ -367,6 +367,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises BundleError naming the file and the field.
     """
     path = folder / MANIFEST
+    if not folder.exists():
+        raise BundleError(f"{folder} does not exist. Check the path; `edgetune export run/ --out bundle/` writes one")
     if not path.is_file():
         raise BundleError(
             f"{folder} has no {MANIFEST}, so it is no bundle. `edgetune export run/ --out bundle/` writes one"

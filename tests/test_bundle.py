@@ -87,6 +87,10 @@ def test_reading_a_bundle_imports_nothing_heavy(exported: Bundle) -> None:
 def test_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"has no edgetune.json, so it is no bundle"):
         load_bundle(tmp_path)
+    with pytest.raises(
+        BundleError, match=r"gone does not exist\. Check the path; `edgetune export run/ --out bundle/`"
+    ):
+        load_bundle(tmp_path / "gone")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "\udc80"])

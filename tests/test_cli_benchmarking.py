@@ -69,7 +69,7 @@ def test_a_failed_gate_is_exit_code_1_with_the_figures_and_a_sentence(
         (("--prompt-tokens", ""), 2, "is not a list of lengths"),
         (("--fail-if", "speed<20"), 1, "there is no figure 'speed'"),
         (("--fail-if", "soak.sustained_ratio<1"), 1, "needs a figure of --soak"),
-        (("--compare", "nowhere"), 1, "nowhere has no edgetune.json"),
+        (("--compare", "nowhere"), 1, "nowhere does not exist. Check the path"),
         (("--soak", "-1"), 1, "soak is -1"),
     ],
 )

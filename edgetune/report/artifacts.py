@@ -63,6 +63,8 @@ def read_artifacts(folders: Sequence[str | Path]) -> Artifacts:
             twice, made = found.bundle, Artifacts(found.run, _read_bundle(folder))
         elif (folder / PLAN).is_file():
             twice, made = found.run, Artifacts(_read_run(folder), found.bundle)
+        elif not folder.exists():
+            raise ConfigError(f"{folder} does not exist. Check the path; a run/ or a bundle/ was expected")
         else:
             raise ConfigError(
                 f"{folder} holds neither {PLAN} nor {MANIFEST}, expected a run/ that `edgetune train` wrote or a "

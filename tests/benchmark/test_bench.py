@@ -340,7 +340,7 @@ def test_settings_out_of_range_are_refused(bundle: Bundle, setting: dict[str, in
 
 def test_an_error_of_the_child_is_the_callers_error(bundle: Bundle) -> None:
     gone = replace(bundle, folder=bundle.folder.parent / "gone")
-    with pytest.raises(BundleError, match=r"gone has no edgetune\.json"):
+    with pytest.raises(BundleError, match=r"gone does not exist"):
         bench(gone, "host", new_tokens=4)
 
 

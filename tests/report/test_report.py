@@ -244,6 +244,8 @@ def test_folders_that_make_no_report(run: Path, bundle: Path, tmp_path: Path) ->
         write_report()
     with pytest.raises(et.ConfigError, match=r"holds neither plan\.json nor edgetune\.json"):
         write_report(tmp_path)
+    with pytest.raises(et.ConfigError, match=r"gone does not exist\. Check the path"):
+        write_report(tmp_path / "gone")
     with pytest.raises(et.ConfigError, match="are of one kind"):
         write_report(run, run)
     with pytest.raises(et.ConfigError, match="are of one kind"):
