@@ -393,6 +393,16 @@ def test_resume_needs_nothing_but_the_run(way: Way, tmp_path: Path, summary: boo
     assert (moved["data"], moved["eval_data"]) == (tmp_path / "moved.jsonl", tmp_path / "eval.jsonl")
 
 
+def test_resume_of_a_finished_run_says_so(way: Way, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launch.old_run(way / "run", data=None, eval_data=None)
+    said = f"all 4 steps of {way / 'run'} were trained already; more take a new run, with --max-steps\n"
+    assert capsys.readouterr().err == said
+    going_on = resumable(way, tmp_path / "run", summary=True)
+    capsys.readouterr()
+    launch.old_run(going_on, data=None, eval_data=None)
+    assert capsys.readouterr().err == ""
+
+
 def test_resume_takes_a_budget_that_holds_the_run(way: Way, tmp_path: Path) -> None:
     run = resumable(way, tmp_path / "run", summary=False)
     assert launch.old_run(run, data=None, eval_data=None, budget=500)["plan"].budget_bytes == 500 << 20

@@ -67,6 +67,8 @@ def old_run(
     state = newest_state(run / "checkpoints")
     if state is None:
         raise CheckpointError(f"{run} has no checkpoint that is whole. Train anew with --force.")
+    if plan.max_steps is not None and state["step"] >= plan.max_steps:
+        tell(f"all {plan.max_steps:,} steps of {run} were trained already; more take a new run, with --max-steps")
     known = state["paths"]
     if base is not None:
         plan = replace(plan, model=str(base))

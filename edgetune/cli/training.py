@@ -33,7 +33,7 @@ def outcome(run: Run) -> str:
         f"  peak memory  {format_mib(summary['measured_peak_bytes'])} measured, "
         f"{format_mib(summary['predicted_peak_bytes'])} predicted, budget {format_mib(summary['budget_bytes'])} "
         f"({summary['budget_name']}), held by {summary['enforcement']}",
-        f"  loss         {_number(loss)} on the rows, {_number(held_out)} on held-out rows",
+        f"  loss         {_number(loss)} on the rows of the last steps, {_number(held_out)} on held-out rows",
         f"  speed        {_number(speed)} tokens/s, "
         + (f"emulating {summary['device']}" if summary["emulated"] else "on this machine"),
         f"  adapter      {summary['trainable_parameters']:,} parameters, {format_mib(summary['adapter_bytes'])}",
