@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,26 @@ def test_the_python_example_continues_a_text(copied: Bundle) -> None:
     assert done.returncode == 0, done.stderr
     tokens, _ = greedy(copied, tokenizer.encode("Zoë set"), True)
     assert done.stdout == tokenizer.decode(tokens) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("folder", "flags", "message"),
+    [
+        ("bundle", ["--adapter", "other"], "bundle has no adapter other; it has adapter, wide"),
+        ("model", [], "model is no bundle: it has no edgetune.json"),
+        ("encoder", [], "encoder is the bundle of an encoder, which embeds a text and continues none"),
+    ],
+)
+def test_the_python_example_says_what_it_was_not_given(
+    copied: Bundle, folder: str, flags: list[str], message: str
+) -> None:
+    place = copied.folder.parent / folder
+    if folder == "encoder":
+        place.mkdir()
+        (place / "edgetune.json").write_text('{"format_version": 1, "model": {"pooling": "mean"}}', encoding="utf-8")
+    done = run_example(replace(copied, folder=place), "--ids", 7, *flags)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"{message}\n") and "Traceback" not in done.stderr
 
 
 def edited(bundle: Bundle, folder: Path, **changes: Any) -> Bundle:

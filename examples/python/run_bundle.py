@@ -28,9 +28,14 @@ CHUNK = 128  # a longer prompt is read in pieces of so many tokens, so that the 
 
 
 def read_manifest(bundle: Path) -> dict[str, Any]:
-    manifest = json.loads((bundle / "edgetune.json").read_text(encoding="utf-8"))
+    path = bundle / "edgetune.json"
+    if not path.is_file():
+        sys.exit(f"{bundle} is no bundle: it has no {path.name}")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
     if manifest["format_version"] != 1:
         sys.exit(f"{bundle} has format_version {manifest['format_version']}, this client reads 1")
+    if "pooling" in manifest["model"]:
+        sys.exit(f"{bundle} is the bundle of an encoder, which embeds a text and continues none")
     return manifest
 
 
@@ -39,6 +44,8 @@ def read_adapter(bundle: Path, manifest: dict[str, Any], name: str) -> dict[str,
 
     A safetensors file is the length of its header in 8 bytes, the header as JSON, then the tensors.
     """
+    if name not in manifest["adapters"]:
+        sys.exit(f"{bundle} has no adapter {name}; it has {', '.join(manifest['adapters']) or 'none'}")
     path = bundle / f"{name}.safetensors"
     raw = np.memmap(path, np.uint8, "r")
     start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
