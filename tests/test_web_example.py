@@ -102,6 +102,7 @@ def test_node_refuses_what_would_answer_nonsense(bundle: Path) -> None:
         (lambda m: m["slots"].pop(), "adapter", f"{SLOTS[1]}: the graph has no such slot"),
         (replace_adapter, "adapter", "was trained for base_sha256 1111"),
         (lambda m: m.update(format_version=2), "-", "BundleError: edgetune.json has format_version 2, expected 1"),
+        (lambda m: m["model"].update(pooling="mean"), "-", "BundleError: this is the bundle of an encoder"),
     ]  # fmt: skip
     for change, name, message in cases:
         before = {path: path.read_bytes() for path in bundle.iterdir()}

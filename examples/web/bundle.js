@@ -233,6 +233,9 @@ function readManifest(bytes) {
   for (const key of ["files", "model", "slots", "adapters"]) {
     if (typeof manifest[key] !== "object" || manifest[key] === null) throw new BundleError(`${MANIFEST} has no ${key}`);
   }
+  if ("pooling" in manifest.model) {
+    throw new BundleError("this is the bundle of an encoder, which embeds a text and continues none");
+  }
   for (const name of [MODEL, DATA, TOKENIZER_FILES[0]]) {
     if (!(name in manifest.files)) throw new BundleError(`${MANIFEST} does not list ${name}. Export the bundle again`);
   }
