@@ -143,6 +143,14 @@ def test_a_session_keeps_what_it_loaded(bundle: Path) -> None:
     np.testing.assert_array_equal(session.forward([5, 6]), wanted)
 
 
+def test_a_file_of_the_user_s_is_read_again_each_time(original: Path, tmp_path: Path) -> None:
+    session = open_session(original)
+    for seed in (21, 22):
+        file = adapter_file(original, tmp_path, "mine", adapter_of(original, seed))
+        session.use_adapter(file)
+        np.testing.assert_array_equal(session.forward([5, 6]), open_session(original, adapter=file).forward([5, 6]))
+
+
 def test_a_file_that_was_changed_after_the_bundle_was_loaded_is_refused(bundle: Path, tmp_path: Path) -> None:
     session = open_session(bundle)
     remove_adapter(bundle, "mail")
