@@ -9,14 +9,22 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgetune.benchmark import timeline
-from edgetune.benchmark.measuring import Settings, latency
+from edgetune.benchmark import measuring, timeline
+from edgetune.benchmark.measuring import (
+    Settings,
+    latency,
+    measure_comparison,
+    measure_loads,
+    measure_soak,
+    measure_speed,
+)
 from edgetune.benchmark.page_cache import drop_from_cache, resident_bytes
 from edgetune.benchmark.soaking import Soak
 from edgetune.benchmark.timeline import Timeline
@@ -50,6 +58,96 @@ def test_latency_is_numpys_and_the_standard_librarys(found: list[list[float]], p
 )
 def test_the_main_length(lengths: tuple[int, ...], main: int) -> None:
     assert Settings(lengths, 8, 1, 0, 1, 4096).main_prompt_tokens == main
+
+
+# ---- what is asked of workers, whose times are known here
+
+
+class Scripted:
+    """Stands for a worker: 100 ms to the first token, then 3 ms with the adapter and 2 without, in `slow` twice that.
+
+    A load takes 10 ms and 700 bytes, 40 ms and 900 bytes after its files were dropped from the page cache.
+    """
+
+    asked: list[tuple[str, int, int, bool]]
+    dropped = False
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self.name, self.factor = folder.name, 2 if folder.name == "slow" else 1
+
+    def __enter__(self) -> Scripted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def load(self) -> dict[str, Any]:
+        cold, Scripted.dropped = Scripted.dropped, False
+        return {
+            "load_ms": self.factor * (40 if cold else 10), "check_ms": 4, "load_peak_bytes": 900 if cold else 700,
+            "floor_bytes": 5, "has_adapter": True, "machine": {},
+        }  # fmt: skip
+
+    def generate(self, prompt_tokens: int, new_tokens: int, *, adapter: bool = True) -> list[float]:
+        self.asked.append((self.name, prompt_tokens, new_tokens, adapter))
+        return [0.1 * self.factor] + [self.factor * (0.003 if adapter else 0.002)] * (new_tokens - 1)
+
+    def memory(self) -> dict[str, Any]:
+        return {"peak_memory_bytes": 1000 * self.factor, "series": {}}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int, bool]]:
+    """Every pass that is asked of a worker: bundle, tokens of the prompt, new ones, adapter."""
+    monkeypatch.setattr(measuring, "Worker", Scripted)
+    Scripted.asked, Scripted.dropped = [], False
+    return Scripted.asked
+
+
+def test_the_overhead_is_that_of_the_adapter_and_runs_are_those_asked_for(
+    asked: list[tuple[str, int, int, bool]],
+) -> None:
+    found = measure_speed(Path("fast"), Settings((16, 100), 5, 2, 1, 1, 80))
+    assert found["adapter_overhead_percent"] == pytest.approx(50)
+    assert [entry["p50_ms"] for entry in found["past"]] == [pytest.approx(3), None], "a context of 80 holds 64 + 16"
+    turns = [("fast", 100, 5, True), ("fast", 100, 5, False)]
+    assert asked == [("fast", 16, 5, True)] * 3 + turns[:1] + turns * 2 + [("fast", 64, 17, True)] * 2
+    asked.clear()
+    short = measure_speed(Path("fast"), Settings((16,), 5, 1, 0, 1, 79))
+    assert [entry["p50_ms"] for entry in short["past"]] == [None, None]
+
+
+def test_loads_are_cold_and_warm(asked: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drop(paths: list[Path]) -> None:
+        assert paths == [Path("fast/a"), Path("fast/b")]
+        Scripted.dropped = True
+
+    monkeypatch.setattr(measuring, "drop_from_cache", drop)
+    found = measure_loads(Path("fast"), ["a", "b"], 1, 5)
+    assert (found["cold_load_ms"], found["load_ms"], found["load_peak_bytes"]) == (40, 10, 900)
+    assert (found["loads"]["cold_ms"], found["loads"]["warm_ms"]) == ([40] * 3, [10] * 3)
+
+
+def test_bundles_are_compared_in_turns(asked: list[tuple[str, int, int, bool]]) -> None:
+    found = measure_comparison(Path("slow"), Path("fast"), Settings((16,), 5, 3, 1, 1, 80))
+    assert [name for name, *_ in asked] == ["slow", "fast", "slow", "fast", "fast", "slow", "slow", "fast"]
+    wanted = {
+        "time_to_first_token_ms": (200, 100), "generation_tokens_per_second": (1 / 0.006, 1 / 0.003),
+        "prompt_tokens_per_second": (80, 160), "p50_ms": (6, 3), "load_ms": (20, 10), "load_peak_bytes": (700, 700),
+        "peak_memory_bytes": (2000, 1000),
+    }  # fmt: skip
+    for key, (this, other) in wanted.items():
+        assert found[key] == pytest.approx({"this": this, "other": other, "ratio": this / other}), key
+
+
+def test_a_ratio_is_the_median_of_turns_and_not_that_of_medians() -> None:
+    assert measuring._ratio([2, 9, 3], [1, 3, 2]) == {"this": 3, "other": 2, "ratio": 2}
+
+
+def test_a_soak_leaves_prompts_out(asked: object) -> None:
+    found = measure_soak(Path("fast"), Settings((16,), 5, 1, 0, 1, 80), 0.01, print)
+    assert found["burst_tokens_per_second"] == pytest.approx(1 / 0.003)
+    assert found["sustained_tokens_per_second"] == pytest.approx(1 / 0.003)
 
 
 # ---- soak
