@@ -128,7 +128,8 @@ def test_a_refused_adapter_leaves_the_session_as_it_was(original: Path, tmp_path
     for adapter, message in (("nope", "has no adapter 'nope'; it has adapter, mail, notes"), (dead, "changes nothing")):
         with pytest.raises(AdapterError, match=message):
             session.use_adapter(adapter)
-        session.reset()
+        if adapter is not dead:  # whose probe has forgotten the sequence
+            session.reset()
         np.testing.assert_array_equal(session.forward([5, 6]), wanted)
     with pytest.raises(AdapterError, match=r"dead\.safetensors changes nothing: on the probe rows no output moves"):
         open_session(original, adapter=dead)
