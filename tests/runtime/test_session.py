@@ -55,6 +55,22 @@ def test_a_sequence_in_any_pieces(session: Session) -> None:
     np.testing.assert_allclose(rest, expected[at:], atol=1e-4, rtol=0)
 
 
+def test_a_prompt_is_read_in_pieces_of_which_each_gives_one_row_of_logits(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, shapes = Session._run, list[tuple[int, ...]]()
+
+    def run(self: Session, tokens: np.ndarray, logits_to_keep: int) -> np.ndarray:
+        logits = real(self, tokens, logits_to_keep)
+        shapes.append((tokens.shape[1], *logits.shape))
+        return logits
+
+    monkeypatch.setattr(Session, "_run", run)
+    session.reset()
+    session.forward(IDS[: CHUNK + 3])
+    assert shapes == [(CHUNK, 1, 301), (3, 1, 301)]
+
+
 def test_nothing_of_a_sequence_is_left_after_a_reset(session: Session) -> None:
     session.reset()
     session.forward(IDS)
