@@ -852,6 +852,8 @@ class TestFeatureCache:
         weights = sum(n * k for n, k in tiny.linear_shapes.values())
         below = 5 * 6 * 32 * (2 * weights + 4 * 32 * 72)  # one tile of queries: no key is left out
         assert plain.dispatch_cycles - cached.dispatch_cycles == 5 * 6 * costs.BLOCK_CYCLES
+        # Three blocks forward, two of them again, all three backward, which counts twice.
+        assert cached.dispatch_cycles == 2 * 11 * costs.BLOCK_CYCLES + 3 * 7 * 2 * costs.TENSOR_CYCLES
         assert plain.flops - cached.flops == pytest.approx(below)
         assert costs.lower_work(job(tiny, **wanted), 6).flops == pytest.approx(below)
         one, three = (costs.step_work(job(tiny, **wanted | {"batch_size": n})).traffic_bytes for n in (1, 3))
@@ -924,6 +926,14 @@ class TestTime:
         )
         found = costs.step_work(job(tiny, step_rule="mezo", optimizer="sgd")).traffic_bytes
         assert found == pytest.approx(step + 16 * 4 * trained)
+
+    def test_weights_that_stay_dequantized_are_read_and_nothing_else(self, tmp_path: Path) -> None:
+        tiny = load_config(write_model(tmp_path, TINY, tokenizer=False))
+        weights = 2 * (48 * 48 + 16 * 48) + 3 * 88 * 48
+        none, one = (
+            costs.step_work(job(tiny, recompute_layers=0, dequantized_layers=layers)).traffic_bytes for layers in (0, 1)
+        )
+        assert none - one == pytest.approx(2 * weights * (8.5625 - 4)), "forward and backward"
 
     @pytest.mark.parametrize(("length", "keys"), [(32, 32), (64, 64), (1024, (1024 + 64) / 2)])
     def test_attention_leaves_out_keys_after_a_tile(self, model: Path, length: int, keys: float) -> None:
