@@ -852,6 +852,8 @@ class TestFeatureCache:
         weights = sum(n * k for n, k in tiny.linear_shapes.values())
         below = 5 * 6 * 32 * (2 * weights + 4 * 32 * 72)  # one tile of queries: no key is left out
         assert plain.dispatch_cycles - cached.dispatch_cycles == 5 * 6 * costs.BLOCK_CYCLES
+        both = (costs.step_work(job(tiny, cached_windows=n, step_rule="mezo", **wanted)) for n in (0, 9))
+        assert next(both).flops - next(both).flops == pytest.approx(2 * below), "for each of its two losses"
         # Three blocks forward, two of them again, all three backward, which counts twice.
         assert cached.dispatch_cycles == 2 * 11 * costs.BLOCK_CYCLES + 3 * 7 * 2 * costs.TENSOR_CYCLES
         assert plain.flops - cached.flops == pytest.approx(below)

@@ -11,6 +11,7 @@ import pytest
 from conftest import tiny_config, write_model
 
 from edgetune.bundle import SHARE_BUFFER
+from edgetune.errors import ConfigError
 from edgetune.exporter import export
 from edgetune.memory import MIB
 from edgetune.runtime.session import CHUNK, Session, open_session
@@ -80,6 +81,15 @@ def test_nothing_of_a_sequence_is_left_after_a_reset(session: Session) -> None:
     fresh = open_session(session.bundle)
     for before, after in zip(again, (fresh.forward(IDS[100:109]), fresh.forward(IDS[109:110])), strict=True):
         np.testing.assert_array_equal(before, after)
+
+
+def test_a_context_is_filled_to_its_last_token_and_no_further(session: Session) -> None:
+    ids = np.resize(IDS, session.context_length)
+    session.reset()
+    session.forward(ids[:-1])
+    np.testing.assert_allclose(session.forward(ids[-1:]), whole(session, ids)[-1], atol=1e-4, rtol=0)
+    with pytest.raises(ConfigError, match=r"513 tokens do not fit the context of 512 tokens .* by 1$"):
+        session.forward(ids[:1])
 
 
 def test_logits_of_a_piece_do_not_change_later(session: Session) -> None:
