@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edgetune.base import open_base
-from edgetune.linear import FrozenLinear, Workspace, frozen_linear
+from edgetune.linear import FrozenLinear, Workspace, _announced, frozen_linear
 from tests.training.conftest import make_base
 
 # Rows of whole blocks, which torch decodes, and rows that are not, which numpy does.
@@ -71,3 +71,23 @@ def test_announces_each_piece_before_it_is_decoded(tmp_path: Path, grid: str, mo
         assert [at for at, _ in mine[1:]] == [at + length for at, length in mine[:-1]]
         assert mine[0][0] == start and sum(length for _, length in mine) == size
     assert max(length for _, length in announced) <= 640
+
+
+def test_no_more_than_one_piece_is_announced_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    announced: list[int] = []
+    monkeypatch.setattr("edgetune.linear.read_ahead", lambda address, num_bytes: announced.append(num_bytes))
+    codes, scales = torch.zeros(10, dtype=torch.uint8), torch.zeros(4, dtype=torch.float16)
+    pieces = list(zip(codes.split(3), scales.split(1), scales.split(1), scales.split(1), strict=True))
+    seen = [sum(announced) for _ in _announced(pieces)]
+    assert seen == [10, 15, 18, 18], "bytes of codes and scales, before each piece is decoded"
+
+
+def test_a_weight_is_held_until_it_is_released(tmp_path: Path, grid: str) -> None:
+    layer = frozen_linear(open_base(make_base(tmp_path, grid=grid)), "model.layers.0.mlp.up_proj", Workspace(999))
+    layer.hold()
+    assert layer.held is not None
+    for rows, weight in layer.tiles():
+        assert weight.data_ptr() == layer.held[rows].data_ptr()
+        assert torch.equal(weight, layer.dequantize(rows))
+    layer.release()
+    assert layer.held is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from tiny_bundle import random_adapter, random_reference, write_bundle
 from tiny_encoder import encoder_hf, write_encoder
 
 import edgetune as et
-from edgetune import sample
+from edgetune import charts, sample
 from edgetune.benchmark import bench
 from edgetune.benchmark.results import load_results, results_path, save_results
-from edgetune.memory import format_mib
+from edgetune.charts import Chart, Line, Rule
+from edgetune.memory import MIB, format_mib
 from edgetune.report import render, report_path, write_report
 from edgetune.report.artifacts import read_artifacts
 from edgetune.report.training import MOST_POINTS
@@ -107,8 +109,10 @@ def test_the_page_has_the_figures_of_the_files(made: tuple[Path, Path]) -> None:
     for size in ("budget_bytes", "predicted_peak_bytes", "measured_peak_bytes", "adapter_bytes"):
         assert format_mib(summary[size]) in text, size
     for name, size in summary["parts"].items():
-        assert f"{name} {format_mib(size)}" in text, name
-    assert f"{summary['eval_loss']:.4f}" in text and f"{summary['train_loss']:.4f}" in text
+        assert f"{name} {format_mib(size)} {size / summary['predicted_peak_bytes']:.1%}" in text, name
+    assert f"training loss, last steps {summary['train_loss']:.4f}" in text
+    assert f"held-out loss, best {summary['eval_loss']:.4f}" in text
+    assert f"adapter taken from step {summary['best_step']}" in text
     assert "nothing held it: it was measured alone" in text, "the level of enforcement"
     assert f"{read(bundle / 'edgetune.json')['parity']['top1_agreement']:.2%}" in text
     assert f"{result['generation_tokens_per_second']:,.1f} tokens/s" in text
@@ -166,6 +170,56 @@ def test_long_runs_are_thinned_to_means(run: Path) -> None:
     assert "Training losses are means of 7 steps." in found.text
     points = [len((value or "").split()) for name, value in found.attributes if name == "points"]
     assert max(points) == MOST_POINTS
+
+
+def test_lines_have_the_numbers_of_the_steps(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str | None, tuple[Sequence[Line], Sequence[Rule]]] = {}
+
+    def line_chart(title: str, lines: Sequence[Line], *, rules: Sequence[Rule] = (), **named: Any) -> Chart | None:
+        drawn[title] = lines, rules
+        return charts.line_chart(title, lines, rules=rules, **named)
+
+    monkeypatch.setattr("edgetune.report.training.line_chart", line_chart)
+    line = {"tokens": 100, "seconds": 0.5, "now_bytes": 170 * MIB}
+    lines = [line | {"step": i, "loss": float(i * i)} for i in range(1, MOST_POINTS + 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
+    edit(run / "summary.json", measured_peak_bytes=190 * MIB)
+    page(run)
+    (loss,), _ = drawn["Loss in nats per token"]
+    assert (loss.xs[0], loss.ys[0], loss.xs[-1], loss.ys[-1]) == (1.5, 2.5, MOST_POINTS + 1, (MOST_POINTS + 1) ** 2)
+    (speed,), _ = drawn["Tokens per second"]
+    assert set(speed.ys) == {200}
+    memory, rules = drawn["Anonymous + swap memory over the run"]
+    plan = read(run / "plan.json")
+    assert [one.ys[-1] for one in memory] == [170, 190, plan["predicted_peak_bytes"] / MIB]
+    assert rules == [Rule("budget", plan["budget_bytes"] / MIB)]
+
+
+def test_the_peak_is_judged_by_the_budget_and_the_prediction_by_the_peak(run: Path) -> None:
+    plan = read(run / "plan.json")
+    peak = plan["predicted_peak_bytes"] * 4 // 5
+    for measured, tone, said in (
+        (peak, "good", r"inside the budget .* \+25\.0 % off"),
+        (plan["budget_bytes"] + 1, "bad", "BEYOND"),
+    ):
+        edit(run / "summary.json", measured_peak_bytes=measured)
+        assert re.search(rf'<p class="{tone}">The measured peak of .* is {said}', render(read_artifacts([run])))
+    assert "measured on this machine" in page(run).text.replace(", on", " on")
+    edit(run / "summary.json", emulated=True, best_step=0)
+    assert "measured, emulating galaxy-watch-7" in page(run).text
+    assert "adapter taken from step 0" in page(run).text
+
+
+@pytest.mark.parametrize(("ratio", "tone"), [(0.5, "good"), (2.0, "bad")])
+def test_parity_and_rounding_are_those_of_the_manifest(bundle: Path, ratio: float, tone: str) -> None:
+    parity = {"top1_agreement": 1.0, "kl": 0.01, "fast": {"top1_agreement": 0.5, "kl": 0.25}}
+    rounding = {"max_error_over_delta": ratio, "worst_layer": "up_proj"}
+    edit(bundle / "edgetune.json", parity=parity, rounding=rounding)
+    text = page(bundle).text
+    assert "likeliest token is the same 100.00% 50.00% –" in text and "KL divergence 0.01 0.25 –" in text
+    assert f'<p class="{tone}">Rounding moved up_proj {ratio:.2f} times' in render(read_artifacts([bundle]))
+    sizes = [file["bytes"] for file in read(bundle / "edgetune.json")["files"].values()]
+    assert f"Bundle {format_mib(sum(sizes))}" in text
 
 
 # ---- what is missing is said, with the command that makes it
