@@ -6,6 +6,7 @@ import ctypes
 import json
 import mmap
 import os
+import re
 import time
 from pathlib import Path
 
@@ -123,6 +124,11 @@ def test_shards_are_one_folder(tmp_path: Path) -> None:
     weights = open_weights(tmp_path)
     for name, value in TENSORS.items():
         np.testing.assert_array_equal(weights.float32(name), value.astype(np.float32))
+    if Path("/proc/self/smaps").exists():
+        weights.read_on_demand()
+        found = re.findall(r"/(model-\S+)\n(?:\w+:.*\n)*?VmFlags:(.*)", Path("/proc/self/smaps").read_text())
+        flags = {name: flags.split() for name, flags in found if name in shards}
+        assert flags.keys() == shards.keys() and all("rr" in each for each in flags.values()), "MADV_RANDOM, of each"
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ModelError, match=r"lacks model-00002-of-00002\.safetensors, one of the 2 shards"):
         open_weights(tmp_path)

@@ -105,9 +105,10 @@ def blockwise(sizes: list[int], signed: bool) -> BlockwiseMoment:
 
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("count", [1, BLOCK - 1, 4 * BLOCK, 20 * BLOCK + 37])
-def test_blocks_are_those_of_bitsandbytes(count: int, signed: bool) -> None:
+@pytest.mark.parametrize("scale", [1.0, 2.0**-50])
+def test_blocks_are_those_of_bitsandbytes(count: int, signed: bool, scale: float) -> None:
     generator = torch.Generator().manual_seed(count)
-    values = torch.exp(3 * torch.randn(count, generator=generator)) * torch.randn(count, generator=generator)
+    values = torch.exp(3 * torch.randn(count, generator=generator)) * torch.randn(count, generator=generator) * scale
     values = values if signed else values.square()
     moment = blockwise([5, count], signed)
     tile = slice(0, count)

@@ -101,6 +101,14 @@ def test_z_is_standard_normal_and_of_its_seed_and_step_alone(tmp_path: Path) -> 
         assert not any(torch.equal(value, z[name]) for name, value in directions(rule, parameters, key).items())
 
 
+def test_z_is_not_drawn_from_the_numbers_of_a_dropout_mask(tmp_path: Path) -> None:
+    rule, _ = made(make_base(tmp_path))
+    rule.gradient([], KEY, no_check)
+    # numpy fills entropy up with zeros: the first mask's, of batch 0 and slot 0, would be that of the step alone.
+    first, step = (int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1) for key in ((*KEY, 0, 0), KEY))
+    assert rule.seed != first == step
+
+
 def test_the_update_is_sgd_with_decoupled_decay(tmp_path: Path) -> None:
     rule, parameters = made(make_base(tmp_path), weight_decay=0.1, max_grad_norm=1e9)
     z, before = directions(rule, parameters), copies(parameters)
