@@ -219,6 +219,8 @@ def test_products_are_multiplied_as_training_does(monkeypatch: pytest.MonkeyPatc
     assert len(counted) == 2 * len(speed.PRODUCTS)
     for gigaflop, (m, k), (inner, n) in counted:
         assert inner == k and gigaflop * 1e9 == pytest.approx(2 * m * n * k)
+    shapes = [shape for t, i, o in speed.PRODUCTS.values() for shape in (((t, i), (i, o)), ((t, o), (o, i)))]
+    assert [(left, right) for _, left, right in counted] == shapes, "y = x W^T, and dx = dy W"
 
 
 def test_what_is_copied_and_decoded_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from edgetune.training.loop import Run, train
 from edgetune.training.optimizer import Optimizer
 from edgetune.training.progress import Progress
 from edgetune.training.stop import Guard, NearBudget, Stopped, is_out_of_memory
+from edgetune.weights import Weights
 from tests.training.conftest import make_base, make_plan, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -553,6 +554,23 @@ def test_what_a_step_held_is_given_back_before_the_end_is_written(
     monkeypatch.setattr(trainer.Trainer, "finish", lambda self, *words: note(self) or finish(self, *words))
     assert train(make_plan(base, recompute_layers=2), base, data=data, out=tmp_path / "run").stopped == "budget"
     assert held[-2][0] > 9 and held[-2][1] and held[-1] == (0, False)
+
+
+@pytest.mark.parametrize(("enforce", "wanted"), [("governor", [False]), ("cgroup", ["weights", True])])
+def test_weights_are_read_on_demand_in_a_cgroup_alone(
+    job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enforce: str, wanted: list[object]
+) -> None:
+    group = SimpleNamespace(holds=lambda budget_bytes: True, peak_bytes=5, oom_kills=0)
+    finish, seen = trainer.Trainer.finish, list[object]()
+    monkeypatch.setattr(loop, "holding_cgroup", lambda budget_bytes: group)
+    monkeypatch.setattr(Weights, "read_on_demand", lambda self: seen.append("weights"))
+    monkeypatch.setattr(
+        trainer.Trainer,
+        "finish",
+        lambda self, *words: seen.append(self.decoder.workspace.reads_ahead) or finish(self, *words),
+    )
+    run = train(make_plan(job[0], max_steps=1), job[0], data=job[1], out=tmp_path / "run", enforce=enforce)
+    assert (run.stopped, run.summary["enforcement"], seen) == ("done", enforce, wanted)
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_said(job: tuple[Path, Path], whole: Run, tmp_path: Path) -> None:
