@@ -36,6 +36,8 @@ def test_everything_is_drawn_inside_the_frame(found: list[tuple[float, float | N
     assert chart is not None
     dots = re.findall(r'<circle cx="([\d.-]+)" cy="([\d.-]+)"', chart.svg)
     assert len(dots) == len(real)
+    (rule,) = re.findall(r'class="rule" [^>]*y1="([\d.-]+)"', chart.svg)
+    assert TOP - 0.1 <= float(rule) <= HEIGHT - BOTTOM + 0.1
     for x, y in dots:
         assert LEFT - 0.1 <= float(x) <= WIDTH - RIGHT + 0.1
         assert TOP - 0.1 <= float(y) <= HEIGHT - BOTTOM + 0.1
@@ -54,6 +56,12 @@ def test_larger_is_higher_and_later_is_to_the_right() -> None:
     assert path == f"{LEFT:.1f},{HEIGHT - BOTTOM:.1f} {WIDTH - RIGHT:.1f},{TOP:.1f}"
 
 
+def test_a_line_has_the_colour_of_its_name() -> None:
+    chart = line_chart("t", [Line(name, [0, 1], [0.0, 5.0]) for name in "ab"], x_name="x")
+    assert chart is not None
+    assert chart.legend == tuple(zip(re.findall(r'stroke="(.*?)" points', chart.svg), "ab", strict=True))
+
+
 def test_an_axis_of_amounts_starts_at_zero_and_one_of_losses_need_not() -> None:
     line = Line("a", [0, 1], [100.0, 101.0])
     amounts, losses = (line_chart("t", [line], x_name="x", from_zero=zero) for zero in (True, False))
@@ -68,6 +76,9 @@ def test_parts_of_a_bar_have_the_widths_of_their_sizes() -> None:
     assert chart is not None
     widths = [float(width) + 1 for width in re.findall(r'width="([\d.]+)" height="34"', chart.svg)]
     assert [width / widths[0] for width in widths] == pytest.approx([1, 1 / 3, *[1 / 30] * 4, 6 / 30], abs=0.01)
+    (limit,) = re.findall(r'class="rule" x1="([\d.]+)"', chart.svg)
+    assert float(limit) == WIDTH - 14, "beyond the parts, and inside the drawing"
+    assert re.findall(r'rx="2" fill="(.*?)"', chart.svg) == [colour for colour, _ in chart.legend]
     names = [name for _, name in chart.legend]
     assert names[:2] == ["b 30 B", "a 10 B"] and names[-1] == "6 smaller parts 6 B"
     assert stacked_bar("t", [("a", 0)], limit=None, show=str) is None
