@@ -22,6 +22,7 @@ from edgetune.benchmark.results import load_results, results_path, save_results
 from edgetune.benchmark.tables import markdown, tables
 from edgetune.benchmark.verdicts import judge
 from edgetune.bundle import Bundle, load_bundle
+from edgetune.charts import Line
 from edgetune.device import Cluster, DeviceProfile, Targets, load_device
 from edgetune.errors import BundleError, ConfigError, EdgetuneError
 from edgetune.exporter import export
@@ -189,6 +190,21 @@ def test_plots_are_files_of_their_own(full: dict[str, Any], tmp_path: Path) -> N
         ElementTree.parse(path)
 
 
+def test_a_soak_is_drawn_at_the_ends_of_its_intervals(full: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+
+    def line_chart(title: str, lines: list[Line], **named: Any) -> None:
+        drawn[title] = lines
+
+    monkeypatch.setattr("edgetune.benchmark.plots.line_chart", line_chart)
+    plots(full | {"soak": full["soak"] | {"interval_s": 10.0, "generation_tokens_per_second": [7.0, None, 8.0]}})
+    (rates,) = next(lines for title, lines in drawn.items() if title.startswith("Speed during"))
+    assert (rates.xs, rates.ys) == ([10, 20, 30], [7, None, 8])
+    memory = drawn["Memory while it is measured"]
+    for line, key in zip(memory, ("anonymous_bytes", "file_backed_bytes"), strict=True):
+        assert list(line.ys) == [size / MIB for size in full["memory"][key]]
+
+
 def test_results_are_kept_beside_the_bundle_and_read_strictly(full: dict[str, Any], tmp_path: Path) -> None:
     path = results_path(tmp_path / "bundle")
     assert path == tmp_path / "bundle-bench.json"
@@ -277,6 +293,25 @@ def test_prediction_by_hand(bundle: Bundle) -> None:
     # nf4 also writes and reads each weight as a float.
     nf4 = predict_latency(with_weights(bundle, "nf4", 90_000_000), device, 2, 2)
     assert nf4["time_to_first_token_ms"] == pytest.approx(90.0 + 1280.0 + 0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_bytes", "read_bytes"),
+    [
+        ("standard", 62_500_000, 62_500_000),  # 4 bits, and an fp32 scale for 32 of them
+        ("int8", 112_500_000, 112_500_000),
+        ("int8-dynamic", 100_000_000, 100_000_000),
+        ("fp16", 200_000_000, 400_000_000),  # and what was widened
+        ("fp32", 400_000_000, 400_000_000),
+    ],
+)
+def test_the_prediction_for_100_million_weights_of_any_kind(
+    bundle: Bundle, kind: str, num_bytes: int, read_bytes: int
+) -> None:
+    device = profile(mem_bw_mb_s=1000, gflops_fp32_burst=8.0)
+    made = with_weights(bundle, kind, num_bytes)
+    first = [predict_latency(made, device, count, 2)["time_to_first_token_ms"] for count in (1, 128)]
+    assert first == pytest.approx([max(read_bytes / 1e6, 25) + 0.1, 128 * 25 + 0.1])
 
 
 def test_energy_by_hand() -> None:
