@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_config, write_model
 from tiny_encoder import encoder_hf, rows, write_encoder, write_pooling
 from tiny_run import adapter_tensors, write_run
 
@@ -21,6 +22,7 @@ from edgetune.grids import GRIDS
 from edgetune.models import ENCODERS, load_config
 from edgetune.models.encoder import Encoder, load_encoder
 from edgetune.models.encoder_config import EncoderConfig
+from edgetune.models.pooling import Pooling
 from edgetune.quantizer import quantize
 from edgetune.schema import Reader
 from edgetune.tokenizer import load_tokenizer
@@ -97,6 +99,10 @@ def test_without_sentence_transformers_files_it_is_the_mean_as_that_has_it(tmp_p
     mean = load_config(write_encoder(tmp_path / "mean", encoder_hf(), normalize=False))
     assert isinstance(plain, EncoderConfig)
     assert plain == mean
+    (tmp_path / "plain" / "sentence_bert_config.json").write_text('{"max_seq_length": 9}')
+    cut = load_config(tmp_path / "plain")
+    assert isinstance(cut, EncoderConfig)
+    assert cut.pooling == Pooling("mean", normalize=False, max_seq_length=9)
 
 
 @pytest.mark.parametrize("family", ENCODERS)
@@ -245,6 +251,12 @@ def test_what_needs_a_decoder_refuses_an_encoder(tmp_path: Path) -> None:
     folder = write_encoder(tmp_path / "model", encoder_hf())
     with pytest.raises(ModelError, match=r"is an encoder, .* not planned for or trained.*`edgetune export`"):
         open_base(folder)
+
+
+def test_what_needs_an_encoder_refuses_a_decoder(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", tiny_config("llama"), tokenizer=False)
+    with pytest.raises(ModelError, match=r"is a decoder \(llama\); an encoder such as bert was expected"):
+        load_encoder(folder)
 
 
 def test_tensors_that_do_not_fit_are_listed(tmp_path: Path) -> None:
