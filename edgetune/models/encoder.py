@@ -104,7 +104,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config: EncoderConfig = base.config
         self.weights = base.weights
-        self.workspace = Workspace(base.config.largest_linear)
+        self.workspace = Workspace()
         self.embeddings = Embeddings(base, self.workspace)
         layers = nn.ModuleList(Block(base, index, self.workspace) for index in range(base.config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layer": layers})

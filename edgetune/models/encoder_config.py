@@ -59,11 +59,6 @@ class EncoderConfig:
         square = (hidden, hidden)
         return dict(zip(LINEARS, (square, square, square, square, (inner, hidden), (hidden, inner)), strict=True))
 
-    @property
-    def largest_linear(self) -> int:
-        """Weights of a block's largest matrix."""
-        return self.hidden_size * max(self.hidden_size, self.intermediate_size)
-
     def block(self, index: int) -> str:
         """The name of a block."""
         return f"encoder.layer.{index}"
