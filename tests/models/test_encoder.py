@@ -221,6 +221,7 @@ def _module(path: str = "1_Pooling", kind: str = "Pooling") -> list[dict[str, st
         ("modules.json", {"type": 1}, r"modules.json is no list of modules"),
         ("modules.json", _module("../x"), r"has the path '../x', which leaves the model's folder"),
         ("modules.json", _module("/etc"), r"has the path '/etc'"),
+        ("modules.json", _module("..\\x"), r"leaves the model's folder"),
         ("modules.json", _module("2_Pooling"), r"2_Pooling/config.json is missing or holds no object"),
         ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, r"sets pooling_mode_max_tokens; exactly one of"),
         ("1_Pooling/config.json", {}, r"sets no pooling_mode; exactly one of pooling_mode_mean_tokens, pooling_mode_c"),
