@@ -107,13 +107,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int, bool]]:
 def test_the_overhead_is_that_of_the_adapter_and_runs_are_those_asked_for(
     asked: list[tuple[str, int, int, bool]],
 ) -> None:
-    found = measure_speed(Path("fast"), Settings((16, 100), 5, 2, 1, 1, 80))
+    found = measure_speed(Path("fast"), Settings((16, 100), 2, 2, 1, 1, 80))
     assert found["adapter_overhead_percent"] == pytest.approx(50)
     assert [entry["p50_ms"] for entry in found["past"]] == [pytest.approx(3), None], "a context of 80 holds 64 + 16"
-    turns = [("fast", 100, 5, True), ("fast", 100, 5, False)]
-    assert asked == [("fast", 16, 5, True)] * 3 + turns[:1] + turns * 2 + [("fast", 64, 17, True)] * 2
+    turns = [("fast", 100, 2, True), ("fast", 100, 2, False)]
+    assert asked == [("fast", 16, 2, True)] * 3 + turns[:1] + turns * 2 + [("fast", 64, 17, True)] * 2
     asked.clear()
-    short = measure_speed(Path("fast"), Settings((16,), 5, 1, 0, 1, 79))
+    short = measure_speed(Path("fast"), Settings((16,), 2, 1, 0, 1, 79))
     assert [entry["p50_ms"] for entry in short["past"]] == [None, None]
 
 
