@@ -70,6 +70,9 @@ def test_a_text_that_is_too_long_is_cut_and_said(model: Path, bundle: EncoderBun
         found = et.embed(bundle, [long, "abc"])
     np.testing.assert_allclose(found[0], expected(model, long), atol=1e-5, rtol=0)
     np.testing.assert_allclose(found[1], expected(model, "abc"), atol=1e-5, rtol=0)
+    exact = " ".join("a" * 71)
+    assert len(load_tokenizer(bundle.folder).encode(exact)) == 73
+    np.testing.assert_allclose(et.embed(bundle, [exact])[0], expected(model, exact), atol=1e-5, rtol=0)
 
 
 def test_what_cannot_be_embedded_is_refused(bundle: EncoderBundle, tmp_path: Path) -> None:

@@ -119,6 +119,14 @@ def test_a_graph_that_onnxruntime_cannot_load_is_a_bundle_error(tmp_path: Path) 
         open_session(folder)
 
 
+def test_a_graph_without_an_output_is_a_bundle_error(tmp_path: Path) -> None:
+    model = build_graph(random_reference())
+    gone = model.graph.output.pop().name
+    folder = write_bundle(tmp_path / "bundle", random_reference(), graph=model)
+    with pytest.raises(BundleError, match=rf"lacks inputs \[\] and outputs \['{gone}'\]"):
+        open_session(folder)
+
+
 def test_a_graph_with_another_input_is_a_bundle_error(tmp_path: Path) -> None:
     from onnx import TensorProto, helper
 
