@@ -13,6 +13,7 @@ from tiny_encoder import encoder_hf, write_encoder
 from tiny_run import adapter_tensors, write_run
 
 import edgetune as et
+from edgetune.adapter_file import BoundAdapter, read_adapter, write_adapter
 from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.lora import LoraConfig
 from edgetune.bundle import EncoderBundle, explain, load_bundle
@@ -106,6 +107,12 @@ def test_an_adapter_that_peft_could_have_trained_ships_beside_its_base(
     np.testing.assert_array_equal(embedder.embed(TEXTS), before)
     with pytest.raises(AdapterError, match=r"has no adapter 'nope'; it has adapter, second"):
         embedder.use_adapter("nope")
+    trained = read_adapter(second.folder / "second.safetensors")
+    nothing = {name: value * np.float32(1e-20) for name, value in trained.tensors.items()}
+    write_adapter(tmp_path, "dead", BoundAdapter(trained.binding, nothing))
+    with pytest.raises(AdapterError, match=r"dead\.safetensors changes nothing"):
+        embedder.use_adapter(tmp_path / "dead.safetensors")
+    np.testing.assert_array_equal(embedder.embed(TEXTS), before)
     assert not et.remove_adapter(et.remove_adapter(second, "second"), "adapter").adapters
 
 

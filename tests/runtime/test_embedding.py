@@ -56,7 +56,7 @@ def test_each_text_has_its_own_embedding(
     assert et.embed(bundle.folder, []).shape == (0, 66)
 
 
-@pytest.mark.parametrize("lengths", [[], [3], [5, 1, 5, 2, 1024, 4000, 9]])
+@pytest.mark.parametrize("lengths", [[], [3], [512] * 5, [5, 1, 5, 2, 1024, 4000, 9]])
 def test_batches_hold_every_row_once_and_few_tokens(lengths: list[int]) -> None:
     groups = embedding._groups(lengths)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
