@@ -18,6 +18,7 @@ from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.lora import LoraConfig
 from edgetune.bundle import EncoderBundle, explain, load_bundle
 from edgetune.errors import AdapterError, BundleError, ConfigError, ExportError, ModelError, ParityError
+from edgetune.exporter import encoder as encoder_gate
 from edgetune.graphs import FORMATS
 from edgetune.graphs.encoder import _Encoder
 from edgetune.models.encoder import Encoder, load_encoder
@@ -187,6 +188,18 @@ def test_the_gate_refuses_a_graph_that_computes_something_else(
     with pytest.raises(ParityError, match=r"does not compute what torch does.*Nothing was written"):
         et.export(model, out=tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "embedding"), [([0.0, 2e-3], [1.0, 0.0]), ([0.0, np.nan], [1.0, 0.0]), ([0.0, 0.0], [np.nan, 0.0])]
+)
+def test_hidden_states_or_embeddings_alone_fail_the_gate(hidden: list[float], embedding: list[float]) -> None:
+    wanted = [(np.zeros((1, 2)), np.array([[1.0, 0.0]]))]
+    assert encoder_gate._check_exact(wanted, wanted)["min_cosine"] == 1
+    found = [(np.array([hidden]), np.array([embedding]))]
+    assert encoder_gate.cosines(wanted, found)["min_cosine"] == (0 if np.isnan(embedding[0]) else 1)
+    with pytest.raises(ParityError, match="does not compute what torch does: over 1 tokens of 1 texts"):
+        encoder_gate._check_exact(wanted, found)
 
 
 def test_verbs_for_decoders_refuse_an_encoder_with_the_next_step(model: Path, tmp_path: Path) -> None:
