@@ -86,3 +86,5 @@ def test_every_failing_gate_has_its_sentence() -> None:
         "  adapter_overhead_percent is unknown here, so `adapter_overhead_percent>16` cannot be ruled out",
     ]
     check_gates(result | {"gates": result["gates"][1:2]})
+    with pytest.raises(GateError, match=r"^1 of 1 gates of b/ failed"):
+        check_gates(result | {"gates": result["gates"][:1]})
