@@ -87,12 +87,29 @@ class TestCounts:
         assert parts["optimizer"] == 8 * parameters
         assert parts["context"] == 4 * (64 * 32 + 2 * 64 * 4)  # two windows' masks, and their cosines and sines
 
+    @pytest.mark.parametrize(
+        ("hidden", "inner", "vocab", "tile", "floats"),
+        [
+            (640, 2048, 2000, 1 << 20, 1638 * 384 + 384 * 2048),  # tiles of 1638 and of 512 rows
+            (576, 1536, 9000, 1 << 20, 1820 * 384),  # what backward needs fits into forward's
+            (192, 448, 1536, 1 << 20, 1536 * 192),  # no panel is as wide as the weights
+            (896, 4864, 2000, 1 << 18, 292 * 384 + 292 * 896),
+        ],
+    )
+    def test_packed_panels(self, tiny: Any, hidden: int, inner: int, vocab: int, tile: int, floats: int) -> None:
+        model = dataclasses.replace(tiny, hidden_size=hidden, intermediate_size=inner, vocab_size=vocab)
+        assert costs.pack_bytes(job(model, tile_weights=tile, threads=2)) == 2 * costs.PACK_BYTES + 4 * floats
+        without = costs.pack_bytes(job(model, tile_weights=tile, threads=2, step_rule="mezo"))
+        assert without == 2 * costs.PACK_BYTES + 4 * max(
+            min(n, tile // k) * min(k, 384) for n, k in model.matrices().values()
+        )
+
     def test_what_is_there_beside_the_buffers(self, tiny: Any) -> None:
         wanted = {"threads": 3, "base_copy_bytes": 1000, "gradient_accumulation_steps": 5, "num_tokens": 70}
         files = {"num_rows": 9, "tokenizer_file_bytes": 1 << 12, "optimizer": "adamw_8bit"}
         parts = peak_parts(job(tiny, **wanted, **files), 1 << 40)[1]
         assert parts["base"] == 4 * 5 * 48 + 1000 + 15 * costs.LINEAR_OBJECT_BYTES  # five norms; the head is tied
-        assert parts["kernels"] == 3 * costs.PACK_BYTES
+        assert parts["kernels"] == 3 * (costs.PACK_BYTES + 2 * 88 * 48)  # a tile of that many weights
         steps = 5 * 4 * 8 * 64  # five micro-batches of 64 tokens in four int64 arrays
         assert parts["data"] == 2 * 4 * 70 + 9 * costs.ROW_OBJECT_BYTES + steps + costs.LEFT_BYTES + int(
             0.7 * (1 << 12)

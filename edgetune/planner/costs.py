@@ -32,8 +32,9 @@ TILE_QUERIES = 64  # queries of a tile of attention
 # Python and torch objects of a frozen linear with its mapped arrays, and of an adapted one; measured on 210 of each.
 LINEAR_OBJECT_BYTES = 4400
 SLOT_OBJECT_BYTES = 5200
-# Buffers that MKL packs matrices into and keeps, per thread; measured on x86-64 with weights of 455 to 4,864 rows.
-PACK_BYTES = 1 << 20
+# MKL packs a panel of each weight before it multiplies: so many of its inner dimension, half a panel for each of two
+# threads, and a little beside it. Measured on AVX-512 with 32 to 1,820 rows of 576 to 8,192 columns.
+PANEL, PACK_BYTES = 384, 1 << 17
 # A row of data as Python and numpy objects, beyond its tokens; measured.
 ROW_OBJECT_BYTES = 700
 # A window whose features are cached: its name and its place in a file, as Python objects; 520 measured.
@@ -187,7 +188,7 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         "gradients": 0,
         "optimizer": optimizer.state_bytes(trained) + optimizer.scratch_bytes(trained),
         "data": data_bytes(job),
-        "kernels": PACK_BYTES * job.threads,
+        "kernels": pack_bytes(job),
         # What blocks share: the attention masks, and the rotary tables of every position.
         "context": FLOAT_BYTES * job.tokens * (num_masks * job.max_seq_length + num_rotary * job.model.head_dim),
         "block_inputs": inputs,
@@ -196,6 +197,15 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         # Their tiles lie in the workspace; left are a few numbers for each supervised position.
         "logits": 8 * FLOAT_BYTES * job.loss_rows,
     }
+
+
+def pack_bytes(job: Job) -> int:
+    """What products with frozen weights pack and keep: a buffer is used again by whatever needs no larger one."""
+    tiles = [(tile_rows((n, k), job.tile_weights), k) for n, k in job.model.matrices().values()]
+    forward = max(n * min(k, PANEL) for n, k in tiles)
+    backward = max(min(n, PANEL) * k for n, k in tiles) if job.has_gradients else 0
+    floats = forward + (backward if backward > forward else 0)
+    return job.threads * (PACK_BYTES + FLOAT_BYTES * floats // 2)
 
 
 def data_bytes(job: Job) -> int:
