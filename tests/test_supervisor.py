@@ -138,7 +138,18 @@ def test_an_unfinished_checkpoint_is_none(ends: Ends, capsys: pytest.CaptureFixt
 
 def test_a_crash_is_not_the_budget(ends: Ends) -> None:
     with pytest.raises(supervisor.EdgetuneError, match="crashed with SIGSEGV, which is not the budget"):
-        ends.supervise((SEGV, 3, 0))
+        ends.supervise((SEGV, 3, 0), group=False)
+
+
+def test_a_crash_under_a_limit_may_be_memory_that_was_refused(ends: Ends, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(supervisor.EdgetuneError, match="crashed with SIGSEGV, which is not the budget"):
+        ends.supervise((SEGV, 4, 0), (SEGV, 6, 0))  # what could be given up was
+    first, second = ends.jobs
+    assert (first["resume"], first["plan"]["recompute_layers"]) == (False, 2)
+    assert (second["resume"], second["plan"]["recompute_layers"]) == (True, 7)
+    assert capsys.readouterr().err == (
+        "crashed with SIGSEGV, perhaps on memory that it was refused; going on from step 4, where 7 blocks run again\n"
+    )
 
 
 def test_killed_before_it_replaced_an_earlier_run(ends: Ends, capsys: pytest.CaptureFixture[str]) -> None:

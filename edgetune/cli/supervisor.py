@@ -10,7 +10,9 @@ How the child ended, by its exit code and by what the kernel counted:
     killed, and we were asked    the user's stop, as is a SIGINT or SIGTERM that somebody sent to the child alone
     SIGKILL and an OOM kill      the budget, or the machine's memory: goes on where the last checkpoint stands
     SIGKILL alone                killed from outside, as Android's low memory killer does: goes on, too
-    another signal               a crash, which the next attempt would meet again: ends with 1
+    another signal               a crash, which the next attempt would meet again: ends with 1. But where allocations
+                                 were limited, native code may crash on one that was refused (numpy does): goes on as
+                                 after a kill, if something can be given up
 
 Before it goes on, what changes no bit of the result is given up, as the governor would have. It ends where that helps
 no more: killed again without a further checkpoint, or `MAX_KILLS` times.
@@ -100,20 +102,22 @@ def supervise(job: dict[str, Any], child: Child, group: Cgroup | None) -> int:
             break
         if -code in child.SIGNALS:
             return 128 - code
-        if code != -signal.SIGKILL:
-            raise EdgetuneError(
-                f"the process that trains crashed with {signal.Signals(-code).name}, which is not the budget. "
-                f"The checkpoints in {run} are kept."
-            )
-        kills += 1
         if _plan_file(run) != plan_before:  # it got as far as to write into the run
             job |= {"resume": True, "force": False}
         gave_up = _give_up(job["plan"])
+        if code != -signal.SIGKILL:
+            crash = f"crashed with {signal.Signals(-code).name}"
+            if not gave_up or job["enforce"] not in ("rlimit", "cgroup"):
+                raise EdgetuneError(
+                    f"the process that trains {crash}, which is not the budget. The checkpoints in {run} are kept."
+                )
+            tell(f"{crash}, perhaps on memory that it was refused; going on from step {_step(job)}{_now(job)}")
+            continue
+        kills += 1
         by = _killer(job, group, _oom_kills(group) > kills_before)
         if kills == MAX_KILLS or not (gave_up or _step(job) > step_before):
             return _cannot_hold(job, group, kills, by)
-        again = f", where {job['plan']['recompute_layers']} blocks run again" if gave_up else ""
-        tell(f"killed {by or 'from outside'}; going on from step {_step(job)}{again}")
+        tell(f"killed {by or 'from outside'}; going on from step {_step(job)}{_now(job) if gave_up else ''}")
     return 128 + child.asked
 
 
@@ -153,6 +157,10 @@ def _give_up(plan: dict[str, Any]) -> bool:
     plan["recompute_layers"] = max(path, plan["recompute_layers"])
     plan["dequantized_layers"] = 0
     return gave_up
+
+
+def _now(job: dict[str, Any]) -> str:
+    return f", where {job['plan']['recompute_layers']} blocks run again"
 
 
 def _killer(job: dict[str, Any], group: Cgroup | None, out_of_memory: bool) -> str | None:

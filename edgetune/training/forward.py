@@ -38,7 +38,7 @@ def targets(batch: Batch) -> torch.Tensor:
 
 
 def num_supervised(batch: Batch) -> int:
-    return int((batch["labels"] != sft.IGNORE_INDEX).sum())
+    return int(np.count_nonzero(batch["labels"] != sft.IGNORE_INDEX))
 
 
 def below(

@@ -105,6 +105,8 @@ class Trainer:
         exact = is_exact(plan.threads, positions, plan.model_config.head_dim)
         self.crew = Crew(plan.threads, free=exact and plan.step_rule == "backprop")
         self.decoder = load_decoder(inputs.base)
+        # Rotary tables, before allocations are limited: numpy crashes in a ufunc that is refused its buffers.
+        self.decoder.context(max((window.length for window in (*inputs.windows, *inputs.eval_windows)), default=0))
         workspace = self.decoder.workspace
         workspace.tile_weights = plan.tile_weights
         workspace.offload_to = on_disk(folder) if plan.activation_offloading else None
