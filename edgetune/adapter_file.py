@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -45,16 +45,21 @@ class Binding:
     r: Annotated[int, Key("rank", low=1, high=1 << 20)]
     lora_alpha: Annotated[float, Key("strength that training used; it is folded into lora_B", low=0)]
     slots: tuple[str, ...]
-    "the adapted linears, as the graph names them"
+    "those of the graph that it fills"
 
 
 @dataclass(frozen=True)
 class AdapterSlot:
-    """Where an adapter plugs in: inputs `<name>.lora_A` [in_features, r] and `<name>.lora_B` [r, out_features]."""
+    """Where an adapter plugs in: inputs `<name>.lora_A` [in_features, n] and `<name>.lora_B` [n, out_features].
+
+    `modules` are the linears whose outputs lie side by side in it, each with its number. Where there are several, their
+    lora_A stand side by side and their lora_B along the diagonal (`by_slot`); n is r for each adapted one.
+    """
 
     name: str
     in_features: int
     out_features: int
+    modules: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,35 @@ class AdapterEntry:
 
 @dataclass(frozen=True)
 class BoundAdapter:
-    """`<slot>.lora_A` [in_features, r] and `<slot>.lora_B` [r, out_features], float32, scaling folded into lora_B."""
+    """`<slot>.lora_A` [in_features, n] and `<slot>.lora_B` [n, out_features], float32, scaling folded into lora_B."""
 
     binding: Binding
     tensors: dict[str, np.ndarray]
+
+
+def by_slot(tensors: Mapping[str, np.ndarray], slots: Iterable[AdapterSlot]) -> dict[str, np.ndarray]:
+    """Graph inputs from `<linear>.lora_A` [in, r] and `<linear>.lora_B` [r, out] of the adapted linears.
+
+        y = [x Wq, x Wk, x Wv] + x [Aq, Ak, Av] diag(Bq, Bk, Bv)
+
+    A linear of a slot without an adapter is left out; of a slot with one linear the tensors are what they were.
+    """
+    feeds: dict[str, np.ndarray] = {}
+    for slot in slots:
+        adapted = [module for module in slot.modules if f"{module}.lora_A" in tensors]
+        if not adapted:
+            continue
+        feeds[f"{slot.name}.lora_A"] = np.concatenate([tensors[f"{module}.lora_A"] for module in adapted], 1)
+        b = np.zeros((feeds[f"{slot.name}.lora_A"].shape[1], slot.out_features), np.float32)
+        start = row = 0
+        for module, outputs in slot.modules.items():
+            if module in adapted:
+                part = tensors[f"{module}.lora_B"]
+                b[row : row + len(part), start : start + outputs] = part
+                row += len(part)
+            start += outputs
+        feeds[f"{slot.name}.lora_B"] = b
+    return feeds
 
 
 def is_name(text: str) -> bool:
@@ -168,7 +198,8 @@ def tensor_problems(adapter: BoundAdapter, slots: Mapping[str, AdapterSlot]) -> 
         if slot is None:
             yield f"{name}: the graph has no such slot"
             continue
-        expected |= {f"{name}.lora_A": (slot.in_features, r), f"{name}.lora_B": (r, slot.out_features)}
+        rank = _rank_in(tensors.get(f"{name}.lora_A"), slot, r)
+        expected |= {f"{name}.lora_A": (slot.in_features, rank), f"{name}.lora_B": (rank, slot.out_features)}
     if not adapter.binding.slots:
         yield "it names no slot, expected at least one"
     for name, shape in expected.items():
@@ -184,3 +215,9 @@ def tensor_problems(adapter: BoundAdapter, slots: Mapping[str, AdapterSlot]) -> 
     known = {f"{slot}.{kind}" for slot in adapter.binding.slots for kind in ("lora_A", "lora_B")}
     for name in sorted(tensors.keys() - known):
         yield f"{name}: is not of a slot that the adapter names"
+
+
+def _rank_in(a: np.ndarray | None, slot: AdapterSlot, r: int) -> int:
+    """How many columns lora_A of a slot has: r for each adapted linear, as many as the tensor shows; else r of one."""
+    columns = 0 if a is None or a.ndim != 2 else a.shape[1]
+    return columns if columns in (r * count for count in range(1, len(slot.modules) + 1)) else r

@@ -432,7 +432,8 @@ def _check_files(folder: Path, files: Mapping[str, Any]) -> None:
 
 _Part = TypeVar("_Part", BundleModel, EncoderModel, AdapterSlot)
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,), "int": (int,), "bool": (bool,), "int | None": (int, type(None)), "tuple[int, ...]": (list,)
+    "str": (str,), "int": (int,), "bool": (bool,), "int | None": (int, type(None)), "tuple[int, ...]": (list,),
+    "dict[str, int]": (dict,),
 }  # fmt: skip
 
 
@@ -443,8 +444,9 @@ def _parse(kind: type[_Part], value: Any, where: str) -> _Part:
     types = {field.name: _FIELD_TYPES[str(field.type)] for field in fields(kind)}
     _check_keys(value, types, where)
     for key, item in value.items():
-        numbers = item if isinstance(item, list) else [item] if type(item) is int else []
-        if any(type(number) is not int or number < 0 for number in numbers):
+        numbers = item.values() if isinstance(item, dict) else item if isinstance(item, list) else [item]
+        wanted = () if isinstance(item, (str, bool, type(None))) else numbers
+        if any(type(number) is not int or number < 0 for number in wanted):
             raise BundleError(f"{where}: {key} is {item!r:.80}, expected no negative number. Export the bundle again")
     parts: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
     return kind(**parts)

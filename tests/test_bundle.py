@@ -58,13 +58,16 @@ def test_a_bundle_knows_its_model_slots_and_size(exported: Bundle) -> None:
     assert (model.model_type, model.vocab_size, model.hidden_size, model.num_hidden_layers) == ("llama", 301, 72, 2)
     assert (model.num_attention_heads, model.num_key_value_heads, model.head_dim) == (9, 3, 8)
     assert (model.max_position_embeddings, model.bos_token_id, model.eos_token_ids) == (256, 1, (2,))
-    assert len(bundle.slots) == 14
-    assert AdapterSlot("model.layers.1.mlp.down_proj", 88, 72) in bundle.slots
+    assert len(bundle.slots) == 8
+    attention, down = "model.layers.1.self_attn", "model.layers.1.mlp.down_proj"
+    parts = {f"{attention}.q_proj": 72, f"{attention}.k_proj": 24, f"{attention}.v_proj": 24}
+    assert AdapterSlot(f"{attention}.qkv_proj", 72, 120, parts) in bundle.slots
+    assert AdapterSlot(down, 88, 72, {down: 72}) in bundle.slots
     assert bundle.nbytes == sum(path.stat().st_size for path in bundle.folder.iterdir())
     assert bundle.has_adapter
     tensors = bundle.adapter_tensors()
     assert {name: value.shape for name, value in tensors.items() if "layers.0" in name} == {
-        "model.layers.0.self_attn.q_proj.lora_A": (72, 3), "model.layers.0.self_attn.q_proj.lora_B": (3, 72),
+        "model.layers.0.self_attn.qkv_proj.lora_A": (72, 3), "model.layers.0.self_attn.qkv_proj.lora_B": (3, 120),
         "model.layers.0.mlp.down_proj.lora_A": (88, 3), "model.layers.0.mlp.down_proj.lora_B": (3, 72),
     }  # fmt: skip
     summary = bundle.summary()
@@ -121,7 +124,7 @@ def test_a_newer_format_is_refused_by_name(copy: Path) -> None:
         (lambda m: m["model"].update(head_dim="8"), "model: head_dim is '8', expected int"),
         (lambda m: m["model"].update(vocab_size=-1), "model: vocab_size is -1, expected no negative number"),
         (lambda m: m["model"].update(eos_token_ids=[2, "3"]), "model: eos_token_ids is .* expected no negative number"),
-        (lambda m: m["slots"].append(3), r"slots\[14\] is 3, expected an object"),
+        (lambda m: m["slots"].append(3), r"slots\[8\] is 3, expected an object"),
         (lambda m: m["slots"][0].update(extra=1), r"slots\[0\]: missing keys \[\], unknown keys \['extra'\]"),
         (lambda m: m["files"].pop("model.onnx"), "files does not list model.onnx"),
         (lambda m: m["files"].pop("model.onnx.data"), "files does not list model.onnx.data"),
@@ -159,39 +162,41 @@ def test_one_flipped_bit_is_found(copy: Path, name: str) -> None:
         load_bundle(copy)
 
 
-def q_proj(bundle: Bundle, rank: int = 3, **binding: Any) -> BoundAdapter:
+def qkv_proj(bundle: Bundle, rank: int = 3, **binding: Any) -> BoundAdapter:
     """A random adapter of one slot, bound to this bundle unless told otherwise."""
     rng = np.random.default_rng(0)
     tensors = {
         A: rng.normal(size=(72, rank)).astype(np.float32),
-        B: rng.normal(size=(rank, 72)).astype(np.float32),
+        B: rng.normal(size=(rank, 120)).astype(np.float32),
     }
     manifest = bundle.manifest
     ours = {key: manifest[key] for key in ("base_sha256", "grid", "tokenizer_sha256")}
     return BoundAdapter(Binding(**{**ours, "r": rank, "lora_alpha": 5.0, "slots": (SLOT,), **binding}), tensors)
 
 
-SLOT = "model.layers.0.self_attn.q_proj"
+SLOT = "model.layers.0.self_attn.qkv_proj"
 A, B = f"{SLOT}.lora_A", f"{SLOT}.lora_B"
-UP = "model.layers.0.mlp.up_proj"
+UP = "model.layers.0.mlp.gate_up_proj"
 
 
 @pytest.mark.parametrize("rank", [1, 3, 64])
-def test_adapters_of_any_rank_fit(exported: Bundle, rank: int) -> None:
-    check_adapter(exported, q_proj(exported, rank))
+@pytest.mark.parametrize("adapted", [1, 2, 3])
+def test_adapters_of_any_rank_fit(exported: Bundle, rank: int, adapted: int) -> None:
+    """For one, two or all three of the linears that the slot serves."""
+    check_adapter(exported, qkv_proj(exported, adapted * rank, r=rank))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.clear(), rf"{B}: is missing, expected \[3, 72\]"),
-        (lambda t: t.pop(B), rf"1 of its tensors are wrong:\n  {B}: is missing, expected \[3, 72\]"),
+        (lambda t: t.clear(), rf"{B}: is missing, expected \[3, 120\]"),
+        (lambda t: t.pop(B), rf"1 of its tensors are wrong:\n  {B}: is missing, expected \[3, 120\]"),
         (lambda t: t.update(extra=np.ones(3, np.float32)), "extra: is not of a slot that the adapter names"),
-        (lambda t: t.update({f"{UP}.lora_A": t[A]}), "up_proj.lora_A: is not of a slot that the adapter names"),
+        (lambda t: t.update({f"{UP}.lora_A": t[A]}), "gate_up_proj.lora_A: is not of a slot that the adapter names"),
         (lambda t: t.update({A: t[A].astype(np.float16)}), "lora_A: is float16, expected float32"),
         (lambda t: t.update({A: t[A][:71]}), r"lora_A: has shape \[71, 3\], expected \[72, 3\]"),
         (lambda t: t.update({A: t[A].T.copy()}), r"lora_A: has shape \[3, 72\], expected \[72, 3\]"),
-        (lambda t: t.update({B: t[B][:2]}), r"lora_B: has shape \[2, 72\], expected \[3, 72\]"),
+        (lambda t: t.update({B: t[B][:2]}), r"lora_B: has shape \[2, 120\], expected \[3, 120\]"),
         (lambda t: t.update({A: t[A][:, :2], B: t[B][:2]}), r"lora_A: has shape \[72, 2\], expected \[72, 3\]"),
         (lambda t: t.update({A: t[A][:, 0]}), r"lora_A: has shape \[72\], expected \[72, 3\]"),
         (lambda t: t[B].__setitem__((1, 5), np.nan), "lora_B: holds NaN or infinity"),
@@ -202,7 +207,7 @@ def test_adapters_of_any_rank_fit(exported: Bundle, rank: int) -> None:
 def test_an_adapter_that_does_not_fit_is_refused(
     exported: Bundle, change: Callable[[dict[str, np.ndarray]], Any], message: str
 ) -> None:
-    adapter = q_proj(exported)
+    adapter = qkv_proj(exported)
     change(adapter.tensors)
     with pytest.raises(AdapterError, match=message):
         check_adapter(exported, adapter, origin="notes")
@@ -224,7 +229,7 @@ def test_an_adapter_that_does_not_fit_is_refused(
 )
 def test_an_adapter_of_something_else_is_refused(exported: Bundle, binding: dict[str, Any], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
-        check_adapter(exported, q_proj(exported, **binding), origin="notes")
+        check_adapter(exported, qkv_proj(exported, **binding), origin="notes")
 
 
 @pytest.mark.parametrize(
@@ -260,7 +265,7 @@ def test_an_adapter_that_changes_nothing_is_refused(change: float, message: str)
         (lambda m, e: e.update(probe_change=0), AdapterError, "adapter adapter changes nothing"),
         (lambda m, e: m.update(base_sha256="f" * 64), AdapterError, "adapter adapter was trained on base"),
         (lambda m, e: m.update(grid="nf4"), AdapterError, "adapter adapter was trained around int4 weights"),
-        (lambda m, e: m["slots"].pop(0), AdapterError, "q_proj: the graph has no such slot"),
+        (lambda m, e: m["slots"].pop(0), AdapterError, "qkv_proj: the graph has no such slot"),
     ],
 )
 def test_a_manifest_and_its_adapter_must_agree(
@@ -277,7 +282,7 @@ def test_an_adapter_that_the_bundle_does_not_have(exported: Bundle) -> None:
 
 
 def test_an_adapter_file_says_what_it_belongs_to(exported: Bundle, tmp_path: Path) -> None:
-    adapter = q_proj(exported)
+    adapter = qkv_proj(exported)
     write_adapter(tmp_path, "notes", adapter)
     assert read_adapter(tmp_path / "notes.safetensors").binding == adapter.binding
     loaded = load_adapter_tensors(exported, tmp_path / "notes.safetensors")
@@ -287,7 +292,7 @@ def test_an_adapter_file_says_what_it_belongs_to(exported: Bundle, tmp_path: Pat
 
 def test_a_damaged_adapter_file_is_refused(exported: Bundle, tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
-    write_adapter(tmp_path, "adapter", q_proj(exported))
+    write_adapter(tmp_path, "adapter", qkv_proj(exported))
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(AdapterError, match=r"adapter\.safetensors"):
         load_adapter_tensors(exported, path)
@@ -313,7 +318,7 @@ GOOD = {"format_version": 1, "base_sha256": "0", "grid": None, "tokenizer_sha256
 def test_a_file_that_does_not_say_so_is_refused(
     exported: Bundle, tmp_path: Path, metadata: dict[str, str] | None, message: str
 ) -> None:
-    save_file(q_proj(exported).tensors, tmp_path / "x.safetensors", metadata)
+    save_file(qkv_proj(exported).tensors, tmp_path / "x.safetensors", metadata)
     with pytest.raises(AdapterError, match=message):
         load_adapter_tensors(exported, tmp_path / "x.safetensors")
 

@@ -196,7 +196,8 @@ def write_bundle(
         "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": HEAD_DIM,
         "max_position_embeddings": CONTEXT, "bos_token_id": 1, "eos_token_ids": [EOS],
     }  # fmt: skip
-    slots = [{"name": slot, "in_features": HIDDEN, "out_features": HEADS * HEAD_DIM} for slot in SLOTS]
+    rows = HEADS * HEAD_DIM
+    slots = [{"name": name, "in_features": HIDDEN, "out_features": rows, "modules": {name: rows}} for name in SLOTS]
     content: dict[str, Any] = {
         "format_version": 1, "edgetune_version": "0", "model": model, "grid": None, "weights": "fp32", "merged": False,
         "base_sha256": BASE, "tokenizer_sha256": binding["tokenizer_sha256"], "slots": slots,

@@ -159,9 +159,9 @@ def _write_model(
         rounding = source.figures() | agreement.rounding_cost(items, trained, expected)
         if tuned and not accept_loss:
             parity.check_rounding(rounding, stored, job.weights, alpha=alpha)
-    feeds = job.adapter.feeds if job.adapter and not job.merge else {}
+    feeds = job.adapter.feeds(job.slots) if job.adapter else {}
     if rounding is None or not tuned:
-        feeds = attach_adapter(job, decoder).feeds
+        feeds = attach_adapter(job, decoder).feeds(job.slots)
         expected = parity.spool_logits(decoder, items, work / "expected")
     del decoder
     fast = FORMATS[job.weights].ROUNDS_ACTIVATIONS
@@ -175,7 +175,7 @@ def _write_adapter(job: Job, folder: Path, work: Path) -> dict[str, Any]:
     """The run's adapter beside the graph: its two files, and the manifest's entry. Empty where there is none."""
     if job.adapter is None or job.merge:
         return {}
-    config, feeds, rows = job.adapter.config, job.adapter.feeds, _probe_rows(job)
+    config, feeds, rows = job.adapter.config, job.adapter.feeds(job.slots), _probe_rows(job)
     if isinstance(job.base, EncoderBase):
         change = encoder.probe_change(folder / MODEL, feeds, rows)
     else:
@@ -255,7 +255,6 @@ def _write_manifest(
         model = encoder.bundle_model(job.base.config, job.context_length)
     else:
         model = _bundle_model(job)
-    linears = {} if job.merge else job.base.config.linears()
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())
     }
@@ -264,7 +263,7 @@ def _write_manifest(
         "model": model, "grid": job.base.grid, "weights": job.weights, "merged": job.merge,
         "base_sha256": job.base_sha256,
         "tokenizer_sha256": job.tokenizer_sha256,
-        "slots": [{"name": name, "in_features": k, "out_features": n} for name, (n, k) in linears.items()],
+        "slots": [asdict(slot) for slot in job.slots],
         "adapters": dict(adapters), "default_adapter": next(iter(adapters), None),
         "probe_rows": _probe_rows(job), "merge": merged,
         "parity": dict(figures), "rounding": None if rounding is None else dict(rounding),

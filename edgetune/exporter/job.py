@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from edgetune.adapter_file import AdapterSlot, by_slot
 from edgetune.adapters import lora
 from edgetune.adapters.attach import attach
 from edgetune.adapters.base import load_adapter
@@ -24,6 +25,7 @@ from edgetune.data import Row, read_rows, split_eval
 from edgetune.device import DeviceProfile, load_device
 from edgetune.errors import DeviceError, EdgetuneWarning, ExportError
 from edgetune.graphs import FORMATS, standard
+from edgetune.graphs.fused import adapter_slots
 from edgetune.graphs.ops import has_fused_attention
 from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
@@ -46,10 +48,9 @@ class Adapter:
     config: LoraConfig
     tensors: dict[str, np.ndarray]
 
-    @property
-    def feeds(self) -> dict[str, np.ndarray]:
-        """The same as inputs of the graph."""
-        return lora.onnx_tensors(self.config, self.tensors)
+    def feeds(self, slots: Iterable[AdapterSlot]) -> dict[str, np.ndarray]:
+        """The same as inputs of a graph with these slots."""
+        return by_slot(lora.onnx_tensors(self.config, self.tensors), slots)
 
     def weakened(self, alpha: float) -> Adapter:
         """The adapter whose change of the weights is `alpha` times this one's."""
@@ -76,6 +77,16 @@ class Job:
         """The base, where the job is a decoder's."""
         assert isinstance(self.base, Base)
         return self.base
+
+    def format_of(self, module: str) -> str:
+        """The key in `FORMATS` of a matrix in the bundle: what the base has it in, where nothing is rounded."""
+        stored = self.base.grid or "fp32"
+        return self.weights if self.merge or self.weights != stored else self.base.grid_of(module) or "fp32"
+
+    @property
+    def slots(self) -> tuple[AdapterSlot, ...]:
+        """Those of the graph; a merged one has none."""
+        return () if self.merge else adapter_slots(self.base.config, self.format_of)
 
     @property
     def contrib(self) -> bool:

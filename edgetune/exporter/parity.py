@@ -34,6 +34,7 @@ from edgetune.exporter.merging import BaseWeights, RoundedWeights
 from edgetune.exporter.pieces import Piece, cut, row_ranges, serialized
 from edgetune.graphs import FORMATS
 from edgetune.graphs.builder import part_name
+from edgetune.graphs.fused import Place, places
 from edgetune.grids import row_tiles, tile_rows
 from edgetune.models.config import DecoderConfig
 from edgetune.models.decoder import Decoder
@@ -245,21 +246,26 @@ def check_bytes(model: Path, source: BaseWeights[Any], produced: Mapping[str, st
 
 def _differing(source: BaseWeights[Any], written: Mapping[str, np.ndarray]) -> Iterator[str]:
     """The initializers that are not what the base says."""
-    for module, shape in source.config.matrices().items():
+    held = places(source.config, source.format_of)
+    for module, place in held.items():
         weights = FORMATS[source.format_of(module)]
         wrong: dict[str, None] = {}
         for rows, part in source.parts(module):
-            arrays = {key: written[part_name(f"{module}.weight", key)] for key in part}
+            arrays = {key: written[part_name(f"{place.weight}.weight", key)] for key in part}
             # Float16 scales are widened, which is exact.
             wrong |= {
-                part_name(f"{module}.weight", key): None
-                for key, found in weights.rows_of(arrays, shape, rows).items()
+                part_name(f"{place.weight}.weight", key): None
+                for key, found in weights.rows_of(arrays, place.shape, place.rows(rows)).items()
                 if not np.array_equal(found, part[key])
             }
         yield from wrong
     for name in source.config.vectors():
-        if not np.array_equal(written[name], source.vector(name)):
-            yield name
+        vector, (module, _, kind) = source.vector(name), name.rpartition(".")
+        whole, rows = name, slice(None)
+        if module in held:
+            whole, rows = f"{held[module].weight}.{kind}", held[module].rows(slice(0, len(vector)))
+        if not np.array_equal(written[whole][rows], vector):
+            yield whole
 
 
 class Written(Mapping[str, np.ndarray]):
@@ -291,16 +297,19 @@ class Written(Mapping[str, np.ndarray]):
 class _WrittenLinear(torch.nn.Module):
     """y = x W^T + bias over a weight as it was written, dequantized on every call."""
 
-    def __init__(self, weights: str, codes: Mapping[str, np.ndarray], shape: tuple[int, int], bias: Any) -> None:
+    def __init__(
+        self, weights: str, codes: Mapping[str, np.ndarray], place: Place, shape: tuple[int, int], bias: Any
+    ) -> None:
         super().__init__()
-        self._weights, self._codes, self._shape, self._bias = weights, codes, shape, bias
+        self._weights, self._codes, self._place, self._shape, self._bias = weights, codes, place, shape, bias
 
-    def _rows(self, rows: slice | np.ndarray | None = None) -> torch.Tensor:
-        weight = FORMATS[self._weights].dequantize(self._codes, self._shape, rows)
+    def _rows(self, rows: slice | np.ndarray) -> torch.Tensor:
+        at = self._place.rows(rows) if isinstance(rows, slice) else rows + self._place.start
+        weight = FORMATS[self._weights].dequantize(self._codes, self._place.shape, at)
         return torch.from_numpy(np.require(weight, requirements="W"))  # torch wants memory that it could write to
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(x, self._rows(), self._bias)
+        return torch.nn.functional.linear(x, self._rows(slice(0, self._shape[0])), self._bias)
 
     def tiles(self) -> Iterator[tuple[slice, torch.Tensor]]:
         for rows in row_tiles(self._shape):
@@ -314,15 +323,15 @@ class _WrittenLinear(torch.nn.Module):
 def use_written_weights(torch_model: Decoder | Encoder, model: Path, weights: str) -> None:
     """Replace every matrix of a torch model by the one in a written model file: torch's view of rounded weights."""
     written = Written(model)
-    matrices = torch_model.config.matrices()
-    for module, shape in matrices.items():
-        name = f"{module}.weight"
+    held = places(torch_model.config, lambda _: weights)
+    for module, shape in torch_model.config.matrices().items():
+        name = f"{held[module].weight}.weight"
         found = {key.removeprefix(name).lstrip("."): value for key, value in written.items() if key.startswith(name)}
         # The weight itself, or its parts; longer names are views of the same bytes.
         codes = {key or "weight": value for key, value in found.items() if "." not in key}
         path, _, leaf = module.removeprefix("model.").rpartition(".")
         parent = torch_model.get_submodule(path)
-        setattr(parent, leaf, _WrittenLinear(weights, codes, shape, getattr(parent, leaf).bias))
+        setattr(parent, leaf, _WrittenLinear(weights, codes, held[module], shape, getattr(parent, leaf).bias))
     if isinstance(torch_model, Decoder) and torch_model.config.tie_word_embeddings:
         torch_model.lm_head = torch_model.embed_tokens
 

@@ -2,24 +2,28 @@
 
     input_ids [batch_size, sequence_length], attention_mask [batch_size, total_sequence_length]        int64
     past_key_values.%d.key/.value [batch_size, kv_heads, past_sequence_length, head_dim]               float32
-    <linear>.lora_A [in, r], <linear>.lora_B [r, out]                                                  float32, optional
+    <slot>.lora_A [in, r], <slot>.lora_B [r, out]                                                      float32, optional
     logits_to_keep [1], 0 where it is left out                                                         int64, optional
  -> logits [batch_size, logits_length, vocab_size], present.%d.key/.value                              float32
 
 `logits_to_keep` is Hugging Face's: logits of so many last positions alone, of all with 0.
 
-Initializers keep the base's names plus a suffix (`model.layers.0.mlp.up_proj.weight.codes`), so what was written can be
-compared with what was trained. Rows of a batch may end in padding; padding on the left is not supported.
+Initializers keep the base's names plus a suffix (`model.layers.0.mlp.down_proj.weight.codes`), so what was written can
+be compared with what was trained; linears that share an input are one weight (`fused`). Between blocks the hidden
+states of all positions lie below each other, [b*s, hidden]: one `Gemm` then adds an adapter. Rows of a batch may end in
+padding; padding on the left is not supported.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 
-from edgetune.graphs import FORMATS, ops
+from edgetune.adapter_file import AdapterSlot
+from edgetune.graphs import FORMATS, fused, ops
 from edgetune.graphs.builder import Builder
 from edgetune.grids.int4 import Fill
 from edgetune.models.config import DecoderConfig
@@ -43,7 +47,7 @@ class Matrices(Protocol):
 def decoder_graph(
     source: Matrices, *, data_file: str, context_length: int, slots: bool, contrib: bool = True
 ) -> Builder:
-    """The graph, ready to be saved. With `slots` every linear of every block takes an adapter.
+    """The graph, ready to be saved. With `slots` every linear of every block takes an adapter, by `adapter_slots`.
 
     Without `contrib` it is of standard operators alone, which all formats of its weights have to allow.
     """
@@ -55,6 +59,7 @@ class _Decoder:
 
     def __init__(self, source: Matrices, builder: Builder, slots: bool) -> None:
         self.source, self.config, self.b, self.slots = source, source.config, builder, slots
+        self.linears = {slot.name: slot for slot in fused.adapter_slots(source.config, source.format_of)}
 
     def build(self, context_length: int) -> Builder:
         b, c = self.b, self.config
@@ -69,13 +74,16 @@ class _Decoder:
         emit = FORMATS[self.source.format_of(embedding)].emit_embedding
         x = emit(b, _path(embedding), ids, f"{embedding}.weight", c.matrices()[embedding], self._fill(embedding))
         x = ops.scaled(b, f"{_path(embedding)}/scaled", x, c.embedding_scale)
+        x = ops.flat(b, _path(embedding), x, c.hidden_size)
+        self.shape = ops.row_shape(b, ids)
         shared = ops.attention_inputs(b, ids, mask, c, context_length)
         present = []
         for i in range(c.num_hidden_layers):
             x, *kv = self._layer(x, i, past[i], shared)
             present.append(kv)
-        x = ops.last_positions(b, f"{_path('lm_head')}/logits_to_keep", self._norm(x, "model.norm"))
-        logits = self._linear(x, "lm_head", embedding if c.tie_word_embeddings else "lm_head")
+        x = ops.by_row(b, _path("model.norm"), self._norm(x, "model.norm"), self.shape)
+        x = ops.last_positions(b, f"{_path('lm_head')}/logits_to_keep", x)
+        logits = self._product(x, "lm_head", embedding if c.tie_word_embeddings else "lm_head")
         b.output(logits, "logits", "float32", ["batch_size", "logits_length", c.vocab_size])
         for i, kv in enumerate(present):
             for value, kind in zip(kv, ("key", "value"), strict=True):
@@ -93,33 +101,75 @@ class _Decoder:
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
         norms = self.config.block_norms
         h = self._norm(x, f"{name}.{norms.before_attention}")
-        q, k, v = (self._linear(h, f"{attention}.{part}") for part in ("q_proj", "k_proj", "v_proj"))
-        if self.config.qk_norm:
-            q = self._head_norm(q, f"{attention}.q_norm", self.config.num_attention_heads)
-            k = self._head_norm(k, f"{attention}.k_norm", self.config.num_key_value_heads)
-        h, key, value = ops.attention(self.b, _path(attention), (q, k, v), past, shared, self.config, kind)
+        qkv = self._qkv(h, name)
+        h, key, value = ops.attention(self.b, _path(attention), qkv, past, shared, self.config, kind)
+        h = ops.flat(self.b, _path(attention), h, self.config.linear_shapes["self_attn.o_proj"][1])
         h = self._linear(h, f"{attention}.o_proj")
         if norms.after_attention:
             h = self._norm(h, f"{name}.{norms.after_attention}")
         x = self.b.op(f"{_path(attention)}/Add", "Add", [x, h])
         h = self._norm(x, f"{name}.{norms.before_mlp}")
-        gate, up = self._linear(h, f"{mlp}.gate_proj"), self._linear(h, f"{mlp}.up_proj")
+        if f"{name}.{fused.GATE_UP}" in self.linears:
+            inner = self.config.intermediate_size
+            gate, up = ops.split(self.b, _path(mlp), self._linear(h, f"{name}.{fused.GATE_UP}"), (inner, inner))
+        else:
+            gate, up = (self._linear(h, f"{name}.{part}") for part in fused.PARTS[fused.GATE_UP])
         h = self._linear(ops.GATES[self.config.hidden_act](self.b, _path(mlp), gate, up), f"{mlp}.down_proj")
         if norms.after_mlp:
             h = self._norm(h, f"{name}.{norms.after_mlp}")
         return self.b.op(f"{_path(mlp)}/Add", "Add", [x, h]), key, value
 
-    def _linear(self, x: ir.Value, name: str, module: str | None = None) -> ir.Value:
-        """The linear `name` over the matrix of `module` (its own, but for a tied head), and its adapter slot."""
-        module = module or name
-        shape = self.config.matrices()[module]
-        slot = self.slots and name in self.config.linears()
+    def _qkv(self, h: ir.Value, block: str) -> Sequence[ir.Value | None]:
+        """What a block's attention takes, [b, s, heads*head_dim]: side by side where the operator wants no more."""
+        config, attention = self.config, f"{block}.self_attn"
+        counts = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        whole = f"{block}.{fused.QKV}"
+        values: Sequence[ir.Value]
+        if whole in self.linears:
+            y = ops.by_row(self.b, _path(whole), self._linear(h, whole), self.shape)
+            if not config.qk_norm and self.b.contrib and ops.has_fused_attention(config):
+                return y, None, None
+            values = ops.split(self.b, _path(attention), y, [count * config.head_dim for count in counts])
+        else:
+            parts = [f"{block}.{part}" for part in fused.PARTS[fused.QKV]]
+            values = [ops.by_row(self.b, _path(part), self._linear(h, part), self.shape) for part in parts]
+        if not config.qk_norm:
+            return values
+        q, k, v = values
+        q, k = (
+            self._head_norm(q, f"{attention}.q_norm", counts[0]),
+            self._head_norm(k, f"{attention}.k_norm", counts[1]),
+        )
+        return q, k, v
+
+    def _linear(self, x: ir.Value, name: str) -> ir.Value:
+        """A linear of a block, or several as one: x [b*s, in] -> [b*s, out], with its adapter slot."""
+        slot = self.linears[name]
+        y = self._product(x, name, name)
+        return ops.lora(self.b, _path(name), x, y, name, (slot.out_features, slot.in_features)) if self.slots else y
+
+    def _product(self, x: ir.Value, name: str, weight: str) -> ir.Value:
+        """X times the transpose of a weight (another's, for a tied head) plus the bias that the linears have."""
+        slot = self.linears.get(name)
+        modules = slot.modules if slot else {weight: self.config.matrices()[weight][0]}
+        first = next(iter(modules))
+        shape = sum(modules.values()), self.config.matrices()[first][1]
         bias = None
-        if name in self.config.linears() and self.config.has_bias(name.split(".", 3)[3]):
-            bias = self.b.weight(f"{name}.bias", "float32", shape[:1], lambda: self.source.vector(f"{name}.bias"))
-        emit = FORMATS[self.source.format_of(module)].emit_linear
-        y: ir.Value = emit(self.b, _path(name), x, f"{module}.weight", shape, self._fill(module), bias=bias)
-        return ops.lora(self.b, _path(name), x, y, name, shape) if slot else y
+        if slot and self.config.has_bias(first.split(".", 3)[3]):
+            bias = self.b.weight(f"{name}.bias", "float32", shape[:1], lambda: self._bias(slot))
+        format_of = FORMATS[self.source.format_of(first)]
+
+        def fill(arrays: dict[str, np.ndarray]) -> None:
+            start = 0
+            for module, rows in modules.items():
+                self.source.fill(module, format_of.rows_of(arrays, shape, slice(start, start + rows)))
+                start += rows
+
+        y: ir.Value = format_of.emit_linear(self.b, _path(name), x, f"{weight}.weight", shape, fill, bias=bias)
+        return y
+
+    def _bias(self, slot: AdapterSlot) -> np.ndarray:
+        return np.concatenate([self.source.vector(f"{module}.bias") for module in slot.modules])
 
     def _fill(self, module: str) -> Fill:
         return lambda arrays: self.source.fill(module, arrays)

@@ -60,10 +60,12 @@ class _Encoder:
     def build(self) -> Builder:
         b, c = self.b, self.config
         ids, mask = b.input("input_ids", "int64", _ROWS), b.input("attention_mask", "int64", _ROWS)
-        x = self._embeddings(ids)
+        x = ops.flat(b, "/embeddings", self._embeddings(ids), c.hidden_size)
+        self.shape = ops.row_shape(b, ids)
         seen = self._seen(ids, mask)
         for i in range(c.num_hidden_layers):
             x = self._layer(x, c.block(i), seen)
+        x = ops.by_row(b, "/pooling", x, self.shape)
         embedding = self._pooled(x, mask)
         b.output(embedding, "embedding", "float32", ["batch_size", c.hidden_size])
         b.output(x, "last_hidden_state", "float32", [*_ROWS, c.hidden_size])
@@ -102,12 +104,13 @@ class _Encoder:
         return b.op("/mask/Expand", "Expand", [seen, shape])
 
     def _layer(self, x: ir.Value, name: str, seen: ir.Value) -> ir.Value:
-        """One block, as `models.encoder.Block` has it."""
+        """One block, as `models.encoder.Block` has it, on hidden states [b*s, hidden]."""
         b, heads, attention = self.b, self.config.num_attention_heads, f"{name}.attention"
-        q, k, v = (self._linear(x, f"{attention}.self.{part}") for part in ("query", "key", "value"))
+        parts = [f"{attention}.self.{part}" for part in ("query", "key", "value")]
+        q, k, v = (ops.by_row(b, _path(part), self._linear(x, part), self.shape) for part in parts)
         path = f"{_path(attention)}/self/Attention"
         h = b.op(path, "Attention", [q, k, v, seen], q_num_heads=heads, kv_num_heads=heads)
-        x = self._output(x, h, f"{attention}.output")
+        x = self._output(x, ops.flat(b, f"{_path(attention)}/self", h, self.config.hidden_size), f"{attention}.output")
         h = self._linear(x, f"{name}.intermediate.dense")
         h = b.op(f"{_path(name)}/intermediate/Gelu", "Gelu", [h])
         return self._output(x, h, f"{name}.output")

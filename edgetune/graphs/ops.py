@@ -49,18 +49,46 @@ def head_norm(
     return b.op(f"{path}/join/Reshape", "Reshape", [x, joined])
 
 
-# x [..., K] ── MatMul(lora_A [K, r]) ── MatMul(lora_B [r, N]) ── Add(y) ── [..., N]
-def lora(b: Builder, path: str, x: ir.Value, y: ir.Value, module: str, shape: tuple[int, int]) -> ir.Value:
+# x [n, K] ── MatMul(lora_A [K, r]) ── Gemm(lora_B [r, N], y) ── [n, N]
+def lora(b: Builder, path: str, x: ir.Value, y: ir.Value, slot: str, shape: tuple[int, int]) -> ir.Value:
     """The sum y + (x A) B with A and B as optional inputs of any rank; left out they have rank 0 and change nothing.
 
-    The scaling is folded into B. One symbol per slot names the rank, so slots may differ in theirs.
+    The scaling is folded into B. One symbol per slot names the rank, so slots may differ in theirs. Two calls for each
+    slot: with empty ones a token of the SmolLM2-135M shape is still a microsecond longer for each call.
     """
     rows, columns = shape
-    rank = f"{module}.r"
-    a = b.optional_input(f"{module}.lora_A", [columns, rank], np.zeros((columns, 0), np.float32))
-    c = b.optional_input(f"{module}.lora_B", [rank, rows], np.zeros((0, rows), np.float32))
-    inner = b.op(f"{path}/lora_A/MatMul", "MatMul", [x, a])
-    return b.op(f"{path}/Add", "Add", [y, b.op(f"{path}/lora_B/MatMul", "MatMul", [inner, c])])
+    rank = f"{slot}.r"
+    a = b.optional_input(f"{slot}.lora_A", [columns, rank], np.zeros((columns, 0), np.float32))
+    c = b.optional_input(f"{slot}.lora_B", [rank, rows], np.zeros((0, rows), np.float32))
+    return b.op(f"{path}/lora_B/Gemm", "Gemm", [b.op(f"{path}/lora_A/MatMul", "MatMul", [x, a]), c, y])
+
+
+# x [b, s, n] ── Reshape ── [b*s, n]
+def flat(b: Builder, path: str, x: ir.Value, size: int) -> ir.Value:
+    """The vectors of all positions, of length `size` each, below each other."""
+    shape = b.constant(f"/shape/flat/{size}", np.array([-1, size], np.int64))
+    return b.op(f"{path}/flat/Reshape", "Reshape", [x, shape])
+
+
+# ids [b, s] ── Shape ── Concat(-1) ── [b, s, -1]
+def row_shape(b: Builder, ids: ir.Value) -> ir.Value:
+    """The shape that `by_row` gives values back."""
+    rest = b.constant("/shape/rest", np.array([-1], np.int64))
+    return b.op("/shape/Concat", "Concat", [b.op("/shape/Shape", "Shape", [ids]), rest], axis=0)
+
+
+# x [b*s, n] ── Reshape ── [b, s, n]
+def by_row(b: Builder, path: str, x: ir.Value, shape: ir.Value) -> ir.Value:
+    """What `flat` made, undone."""
+    return b.op(f"{path}/by_row/Reshape", "Reshape", [x, shape])
+
+
+# x [b, s, n + m + …] ─ Split ─┬─ [b, s, n]
+#                              ├─ [b, s, m] …
+def split(b: Builder, path: str, x: ir.Value, sizes: Sequence[int]) -> Sequence[ir.Value]:
+    """The last dimension cut into parts of these sizes."""
+    lengths = b.constant(f"/shape/split/{'.'.join(map(str, sizes))}", np.array(sizes, np.int64))
+    return b.op_many(f"{path}/Split", "Split", [x, lengths], [f"part.{i}" for i in range(len(sizes))], axis=-1)
 
 
 # gate ─┬─ Sigmoid ─ Mul ─ Mul(up)
@@ -165,7 +193,7 @@ def _length(b: Builder, path: str, x: ir.Value) -> ir.Value:
 def attention(
     b: Builder,
     path: str,
-    qkv: Sequence[ir.Value],
+    qkv: Sequence[ir.Value | None],
     past: Sequence[ir.Value],
     shared: AttentionInputs,
     config: DecoderConfig,
@@ -173,7 +201,8 @@ def attention(
 ) -> Sequence[ir.Value]:
     """Causal grouped-query attention of a kind over past and new tokens.
 
-    `qkv` are [b, s, heads*head_dim]; `past` and the returned present are key and value [b, kv_heads, length, head_dim].
+    `qkv` are [b, s, heads*head_dim], for the contrib operator also all three side by side, with None for k and v;
+    `past` and the returned present are key and value [b, kv_heads, length, head_dim].
     Returns (output [b, s, heads*head_dim], present key, present value).
 
     The contrib operator is preferred because past and present may be one buffer there. The standard operators take
@@ -191,6 +220,7 @@ def attention(
             scale=scale, local_window_size=-1 if window is None else window,
         )  # fmt: skip
     q, k, v = qkv
+    assert q is not None and k is not None
     if tables is not None:
         q, k = (
             b.op(

@@ -24,6 +24,7 @@ from edgetune.adapter_file import (
     AdapterEntry,
     Binding,
     BoundAdapter,
+    by_slot,
     check_probe_change,
     is_name,
     read_adapter,
@@ -240,12 +241,11 @@ def _read_source(bundle: AnyBundle[Any], source: Path) -> BoundAdapter:
     """The adapter of a run folder, a PEFT folder or a file, with what it was trained on."""
     if source.is_file():
         return read_adapter(source)
-    config, tensors = peft.read_adapter(
-        source, {slot.name: (slot.out_features, slot.in_features) for slot in bundle.slots}
-    )
-    slots = tuple(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
-    alpha = float(config.lora_alpha or 0)
-    return BoundAdapter(Binding(*_origin(source), config.rank, alpha, slots), onnx_tensors(config, tensors))
+    shapes = {module: (rows, slot.in_features) for slot in bundle.slots for module, rows in slot.modules.items()}
+    config, tensors = peft.read_adapter(source, shapes)
+    feeds = by_slot(onnx_tensors(config, tensors), bundle.slots)
+    slots = tuple(dict.fromkeys(name.rpartition(".")[0] for name in feeds))
+    return BoundAdapter(Binding(*_origin(source), config.rank, float(config.lora_alpha or 0), slots), feeds)
 
 
 def _origin(folder: Path) -> tuple[str, str | None, str | None]:

@@ -99,7 +99,7 @@ public struct TunedBundle {
         slots = Dictionary(uniqueKeysWithValues: manifest.slots.map { ($0.name, $0) })
     }
 
-    /// The graph inputs of an adapter: `<slot>.lora_A` [in, r] and `<slot>.lora_B` [r, out], if it fits this bundle.
+    /// The graph inputs of an adapter: `<slot>.lora_A` [in, n] and `<slot>.lora_B` [n, out], if it fits this bundle.
     ///
     /// A safetensors file is the length of its header in 8 bytes, the header as JSON, then the tensors. They are fed as
     /// inputs because the Objective-C API, which Swift calls, does not know onnxruntime's own adapters.
@@ -117,7 +117,7 @@ public struct TunedBundle {
         guard try JSONDecoder().decode(Origin.self, from: bound) == origin else {
             throw BundleError("adapter \(name) was trained on another base, grid or tokenizer")
         }
-        let expected = try shapes(JSONDecoder().decode(Binding.self, from: bound))
+        let expected = try shapes(JSONDecoder().decode(Binding.self, from: bound), header)
         guard header.compactMapValues(\.shape) == expected else {
             throw BundleError("adapter \(name) does not have the tensors of its slots")
         }
@@ -129,12 +129,15 @@ public struct TunedBundle {
         }
     }
 
-    private func shapes(_ binding: Binding) throws -> [String: [Int]] {
+    /// Of the tensors of each slot. One that serves several linears holds r columns for each that is adapted.
+    private func shapes(_ binding: Binding, _ header: [String: Entry]) throws -> [String: [Int]] {
         var shapes: [String: [Int]] = [:]
         for part in binding.slots {
             guard let slot = slots[part] else { throw BundleError("the graph has no slot \(part)") }
-            shapes["\(part).lora_A"] = [slot.rows, binding.r]
-            shapes["\(part).lora_B"] = [binding.r, slot.columns]
+            let found = header["\(part).lora_A"]?.shape?.last ?? 0
+            let rank = found > 0 && found % binding.r == 0 ? found : binding.r
+            shapes["\(part).lora_A"] = [slot.rows, rank]
+            shapes["\(part).lora_B"] = [rank, slot.columns]
         }
         return shapes
     }

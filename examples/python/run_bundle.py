@@ -40,9 +40,10 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
 
 
 def read_adapter(bundle: Path, manifest: dict[str, Any], name: str) -> dict[str, np.ndarray]:
-    """The graph inputs of an adapter: `<slot>.lora_A` [in, r] and `<slot>.lora_B` [r, out]. Ends where it does not fit.
+    """The graph inputs of an adapter: `<slot>.lora_A` [in, n] and `<slot>.lora_B` [n, out]. Ends where it does not fit.
 
-    A safetensors file is the length of its header in 8 bytes, the header as JSON, then the tensors.
+    N is the rank for each adapted linear of the slot: q, k and v share one, gate and up another. A safetensors file is
+    the length of its header in 8 bytes, the header as JSON, then the tensors.
     """
     if name not in manifest["adapters"]:
         sys.exit(f"{bundle} has no adapter {name}; it has {', '.join(manifest['adapters']) or 'none'}")
@@ -58,7 +59,9 @@ def read_adapter(bundle: Path, manifest: dict[str, Any], name: str) -> dict[str,
     expected: dict[str, list[int | None]] = {}
     for slot in binding["slots"]:
         rows, columns = sizes.get(slot, (None, None))
-        expected |= {f"{slot}.lora_A": [rows, binding["r"]], f"{slot}.lora_B": [binding["r"], columns]}
+        found = header.get(f"{slot}.lora_A", {"shape": []})["shape"][-1:]
+        rank = found[0] if found and found[0] and found[0] % binding["r"] == 0 else binding["r"]
+        expected |= {f"{slot}.lora_A": [rows, rank], f"{slot}.lora_B": [rank, columns]}
     if {key: info["shape"] for key, info in header.items()} != expected:
         sys.exit(f"{path} does not have the tensors of its slots in {bundle}")
     tensors = raw[start:]

@@ -10,7 +10,7 @@ const MIN_PROBE_CHANGE = 1e-6; // of the largest logit; less cannot be told from
  * @param {Uint8Array} bytes the .safetensors file
  * @param {object} manifest edgetune.json of the bundle
  * @param {string} name
- * @returns {Map<string, {shape: number[], data: Float32Array}>} for each slot `NAME.lora_A` [in, r], `.lora_B` [r, out]
+ * @returns {Map<string, {shape: number[], data: Float32Array}>} for each slot `NAME.lora_A` [in, n], `.lora_B` [n, out]
  */
 export function readAdapter(bytes, manifest, name) {
   const { metadata, tensors } = readSafetensors(bytes, name);
@@ -48,8 +48,11 @@ function* tensorProblems(tensors, binding, slots) {
       yield `${name}: the graph has no such slot`;
       continue;
     }
-    expected.set(`${name}.lora_A`, [slot.in_features, binding.r]);
-    expected.set(`${name}.lora_B`, [binding.r, slot.out_features]);
+    // A slot of several linears holds r columns for each of them that is adapted.
+    const columns = tensors.get(`${name}.lora_A`)?.shape[1] ?? 0;
+    const rank = columns > 0 && columns % binding.r === 0 ? columns : binding.r;
+    expected.set(`${name}.lora_A`, [slot.in_features, rank]);
+    expected.set(`${name}.lora_B`, [rank, slot.out_features]);
   }
   for (const [name, shape] of expected) {
     const tensor = tensors.get(name);

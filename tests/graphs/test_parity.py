@@ -19,6 +19,7 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import save_file
 from tiny_run import adapter_tensors
 
+from edgetune.adapter_file import by_slot
 from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.lora import LoraConfig, onnx_tensors
 from edgetune.base import open_base
@@ -26,6 +27,7 @@ from edgetune.exporter import agreement, export, parity, pieces
 from edgetune.exporter.merging import BaseWeights, RoundedWeights, round_to
 from edgetune.graphs import FORMATS
 from edgetune.graphs.decoder import decoder_graph
+from edgetune.graphs.fused import adapter_slots
 from edgetune.grids import GRIDS, nf4
 from edgetune.models import FAMILIES
 from edgetune.models.decoder import load_decoder
@@ -50,6 +52,13 @@ def write_graph(folder: Path, base: Path, *, slots: bool = True, weights: str | 
     )
     builder.save(folder, "model.onnx")
     return folder / "model.onnx"
+
+
+def graph_feeds(base: Path, config: LoraConfig, tensors: dict[str, np.ndarray], weights: str | None = None) -> Any:
+    """An adapter as inputs of the graph of `write_graph`."""
+    opened = open_base(base)
+    source = BaseWeights(opened) if weights is None else RoundedWeights(opened, weights, None, merge=False)
+    return by_slot(onnx_tensors(config, tensors), adapter_slots(opened.config, source.format_of))
 
 
 class Client:
@@ -102,7 +111,26 @@ def test_logits_match_torch_with_and_without_an_adapter(tmp_path: Path, family: 
         tuned = decoder(torch.from_numpy(ids)).numpy()
     assert np.abs(tuned - plain).max() > 1, "the adapter has to change something"
     np.testing.assert_allclose(client.run(ids)[0], plain, atol=1e-4, rtol=0)
-    np.testing.assert_allclose(client.run(ids, feeds=onnx_tensors(config, tensors))[0], tuned, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(client.run(ids, feeds=graph_feeds(base, config, tensors))[0], tuned, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_graph_of_parts_that_stay_apart(tmp_path: Path, *, qk_norm: bool) -> None:
+    family = "qwen3" if qk_norm else "qwen2"  # with norms of q and k; with biases
+    config = tiny_config(
+        family, hidden_size=36, num_attention_heads=3, num_key_value_heads=3, head_dim=4, intermediate_size=92
+    )
+    base = quantize(write_model(tmp_path / "model", config), "nf4", tmp_path / "base")
+    client = Client(write_graph(tmp_path / "graph", base))
+    inputs = {item.name for item in client.session.get_overridable_initializers()}
+    assert "model.layers.0.self_attn.q_proj.lora_A" in inputs
+    decoder = load_decoder(base)
+    lora, tensors = adapter_tensors(base, ADAPTER)
+    load_tensors(attach(decoder, lora), tensors)
+    ids = np.random.default_rng(3).integers(0, 301, (2, 19))
+    with torch.no_grad():
+        expected = decoder(torch.from_numpy(ids)).numpy()
+    np.testing.assert_allclose(client.run(ids, feeds=graph_feeds(base, lora, tensors))[0], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,10 +156,10 @@ def test_an_nf4_weight_in_row_ranges_gives_the_same_logits(tmp_path: Path, monke
     monkeypatch.setattr(nf4, "PIECE_BYTES", 4 * 72 * 50)
     model = write_graph(tmp_path / "pieces", base)
     ops = Counter(node.op_type for node in onnx.load(model, load_external_data=False).graph.node)
-    # A block of 64 starts at every eighth row of 72 or 88, so 50 rows become 48 or 40: two ranges for each of the five
-    # linears with more rows than that, one for k and v, seven for the 301 rows of the head.
-    assert ops["MatMulBnb4"] == 2 * (5 * 2 + 2) + 7
-    assert ops["Concat"] == 2 * 5 + 1
+    # A block of 64 starts at every eighth row of 72 or 88, so 50 rows become 48 or 40: three ranges for the 120 rows of
+    # q, k and v, four for the 176 of gate and up, two each for o and down, seven for the 301 rows of the head.
+    assert ops["MatMulBnb4"] == 2 * (3 + 4 + 2 + 2) + 7
+    assert ops["Concat"] == 2 * 4 + 1 + 1  # and one makes the shape of the hidden states
     assert (tmp_path / "whole" / "model.onnx.data").read_bytes() == (
         tmp_path / "pieces" / "model.onnx.data"
     ).read_bytes()
@@ -230,7 +258,7 @@ def test_the_gate_runs_every_family_in_pieces(tmp_path: Path, family: str, head_
     load_tensors(attach(decoder, lora), tensors)
     items, _ = agreement.probes([], config.vocab_size, 64)
     expected = parity.spool_logits(decoder, items, work / "torch")
-    feeds = onnx_tensors(lora, tensors)
+    feeds = graph_feeds(base, lora, tensors)
     figures = parity.check_logits(path, config, feeds, items, expected, work, fast=False)
     assert figures["rows"] >= 1000
     assert max(figures["max_abs_logit"], figures["max_abs_logit_cached"]) < 1e-4
@@ -272,7 +300,7 @@ def test_a_runtime_without_contrib_operators_reads_standard_weights(tmp_path: Pa
     base = make_base(tmp_path, family, "int4", head_dim=16)
     path = write_graph(tmp_path / "graph", base, weights="standard")
     config, tensors = adapter_tensors(base, ADAPTER)
-    feeds = onnx_tensors(config, tensors)
+    feeds = graph_feeds(base, config, tensors, "standard")
     ids = np.random.default_rng(9).integers(0, 301, (1, 8))
     client = Client(path)
     reference = ReferenceEvaluator(str(path))
@@ -290,12 +318,15 @@ def test_slots_are_optional_inputs_of_any_rank(tmp_path: Path) -> None:
     model = write_graph(tmp_path / "graph", base)
     session = Client(model).session
     optional = {item.name: item.shape for item in session.get_overridable_initializers()}
-    linears = open_base(base).config.linears()
+    shapes = {
+        "self_attn.qkv_proj": (72, 72 + 24 + 24), "self_attn.o_proj": (72, 72), "mlp.gate_up_proj": (72, 88 + 88),
+        "mlp.down_proj": (88, 72),
+    }  # fmt: skip
     assert optional.pop("logits_to_keep") == [1]
-    assert set(optional) == {f"{name}.lora_{part}" for name in linears for part in "AB"}
-    name, (rows, columns) = "model.layers.1.mlp.down_proj", (72, 88)
-    assert optional[f"{name}.lora_A"][0] == columns
-    assert optional[f"{name}.lora_B"][1] == rows
+    assert {name: shape[name[-1] == "B"] for name, shape in optional.items()} == {
+        f"model.layers.{i}.{path}.lora_{part}": shape["AB".index(part)]
+        for i in range(2) for path, shape in shapes.items() for part in "AB"
+    }  # fmt: skip
     without = Client(write_graph(tmp_path / "without", base, slots=False))
     assert [item.name for item in without.session.get_overridable_initializers()] == ["logits_to_keep"]
     ids = np.random.default_rng(6).integers(0, 301, (1, 9))
