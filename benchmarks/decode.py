@@ -36,6 +36,10 @@ from edgetune.runtime.session import open_session
 from edgetune.weights import sha256_file
 
 ATTENTION = ("q_proj", "v_proj")
+OVERHEADS = {  # against the graph without slots: slots everywhere, or where the adapter is
+    "empty": "edgetune", "qv": "adapter_qv", "all": "adapter_all", "empty_qv_slots": "qv_slots",
+    "qv_in_qv_slots": "adapter_qv_slots",
+}  # fmt: skip
 Forward = Callable[[np.ndarray, bool], np.ndarray]  # ids [n], whether a sequence begins -> logits [vocab_size]
 
 
@@ -112,7 +116,7 @@ def work(kind: str, folder: Path, threads: int, max_length: int) -> None:
 def without_slots(bundle: Path, base: Path, folder: Path) -> Path:
     """The bundle's graph as if no adapter were ever to come."""
     folder.mkdir()
-    builder = decoder_graph(BaseWeights(open_base(base)), data_file=DATA, context_length=8192, slots=False)
+    builder = decoder_graph(BaseWeights(open_base(base)), data_file=DATA, context_length=8192)
     builder.save(folder, MODEL, {SHARE_BUFFER: "1"})
     manifest = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
     files = {
@@ -145,13 +149,14 @@ def compare(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
     model = write_shape(flags.shape, folder / "model", num_hidden_layers=flags.num_hidden_layers)
     base = quantize(model, grid="nf4" if flags.weights == "nf4" else "int4", out=folder / "base")
     bundle = export(write_run(base, folder / "run", r=8), out=folder / "bundle", weights=flags.weights)
-    attention = export(
-        write_run(base, folder / "run-qv", r=8, target_modules=ATTENTION), out=folder / "qv", weights=flags.weights
-    )
+    run = write_run(base, folder / "run-qv", r=8, target_modules=ATTENTION)
+    attention = export(run, out=folder / "qv", weights=flags.weights)
+    few = export(run, out=folder / "few", weights=flags.weights, slots="adapter")
     plain = without_slots(bundle.folder, base, folder / "plain") if flags.weights == base_grid(base) else bundle.folder
     contestants = {
         "edgetune": ("edgetune", bundle.folder), "adapter_all": ("adapter", bundle.folder),
         "adapter_qv": ("adapter", attention.folder), "no_slots": ("edgetune", plain),
+        "qv_slots": ("edgetune", few.folder), "adapter_qv_slots": ("adapter", few.folder),
         "genai": ("genai", bundle.folder), "transformers_fp32": ("transformers", model),
     }  # fmt: skip
     children = {name: _start(kind, place, flags) for name, (kind, place) in contestants.items()}
@@ -176,8 +181,7 @@ def compare(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
             "times_transformers": round(token["transformers_fp32"] / token["edgetune"], 2),
             "times_genai": round(token["genai"] / token["edgetune"], 3),
             "overhead_percent": {
-                name: round(100 * (token[key] / token["no_slots"] - 1), 1)
-                for name, key in (("empty", "edgetune"), ("qv", "adapter_qv"), ("all", "adapter_all"))
+                name: round(100 * (token[key] / token["no_slots"] - 1), 1) for name, key in OVERHEADS.items()
             },
             "same_tokens_as_genai": rounds["genai"][past][0]["ids"] == rounds["edgetune"][past][0]["ids"],
         }

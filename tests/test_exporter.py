@@ -45,6 +45,7 @@ from edgetune.graphs import FORMATS
 from edgetune.graphs.builder import Builder
 from edgetune.models.decoder import load_decoder
 from edgetune.quantizer import quantize
+from edgetune.runtime.adapters import add_adapter
 from edgetune.runtime.evaluate import mean_nll
 from edgetune.runtime.generate import generate
 from edgetune.runtime.session import open_session
@@ -727,6 +728,27 @@ def test_exporter_is_what_the_package_exports() -> None:
     import edgetune
 
     assert edgetune.export is exporter.export
+
+
+def test_slots_for_the_adapter_alone(bases: dict[str, Path], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", bases["int4"])
+    bundle = export(run, out=tmp_path / "bundle", slots="adapter")
+    parts = ("self_attn.qkv_proj", "mlp.down_proj")
+    assert [slot.name for slot in bundle.slots] == [f"model.layers.{i}.{part}" for i in range(2) for part in parts]
+    graph = onnx.load(bundle.model_path, load_external_data=False).graph
+    assert sum(".lora_A" in value.name for value in graph.input) == 4
+    whole = export(run, out=tmp_path / "whole")
+    ids = np.random.default_rng(1).integers(0, 301, (1, 30))
+    feeds = bundle.adapter_tensors()
+    np.testing.assert_array_equal(logits(bundle, ids, feeds), logits(whole, ids, feeds))
+    other = write_run(tmp_path / "other", bases["int4"], LoraConfig(r=2, target_modules=("up_proj",)))
+    with pytest.raises(AdapterError, match=r"adapts .*up_proj, which is .* --slots adapter, none with a slot"):
+        add_adapter(bundle, other)
+    with pytest.raises(ExportError, match=r"slots = 'adapter', and .* has none. Export a run"):
+        export(bases["int4"], out=tmp_path / "none", slots="adapter")
+    for options in ({"slots": "adapter", "merge": True}, {"slots": "some"}):
+        with pytest.raises(ExportError, match=r"slots = .*; a graph takes adapters in all linears or in those of"):
+            export(run, out=tmp_path / "none", **options)
 
 
 def test_a_copied_run_keeps_its_base(bases: dict[str, Path], tmp_path: Path) -> None:

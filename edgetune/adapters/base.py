@@ -66,7 +66,10 @@ def read_adapter(
     ranks = {n.removesuffix(".lora_A"): weights[full].shape[0] for n, full in names.items() if n.endswith(".lora_A")}
     unknown = [name for name in ranks if name not in linears]
     if unknown:
-        raise AdapterError(f"{folder / MODEL} adapts {unknown[0]}, which is no linear of this model.")
+        raise AdapterError(
+            f"{folder / MODEL} adapts {unknown[0]}, which is no linear of this model, or of a bundle that was exported "
+            f"with --slots adapter, none with a slot."
+        )
     config = config_from_peft(peft, ranks)
     # The linears found need not be every target in every layer: the shapes come from the model, the set from the file.
     expected = {

@@ -343,6 +343,13 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Fold the adapter in and round again; the cost is measured.")
     ] = False,
+    slots: Annotated[
+        str,
+        typer.Option(
+            "--slots",
+            help="all: the bundle takes any adapter of the base. adapter: those of the same linears, a little faster.",
+        ),
+    ] = "all",
     accept_loss: Annotated[
         bool, typer.Option("--accept-loss", help="Write it even if rounding moves a weight further than training did.")
     ] = False,
@@ -375,8 +382,8 @@ def export(
 
     with warnings_told():
         result = exporter.export(
-            source, out=out, weights=weights, device=device, merge=merge, alpha=alpha, accept_loss=accept_loss,
-            eval_data=eval_data, retention_data=retention_data, force=force,
+            source, out=out, weights=weights, device=device, merge=merge, alpha=alpha, slots=slots,
+            accept_loss=accept_loss, eval_data=eval_data, retention_data=retention_data, force=force,
         ).summary()  # fmt: skip
     answer(result, bundle.explain(result), as_json)
 

@@ -63,6 +63,7 @@ def export(
     device: DeviceProfile | str | Path | None = None,
     merge: bool = False,
     alpha: float | None = None,
+    slots: str = "all",
     accept_loss: bool = False,
     eval_data: str | Path | None = None,
     retention_data: str | Path | None = None,
@@ -81,6 +82,8 @@ def export(
         merge: fold the run's adapter into the weights and round them again.
         alpha: the share of the adapter's change that is merged, above 0 and up to 1; None chooses it by the rows
             of `retention_data` and the held-out ones, or takes 1 where there are none of the former.
+        slots: "all" lets the graph take any adapter of the base; "adapter" only those of the linears that the run's
+            adapter is in, which spares the others' calls for every token.
         accept_loss: write a bundle whose rounding moved a weight further than training did, or costs the task.
         eval_data: held-out rows (JSON Lines) for the parity gate; None takes those of the run.
         retention_data: rows of what the base could do already and the merged model should still do.
@@ -98,6 +101,11 @@ def export(
         )
     if alpha is not None and not 0 < alpha <= 1:
         raise ExportError(f"alpha = {alpha}; a number above 0, the base, and up to 1, as trained, was expected.")
+    if slots not in ("all", "adapter") or (merge and slots != "all"):
+        raise ExportError(
+            f"slots = {slots!r}{' with merge' if merge else ''}; a graph takes adapters in all linears or in those of "
+            f"the adapter, and none where that is merged. Give all or adapter, or leave it out."
+        )
     out = Path(out)
     trim_allocator()
     folder = getattr(source, "folder", None) or model_folder(source)
@@ -108,6 +116,10 @@ def export(
         tempfile.TemporaryDirectory(prefix=f".{out.name}.work-", dir=temporary.parent) as work,
     ):
         job = read_job(Path(folder), Path(work), weights, merge, eval_data, device, retention_data)
+        if slots == "adapter":
+            if job.adapter is None:
+                raise ExportError(f"slots = 'adapter', and {folder} has none. Export a run, or leave it out.")
+            job = replace(job, any_adapter=False)
         merged = share = None
         if merge and job.adapter is not None:
             merged = choose_alpha(job, job.adapter, alpha, Path(work))
@@ -136,8 +148,9 @@ def _write_model(
     if job.merge or job.weights != stored:
         source = RoundedWeights(base, job.weights, job.adapter, merge=job.merge)
     builder = decoder_graph(
-        source, data_file=DATA, context_length=job.context_length, slots=not job.merge, contrib=job.contrib
-    )
+        source, data_file=DATA, context_length=job.context_length, slots=[slot.name for slot in job.slots],
+        contrib=job.contrib,
+    )  # fmt: skip
     marks = {SHARE_BUFFER: "1"} if job.writes_cache_in_place else {}
     builder.save(folder, MODEL, {"edgetune.base_sha256": job.base_sha256} | marks)
     model = folder / MODEL

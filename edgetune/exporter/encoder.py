@@ -53,7 +53,7 @@ def write_model(
     source = BaseWeights(base)
     if job.merge or job.weights != stored:
         source = RoundedWeights(base, job.weights, job.adapter, merge=job.merge)
-    builder = encoder_graph(source, data_file=DATA, slots=not job.merge, contrib=job.contrib)
+    builder = encoder_graph(source, data_file=DATA, slots=[slot.name for slot in job.slots], contrib=job.contrib)
     builder.save(folder, MODEL, {"edgetune.base_sha256": job.base_sha256})
     parity.check_loads(model)
     parity.check_bytes(model, source, builder.sha256)

@@ -71,6 +71,8 @@ class Job:
     retention: Sequence[Row]
     "rows of what the base could do already"
     tokenizer: Tokenizer | None
+    any_adapter: bool = True
+    "whether every linear has a slot, not only those of this adapter"
 
     @property
     def decoder(self) -> Base:
@@ -86,7 +88,13 @@ class Job:
     @property
     def slots(self) -> tuple[AdapterSlot, ...]:
         """Those of the graph; a merged one has none."""
-        return () if self.merge else adapter_slots(self.base.config, self.format_of)
+        if self.merge:
+            return ()
+        slots = adapter_slots(self.base.config, self.format_of)
+        if self.any_adapter or self.adapter is None:
+            return slots
+        adapted = {name.rpartition(".")[0] for name in self.adapter.tensors}
+        return tuple(slot for slot in slots if adapted & slot.modules.keys())
 
     @property
     def contrib(self) -> bool:

@@ -57,7 +57,7 @@ def _measure(job: Job, adapter: Adapter, alpha: float, work: Path) -> dict[str, 
     config, folder = job.decoder.config, work / "sweep"
     source = RoundedWeights(job.decoder, job.weights, adapter.weakened(alpha) if alpha else None, merge=True)
     folder.mkdir()
-    builder = decoder_graph(source, data_file=DATA, context_length=job.context_length, slots=False, contrib=job.contrib)
+    builder = decoder_graph(source, data_file=DATA, context_length=job.context_length, contrib=job.contrib)
     builder.save(folder, MODEL)
     parity.check_loads(folder / MODEL)
     graph = parity.Graph(folder / MODEL, config, {}, fp32_compute=False)

@@ -16,7 +16,7 @@ padding; padding on the left is not supported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -45,9 +45,9 @@ class Matrices(Protocol):
 
 
 def decoder_graph(
-    source: Matrices, *, data_file: str, context_length: int, slots: bool, contrib: bool = True
+    source: Matrices, *, data_file: str, context_length: int, slots: Collection[str] = (), contrib: bool = True
 ) -> Builder:
-    """The graph, ready to be saved. With `slots` every linear of every block takes an adapter, by `adapter_slots`.
+    """The graph, ready to be saved. `slots` are the names of the `adapter_slots` that it has.
 
     Without `contrib` it is of standard operators alone, which all formats of its weights have to allow.
     """
@@ -57,7 +57,7 @@ def decoder_graph(
 class _Decoder:
     """What the parts of one graph share while it is built."""
 
-    def __init__(self, source: Matrices, builder: Builder, slots: bool) -> None:
+    def __init__(self, source: Matrices, builder: Builder, slots: Collection[str]) -> None:
         self.source, self.config, self.b, self.slots = source, source.config, builder, slots
         self.linears = {slot.name: slot for slot in fused.adapter_slots(source.config, source.format_of)}
 
@@ -146,7 +146,9 @@ class _Decoder:
         """A linear of a block, or several as one: x [b*s, in] -> [b*s, out], with its adapter slot."""
         slot = self.linears[name]
         y = self._product(x, name, name)
-        return ops.lora(self.b, _path(name), x, y, name, (slot.out_features, slot.in_features)) if self.slots else y
+        if name not in self.slots:
+            return y
+        return ops.lora(self.b, _path(name), x, y, name, (slot.out_features, slot.in_features))
 
     def _product(self, x: ir.Value, name: str, weight: str) -> ir.Value:
         """X times the transpose of a weight (another's, for a tied head) plus the bias that the linears have."""

@@ -12,6 +12,7 @@ Initializers keep the base's names plus a suffix. Rows of a batch may end in pad
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
@@ -43,8 +44,8 @@ class Matrices(Protocol):
         """A tensor that is no matrix, float32."""
 
 
-def encoder_graph(source: Matrices, *, data_file: str, slots: bool, contrib: bool = True) -> Builder:
-    """The graph, ready to be saved. With `slots` every linear of every block takes an adapter.
+def encoder_graph(source: Matrices, *, data_file: str, slots: Collection[str] = (), contrib: bool = True) -> Builder:
+    """The graph, ready to be saved. `slots` are the linears that take an adapter.
 
     Without `contrib` it is of standard operators alone, which all formats of its weights have to allow.
     """
@@ -54,7 +55,7 @@ def encoder_graph(source: Matrices, *, data_file: str, slots: bool, contrib: boo
 class _Encoder:
     """What the parts of one graph share while it is built."""
 
-    def __init__(self, source: Matrices, builder: Builder, slots: bool) -> None:
+    def __init__(self, source: Matrices, builder: Builder, slots: Collection[str]) -> None:
         self.source, self.config, self.b, self.slots = source, source.config, builder, slots
 
     def build(self) -> Builder:
@@ -126,7 +127,7 @@ class _Encoder:
         bias = self._vector(f"{name}.bias", shape[:1])
         emit = FORMATS[self.source.format_of(name)].emit_linear
         y: ir.Value = emit(b, _path(name), x, f"{name}.weight", shape, self._fill(name), bias=bias)
-        return ops.lora(b, _path(name), x, y, name, shape) if self.slots else y
+        return ops.lora(b, _path(name), x, y, name, shape) if name in self.slots else y
 
     def _norm(self, x: ir.Value, name: str) -> ir.Value:
         scale, bias = (self._vector(f"{name}.{kind}", (self.config.hidden_size,)) for kind in ("weight", "bias"))

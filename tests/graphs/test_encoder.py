@@ -40,7 +40,8 @@ def write_graph(folder: Path, base: Path, *, slots: bool = True, weights: str | 
     opened = open_any_base(base)
     assert isinstance(opened, EncoderBase)
     source = BaseWeights(opened) if weights is None else RoundedWeights(opened, weights, None, merge=False)
-    builder = encoder_graph(source, data_file="model.onnx.data", slots=slots, contrib=weights != "standard")
+    names = opened.config.linears() if slots else ()
+    builder = encoder_graph(source, data_file="model.onnx.data", slots=names, contrib=weights != "standard")
     builder.save(folder, "model.onnx")
     parity.check_loads(folder / "model.onnx")
     return folder / "model.onnx"
