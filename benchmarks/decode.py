@@ -26,11 +26,11 @@ from machine import about
 from shapes import SHAPES, write_shape
 
 from edgetune.base import open_base
-from edgetune.benchmark import bench
 from edgetune.bundle import DATA, MANIFEST, MODEL, SHARE_BUFFER
 from edgetune.exporter import export
 from edgetune.exporter.merging import BaseWeights
 from edgetune.graphs.decoder import decoder_graph
+from edgetune.memory import Meter, trim_allocator
 from edgetune.quantizer import quantize
 from edgetune.runtime.session import open_session
 from edgetune.weights import sha256_file
@@ -136,8 +136,12 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--load", nargs="+", metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--work", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
+    if flags.load:
+        load(*flags.load)
+        return
     if flags.work:
         work(flags.work[0], Path(flags.work[1]), flags.threads, max(flags.past) + flags.new_tokens + 1)
         return
@@ -185,12 +189,24 @@ def compare(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
             },
             "same_tokens_as_genai": rounds["genai"][past][0]["ids"] == rounds["edgetune"][past][0]["ids"],
         }
-    measured = bench(bundle, "host", runs=1, new_tokens=8)
     size = (bundle.folder / DATA).stat().st_size
-    result["load_peak_above_floor_by_weights"] = round(
-        (measured["load_peak_bytes"] - measured["floor_bytes"]) / size, 2
-    )
+    for name, cache in (("", []), ("first launch", [folder / "cache"]), ("_prepacked", [folder / "cache"])):
+        words = [sys.executable, __file__, "--load", bundle.folder, *cache]
+        answer = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+        if name != "first launch":
+            result |= {f"{key}_above_floor_by_weights{name}": round(answer[key] / size, 2) for key in answer}
     return result
+
+
+def load(bundle: str, cache: str | None = None) -> None:
+    """Print what opening a bundle takes in this process: anonymous bytes above what it had, at most and in the end."""
+    trim_allocator()
+    with Meter() as meter:
+        floor = meter.now_bytes
+        session = open_session(bundle, adapter=False, prepacked=cache)
+        found = {"load_peak": meter.peak_bytes - floor, "loaded": meter.now_bytes - floor}
+    del session
+    print(json.dumps(found))
 
 
 def base_grid(base: Path) -> str | None:

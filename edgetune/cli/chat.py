@@ -11,9 +11,12 @@ from edgetune.runtime.session import open_session
 from edgetune.tokenizer import load_tokenizer
 
 
-def converse(bundle: Path, sampling: Sampling, *, threads: int | None, adapter: bool | str | Path) -> None:
+def converse(
+    bundle: Path, sampling: Sampling, *, threads: int | None, adapter: bool | str | Path, prepacked: Path | None = None
+) -> None:
     """Answer line after line from the terminal until its end (Ctrl-D); with a chat template as one conversation."""
-    session, tokenizer = open_session(bundle, threads=threads, adapter=adapter), load_tokenizer(bundle)
+    session = open_session(bundle, threads=threads, adapter=adapter, prepacked=prepacked)
+    tokenizer = load_tokenizer(bundle)
     chat = tokenizer.has_chat_template
     tell(
         "One conversation; Ctrl-D ends it."

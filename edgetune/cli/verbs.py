@@ -418,6 +418,15 @@ def run(
         ),
     ] = None,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", help="The base alone.")] = False,
+    prepacked: Annotated[
+        Path | None,
+        typer.Option(
+            "--prepacked",
+            metavar="DIR",
+            help="A cache of this bundle's own: packed weights are written there once, and mapped from then on.",
+            show_default=False,
+        ),
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -436,7 +445,7 @@ def run(
     if is_encoder(bundle):
         from edgetune.cli.embedding import show_embedding
 
-        generating = ("chat", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+        generating = ("chat", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "prepacked")
         typed = [f"--{name.replace('_', '-')}" for name in generating if was_typed(context, name)]
         if typed or prompt is None:
             raise typer.BadParameter(
@@ -452,12 +461,12 @@ def run(
         from edgetune.cli.chat import converse
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
-        converse(bundle, sampling, threads=threads, adapter=chosen)
+        converse(bundle, sampling, threads=threads, adapter=chosen, prepacked=prepacked)
         return
     made = generate(
         bundle, sys.stdin.read() if prompt == "-" else prompt, max_new_tokens=max_new_tokens, temperature=temperature,
         top_k=top_k, top_p=top_p, seed=seed, stop=stop or (), chat=chat, adapter=chosen, threads=threads,
-        on_text=tell_text if as_json else stream_text,
+        prepacked=prepacked, on_text=tell_text if as_json else stream_text,
     )  # fmt: skip
     answer(asdict(made), "", as_json)
     if made.stop_reason == "context":

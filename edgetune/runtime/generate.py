@@ -86,11 +86,12 @@ def generate(
     adapter: bool | str | Path = True,
     on_text: Callable[[str], None] | None = None,
     threads: int | None = None,
+    prepacked: str | Path | None = None,
 ) -> Generation:
     """Load a bundle and continue `prompt`, or with `chat` answer it as a user's message through the chat template.
 
     `on_text` gets the text piece by piece as it is decided; the pieces add up to `Generation.text`. `system` is the
-    first message of a chat. `adapter` and `threads` are those of `open_session`.
+    first message of a chat. `adapter`, `threads` and `prepacked` are those of `open_session`.
     Raises ConfigError (a setting out of range, a prompt that leaves no room in the context), BundleError, AdapterError,
     ModelError (a tokenizer that is missing or has no chat template).
     """
@@ -98,7 +99,7 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stops)
     if system is not None and not chat:
         raise ConfigError("system is set and chat is not: only a chat has a system message. Set chat, or leave it out")
-    session = open_session(bundle, threads=threads, adapter=adapter)
+    session = open_session(bundle, threads=threads, adapter=adapter, prepacked=prepacked)
     tokenizer = load_tokenizer(session.bundle.folder)
     if chat:
         messages = [{"role": "system", "content": system}] if system is not None else []

@@ -10,8 +10,10 @@ import onnxruntime
 
 from edgetune import host
 from edgetune.adapter_file import is_name
-from edgetune.bundle import AnyBundle, load_adapter_tensors
+from edgetune.bundle import MODEL, AnyBundle, load_adapter_tensors
 from edgetune.errors import BundleError, ConfigError
+from edgetune.output import folder_in_progress
+from edgetune.runtime.prepacked import MANIFEST, align, find, identity, save_to, write_manifest
 
 
 def is_file(adapter: bool | str | Path) -> bool:
@@ -31,15 +33,33 @@ def adapter_tensors(bundle: AnyBundle[Any], adapter: bool | str | Path) -> dict[
     return load_adapter_tensors(bundle, adapter) if is_file(adapter) else bundle.adapter_tensors(str(adapter))
 
 
-def load_graph(bundle: AnyBundle[Any], threads: int | None, *, fp32_compute: bool) -> onnxruntime.InferenceSession:
+def load_graph(
+    bundle: AnyBundle[Any], threads: int | None, *, fp32_compute: bool, prepacked: str | Path | None = None
+) -> onnxruntime.InferenceSession:
     """Onnxruntime's session on a graph that is called with many shapes. `threads` None is all that there are.
 
-    `fp32_compute` makes kernels that round activations to int8 compute in fp32, where they can.
-    Raises BundleError where onnxruntime does not take the graph, ConfigError for less than one thread.
+    `fp32_compute` makes kernels that round activations to int8 compute in fp32, where they can. `prepacked` is a folder
+    for packed weights: written by the first call, mapped by later ones.
+    Raises BundleError where onnxruntime does not take the graph; ConfigError for less than one thread, or a folder
+    that cannot be written or holds something else.
     """
     threads = host.threads() if threads is None else threads
     if threads < 1:
         raise ConfigError(f"threads is {threads}, expected at least 1; leave it out to use every core")
+    if prepacked is None:
+        return _load(bundle.model_path, _options(threads, fp32_compute))
+    folder, wanted = Path(prepacked), identity(bundle, fp32_compute=fp32_compute)
+    if find(folder, wanted) is None:
+        with folder_in_progress(folder, MANIFEST, force=True) as temporary:
+            options = _options(threads, fp32_compute)
+            save_to(options, temporary)
+            _load(bundle.model_path, options)
+            align(temporary)
+            write_manifest(temporary, wanted)
+    return _load(folder / MODEL, _options(threads, fp32_compute))
+
+
+def _options(threads: int, fp32_compute: bool) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1  # the graph is a chain: there is nothing to run side by side
@@ -49,11 +69,15 @@ def load_graph(bundle: AnyBundle[Any], threads: int | None, *, fp32_compute: boo
     options.enable_mem_pattern = options.enable_cpu_mem_arena = False
     if fp32_compute:
         options.add_session_config_entry("mlas.qnbit.force_fp32", "1")
+    return options
+
+
+def _load(model: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     try:
-        return onnxruntime.InferenceSession(bundle.model_path, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the exceptions of onnxruntime share no other base
         reason = str(error).strip().partition("\n")[0][:300]
         raise BundleError(
-            f"onnxruntime {onnxruntime.__version__} cannot load {bundle.model_path}: {reason}. Export the bundle "
+            f"onnxruntime {onnxruntime.__version__} cannot load {model}: {reason}. Export the bundle "
             f"again, or install the onnxruntime that it was exported for"
         ) from error

@@ -210,6 +210,7 @@ def open_session(
     threads: int | None = None,
     fp32_compute: bool = False,
     adapter: bool | str | Path = True,
+    prepacked: str | Path | None = None,
 ) -> Session:
     """Load a bundle for inference.
 
@@ -217,12 +218,14 @@ def open_session(
     (with its suffix) is a file such as `adapter add` writes. It is checked against the manifest before onnxruntime
     opens anything; a file is then refused if it changes nothing on the probe rows. `use_adapter` switches later.
     `threads` defaults to the cores that this process may use. `fp32_compute` makes 4-bit kernels of accuracy level 4
-    compute in fp32 instead of on int8 activations: slower, and what parity is measured with.
+    compute in fp32 instead of on int8 activations: slower, and what parity is measured with. `prepacked` is a folder of
+    this bundle's own, the app's cache: the first call writes packed weights there, later ones map them, which takes a
+    fraction of the memory and more than twice the bundle's storage (`runtime.prepacked`).
     Raises BundleError, AdapterError, ConfigError.
     """
     if not isinstance(bundle, Bundle):
         bundle = load_bundle(bundle)
     tensors = adapter_tensors(bundle, adapter)
-    session = Session(bundle, load_graph(bundle, threads, fp32_compute=fp32_compute))
+    session = Session(bundle, load_graph(bundle, threads, fp32_compute=fp32_compute, prepacked=prepacked))
     session._use(adapter, tensors)
     return session
