@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from edgetune.adapters.base import load_adapter
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import open_base
 from edgetune.bundle import Bundle, explain, load_bundle
-from edgetune.data import read_rows
+from edgetune.data import Row, read_rows
 from edgetune.device import load_device
 from edgetune.errors import (
     AdapterError,
@@ -714,6 +715,26 @@ def test_agreement_counts_what_it_says() -> None:
     }  # fmt: skip
     nll, correct, count = agreement.loss_of(got, np.array([1, -100]))
     assert (nll, correct, count) == (pytest.approx(-np.log(0.7)), 1, 1)
+
+
+def test_the_rows_of_the_gate_are_drawn_from_the_whole_file() -> None:
+    # A file that is sorted by what its rows are about, as the packaged sample's is: 7 below 300, 8 from there on.
+    rows = [
+        Row(np.full(9 + i % 3, 7 + i // 300, np.int32), np.arange(9 + i % 3, dtype=np.int32), i) for i in range(600)
+    ]
+    chosen, held_out = agreement.probes(rows, 301, 64)
+    assert 1000 <= agreement.num_positions(chosen) < 1011
+    assert sum(int(probe.ids[0]) == 8 for probe in chosen) / len(chosen) == pytest.approx(0.5, abs=0.15)
+    assert len(held_out) == 600
+    for probe in held_out:
+        assert probe.labels.tolist() == [*range(1, len(probe.ids)), -100]
+    again, _ = agreement.probes(rows, 301, 64)
+    assert [probe.ids.tolist() for probe in again] == [probe.ids.tolist() for probe in chosen]
+    longer, task = agreement.probes([replace(row, input_ids=row.input_ids.repeat(9)) for row in rows], 301, 64)
+    assert agreement.num_positions(task) >= agreement.TASK_POSITIONS > agreement.num_positions(longer)
+    assert 0.3 < sum(int(probe.ids[0]) == 8 for probe in task) / len(task) < 0.7, "those for the task metric too"
+    few, none = agreement.probes(rows[:2], 301, 64)
+    assert ([len(probe.ids) for probe in few][2:], len(none)) == ([64] * 16, 2)
 
 
 def test_a_run_of_all_linears_with_rslora(bases: dict[str, Path], tmp_path: Path) -> None:

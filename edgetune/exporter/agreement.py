@@ -1,12 +1,13 @@
 """How far two sets of logits are apart, and on which sequences that is asked. Numbers only: no torch, no onnxruntime.
 
-Held-out rows come first; seeded token ids fill up what they lack to 1,000 positions.
+Held-out rows come first, in a seeded order, for a file is often sorted by what its rows are about; seeded token ids
+fill up what they lack to 1,000 positions.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -31,13 +32,15 @@ class Probe:
     labels: np.ndarray
 
 
-def probes(rows: Iterable[Row], vocab_size: int, context_length: int) -> tuple[list[Probe], list[Probe]]:
-    """(what parity is measured on, all held-out probes for the task metric).
+def probes(rows: Sequence[Row], vocab_size: int, context_length: int) -> tuple[list[Probe], list[Probe]]:
+    """(what parity is measured on, all held-out probes for the task metric), both drawn without order from the rows.
 
     The first list holds at least 1,000 positions; seeded token ids fill it up where rows do not.
     """
+    rng = np.random.default_rng(0)
     held_out: list[Probe] = []
-    for row in rows:
+    for index in rng.permutation(len(rows)):
+        row = rows[index]
         held_out.append(Probe(row.input_ids.astype(np.int64), np.append(row.labels[1:], IGNORED).astype(np.int64)))
         if num_positions(held_out) >= TASK_POSITIONS:
             break
@@ -45,7 +48,6 @@ def probes(rows: Iterable[Row], vocab_size: int, context_length: int) -> tuple[l
     for probe in held_out:
         if num_positions(chosen) < MIN_POSITIONS:
             chosen.append(probe)
-    rng = np.random.default_rng(0)
     while num_positions(chosen) < MIN_POSITIONS:
         ids = rng.integers(0, vocab_size, min(_ROW_LENGTH, context_length))
         chosen.append(Probe(ids, np.full(len(ids), IGNORED)))

@@ -6,9 +6,9 @@
     fast       the int8-activation kernels that a device will run: another computation, so its KL and top-1 are
                reported, and gated on what it is for: token accuracy on held-out rows may drop by one point at most
 
-At least 1,000 positions: held-out rows first, seeded token ids where they do not suffice. The gate runs in the process
-that exports, inside its memory: torch dequantizes a matrix at a time, onnxruntime runs the graph in `pieces`, and both
-spool logits to disk in tiles of the vocabulary.
+At least 1,000 positions: held-out rows in a seeded order, token ids where they do not suffice. The gate runs in the
+process that exports, inside its memory: torch dequantizes a matrix at a time, onnxruntime runs the graph in `pieces`,
+and both spool logits to disk in tiles of the vocabulary.
 """
 
 from __future__ import annotations
