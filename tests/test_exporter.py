@@ -646,6 +646,34 @@ def test_a_graph_that_computes_something_else_fails_the_gate(
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.parametrize("slope", [0.05, 1, 300])
+def test_the_gate_allows_in_proportion_to_the_logits(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slope: float
+) -> None:
+    """The same model with logits of another size: what is right passes, what is wrong does not."""
+    path = Path(shutil.copytree(model, tmp_path / "model")) / "model.safetensors"
+    save_file({n: v * np.float32(slope if n == "model.norm.weight" else 1) for n, v in load_file(path).items()}, path)
+    run = write_run(tmp_path / "run", quantize(path.parent, "int4", tmp_path / "base"))
+    figures = export(run, out=tmp_path / "bundle").manifest["parity"]
+    assert figures["logit_spread"] == pytest.approx(1.3 * slope, rel=0.01)
+    assert (figures["max_abs_logit"] > 1e-3) is (slope == 300), "fp32's own rounding, where logits are in the hundreds"
+    real = lora.onnx_tensors
+    monkeypatch.setattr(
+        lora, "onnx_tensors", lambda config, tensors: {n: v * 1.001 for n, v in real(config, tensors).items()}
+    )
+    with pytest.raises(ParityError, match=r"does not compute what was trained: .* at their standard deviation of"):
+        export(run, out=tmp_path / "other")
+
+
+def test_no_gate_is_wider_than_a_thousandth_for_usual_logits() -> None:
+    allowed = [parity.allowed_difference(spread) for spread in (0, 0.01, 0.5, 1, 10, 100)]
+    assert allowed == pytest.approx([1e-5, 1e-5, 5e-4, 1e-3, 1e-3, 1e-2])
+    figures = {"max_abs_logit": np.inf, "max_abs_logit_cached": 0.0, "top1_agreement": 1.0, "rows": 9}
+    for spread in (np.nan, 1.0):
+        with pytest.raises(ParityError, match="the largest logit difference is inf"):
+            parity._check_exact(figures | {"logit_spread": spread})
+
+
 def test_a_cache_that_is_wrong_fails_the_gate(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -712,6 +740,7 @@ def test_agreement_counts_what_it_says() -> None:
     kl = 0.7 * np.log(0.7 / 0.2) + 0.2 * np.log(0.2 / 0.7)
     assert figures.figures() == {
         "max_abs_logit": pytest.approx(np.log(3.5)), "top1_agreement": 0.5, "kl": pytest.approx(kl / 2), "rows": 2,
+        "logit_spread": pytest.approx(np.sqrt(np.var(expected.astype(np.float64), axis=1).mean())),
     }  # fmt: skip
     nll, correct, count = agreement.loss_of(got, np.array([1, -100]))
     assert (nll, correct, count) == (pytest.approx(-np.log(0.7)), 1, 1)

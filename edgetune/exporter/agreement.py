@@ -111,10 +111,14 @@ class Spool:
 
 
 class Agreement:
-    """How far logits [n, vocab] are from expected ones: largest difference, equal top-1, mean KL(expected || got)."""
+    """How far logits [n, vocab] are from expected ones: largest difference, equal top-1, mean KL(expected || got).
+
+    The spread is that of the expected ones: their standard deviation around the mean of their position, which a softmax
+    does not see.
+    """
 
     def __init__(self) -> None:
-        self.rows, self._worst, self._equal, self._kl = 0, 0.0, 0, 0.0
+        self.rows, self._worst, self._equal, self._kl, self._variance = 0, 0.0, 0, 0.0, 0.0
 
     def add(self, expected: np.ndarray, got: np.ndarray) -> None:
         worst = float(np.abs(expected - got).max())
@@ -123,13 +127,14 @@ class Agreement:
         self._equal += int((expected.argmax(-1) == got.argmax(-1)).sum())
         logp, logq = _log_softmax(expected), _log_softmax(got)
         self._kl += float((np.exp(logp) * (logp - logq)).sum())
+        self._variance += float(expected.var(-1, dtype=np.float64).sum())
         self.rows += len(expected)
 
     def figures(self) -> dict[str, Any]:
         return {
             "max_abs_logit": self._worst, "top1_agreement": self._equal / self.rows,
             "kl": max(self._kl, 0.0) / self.rows,  # below zero it is the noise of float32 sums
-            "rows": self.rows,
+            "logit_spread": (self._variance / self.rows) ** 0.5, "rows": self.rows,
         }  # fmt: skip
 
 
