@@ -308,6 +308,27 @@ def test_rounding_that_loses_the_adapter_is_refused(bases: dict[str, Path], tmp_
     assert accepted.manifest["rounding"]["max_error_over_delta"] > 1
 
 
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_an_adapter_that_has_hardly_learned_is_told_to_train_longer(
+    bases: dict[str, Path], tmp_path: Path, weights: str
+) -> None:
+    run = weaker(write_run(tmp_path / "run", bases["nf4"]), 0.01)
+    message = (
+        r"Keep --weights nf4, which is exact, or train longer or with a larger --learning-rate, which changed a matrix "
+        r"by only 0\.1\d% so far, or train again on an int4 base"
+    )
+    with pytest.raises(ExportError, match=message):  # int8 is no way out: it would be refused next
+        export(run, out=tmp_path / "bundle", weights=weights)
+    rounding = export(run, out=tmp_path / "bundle", weights=weights, accept_loss=True).manifest["rounding"]
+    base, (_, tensors) = open_base(bases["nf4"]), load_adapter(run, open_base(bases["nf4"]).config)
+    changes = [
+        np.linalg.norm(tensors[f"{module}.lora_B"] @ tensors[f"{module}.lora_A"]) * 5 / 3
+        / np.linalg.norm(base.dequantize(module))
+        for module in ADAPTED
+    ]  # fmt: skip
+    assert rounding["least_relative_change"] == pytest.approx(min(changes), rel=1e-4)
+
+
 def test_rounding_that_costs_the_task_is_refused(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,7 +345,7 @@ def test_rounding_without_an_adapter(
 ) -> None:
     bundle = export({"dense": model, **bases}[source], out=tmp_path / "bundle", weights=weights)
     rounding = bundle.manifest["rounding"]
-    assert rounding["max_error_over_delta"] is rounding["worst_layer"] is None
+    assert rounding["max_error_over_delta"] is rounding["worst_layer"] is rounding["least_relative_change"] is None
     assert 0 < rounding["kl"] < 0.01, "the cost is the base's own, not that of the random adapter of the gate"
     assert f"moved weights by {rounding['mean_relative_error']:.2%} on average" in explain(bundle.summary())
 
@@ -883,10 +904,11 @@ def test_rounding_that_loses_the_merged_share_is_refused(bases: dict[str, Path],
     whole = export(run, out=tmp_path / "whole", merge=True).manifest["rounding"]
     message = (
         r"loses the adapter: it moves \d of 4 matrices further than 0.02 of training did, .* Leave --merge out, which "
-        r"is exact, or merge more with a larger --alpha, or take --weights int8"
+        r"is exact, or merge more with a larger --alpha, or write it all the same"
     )
-    with pytest.raises(ExportError, match=message):
-        export(run, out=tmp_path / "bundle", merge=True, alpha=0.02, eval_data=rows)
+    for weights in (None, "int8"):  # which rounds less, and still too much
+        with pytest.raises(ExportError, match=message):
+            export(run, out=tmp_path / "bundle", merge=True, weights=weights, alpha=0.02, eval_data=rows)
     assert not (tmp_path / "bundle").exists()
     bundle = export(run, out=tmp_path / "bundle", merge=True, alpha=0.02, accept_loss=True)
     rounding = bundle.manifest["rounding"]

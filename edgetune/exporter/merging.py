@@ -134,6 +134,7 @@ class RoundedWeights(BaseWeights[Config]):
         figures = {"relative_error": (error / max(norm, 1e-60)) ** 0.5}
         if change:  # against the weight, and where the adapter changes it, against that change
             figures["error_over_delta"] = (error / change) ** 0.5
+            figures["relative_change"] = (change / max(norm, 1e-60)) ** 0.5
         self.rounding[module] = figures
 
     @property
@@ -144,15 +145,17 @@ class RoundedWeights(BaseWeights[Config]):
     def figures(self) -> dict[str, Any]:
         """The cost of rounding over all matrices: error against the weight, and against the adapter's change.
 
-        A ratio above 1 says that rounding moved this matrix further than training did; they are null where there is
-        no adapter.
+        A ratio above 1 says that rounding moved this matrix further than training did. Ratios, and the least change of
+        a matrix against its weight, are null where there is no adapter.
         """
         ratios = {
             name: entry["error_over_delta"] for name, entry in self.rounding.items() if "error_over_delta" in entry
         }
         worst = max(ratios, key=lambda name: ratios[name], default=None)
+        changes = [entry["relative_change"] for entry in self.rounding.values() if "relative_change" in entry]
         return {
             "mean_relative_error": float(np.mean([entry["relative_error"] for entry in self.rounding.values()])),
+            "least_relative_change": min(changes, default=None),
             "mean_error_over_delta": float(np.mean(list(ratios.values()))) if ratios else None,
             "max_error_over_delta": ratios[worst] if worst else None, "worst_layer": worst,
             "error_over_delta": {name: round(ratio, 6) for name, ratio in ratios.items()},

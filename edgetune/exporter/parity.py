@@ -45,6 +45,7 @@ MAX_ABS_LOGIT = 1e-3  # where logits have a standard deviation from 1 to 10
 _LEAST_SPREAD = 0.01  # logits that are all equal differ by rounding, too
 MIN_TOP1 = 0.999
 MAX_ACCURACY_DROP = 0.01
+_INT8_ERROR = 0.008  # of a matrix that is rounded to 8 bits, against its weight: the upper end of what is usual
 _TILE_WEIGHTS = 1 << 20  # of the head, at least: a session for each
 
 
@@ -430,7 +431,13 @@ def check_rounding(figures: Mapping[str, Any], stored: str, weights: str, *, alp
     ways = [f"Keep --weights {stored}, which is exact" if alpha is None else "Leave --merge out, which is exact"]
     if above and alpha not in (None, 1):
         ways.append("merge more with a larger --alpha")
-    if weights != "int8":
+    change = figures["least_relative_change"]
+    tiny = bool(above) and change < _INT8_ERROR
+    if tiny and alpha in (None, 1):
+        ways.append(
+            f"train longer or with a larger --learning-rate, which changed a matrix by only {change:.2%} so far"
+        )
+    if weights != "int8" and not tiny:
         ways.append("take --weights int8, which is near lossless")
     if stored == "nf4" and weights != "nf4":
         ways.append("train again on an int4 base (`edgetune quantize --grid int4`), which is exact and fast")
