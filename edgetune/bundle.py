@@ -189,7 +189,9 @@ def explain(summary: Mapping[str, Any]) -> str:
         losses = ", ".join(f"{task['loss']:.4f} {name}" for name, task in parity["task"].items())
         lines.append(f"  held out  loss {losses}")
     if summary["merge"] is not None:
-        lines += _sweep_lines(summary["merge"])
+        merge = summary["merge"]
+        by = f"{merge['chosen_by']}; 0 is the base, 1 as trained"
+        lines += [f"  merged    {merge['alpha']:g} of the adapter's change ({by})", *sweep_lines(merge)]
     if rounding is not None:
         ratio = rounding["max_error_over_delta"]
         if ratio is not None:
@@ -232,9 +234,8 @@ def _encoder_lines(parity: Mapping[str, Any], rounding: Mapping[str, Any] | None
         )
 
 
-def _sweep_lines(merge: Mapping[str, Any]) -> Iterator[str]:
-    """The table of a merge: the metrics at each alpha, the chosen one marked."""
-    yield f"  merged    {merge['alpha']:g} of the adapter's change ({merge['chosen_by']}; 0 is the base, 1 as trained)"
+def sweep_lines(merge: Mapping[str, Any]) -> Iterator[str]:
+    """The table of a merge: the metrics at each alpha, the chosen one marked. Empty where there were no rows."""
     if not merge["sweep"]:
         return
     sets = [name for name in ("task", "retention") if merge["sweep"][0][name] is not None]

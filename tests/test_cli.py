@@ -212,6 +212,17 @@ def test_export_chooses_how_much_to_merge(way: Way, tmp_path: Path) -> None:
     assert re.search(r"^ +0\.3 .*<- chosen$", given.stdout, re.MULTILINE), given.stdout + given.stderr
 
 
+def test_a_refused_merge_shows_what_was_measured(way: Way, tmp_path: Path) -> None:
+    words = ("export", way / "run", "--merge", "--alpha", "0.01", "--out", tmp_path / "bundle")
+    refused = edgetune(*words)
+    assert refused.returncode == 1
+    assert "ExportError: Rounding the merged int4 weights" in refused.stderr
+    columns, *table = refused.stderr.splitlines()[1:]
+    assert columns.split() == ["alpha", "task", "loss", "accuracy"]
+    assert [line.split()[0] for line in table] == ["0", "0.01"] and table[1].endswith("<- chosen")
+    assert "alpha" not in answer(*words, code=1)["message"].partition("Nothing was written")[0]
+
+
 def test_run_without_a_prompt_needs_a_terminal(way: Way) -> None:
     result = edgetune("run", way / "bundle", stdin="hello\n")
     assert result.returncode == 2

@@ -22,9 +22,9 @@ def answer(result: Mapping[str, Any], text: str, as_json: bool) -> None:
 
 
 def fail(error: EdgetuneError, as_json: bool) -> None:
-    """Print an error: its class and message on stderr, and with --json as an object on stdout."""
+    """Print an error: its class, message and notes on stderr, and with --json the former as an object on stdout."""
     name = type(error).__name__
-    print(f"{name}: {error}", file=sys.stderr, flush=True)
+    print(f"{name}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr, flush=True)
     if as_json:
         print(json.dumps({"error": name, "message": str(error)}), flush=True)
 

@@ -36,6 +36,7 @@ from edgetune.bundle import (
     Bundle,
     EncoderBundle,
     load_any_bundle,
+    sweep_lines,
 )
 from edgetune.device import DeviceProfile
 from edgetune.errors import ExportError
@@ -91,7 +92,7 @@ def export(
 
     Raises:
         ExportError: the source is none of these, base, adapter and weights do not go together, or rounding loses
-            what was trained.
+            what was trained; the sweep of a merge is in its notes.
         ParityError: the graph does not compute what was trained; nothing is written.
         ConfigError, DeviceError, ModelError, AdapterError, DataError: from what is read and where it is written.
     """
@@ -125,10 +126,15 @@ def export(
             merged = choose_alpha(job, job.adapter, alpha, Path(work))
             share = merged["alpha"]
             job = replace(job, adapter=job.adapter.weakened(share))
-        if isinstance(job.base, EncoderBase):
-            figures, rounding = encoder.write_model(job, job.base, temporary, share, accept_loss=accept_loss)
-        else:
-            figures, rounding = _write_model(job, temporary, Path(work), share, accept_loss=accept_loss)
+        try:
+            if isinstance(job.base, EncoderBase):
+                figures, rounding = encoder.write_model(job, job.base, temporary, share, accept_loss=accept_loss)
+            else:
+                figures, rounding = _write_model(job, temporary, Path(work), share, accept_loss=accept_loss)
+        except ExportError as error:
+            if merged is not None and (table := list(sweep_lines(merged))):
+                error.add_note("\n".join(table))  # what the advice to merge more or less is weighed by
+            raise
         adapters = _write_adapter(job, temporary, Path(work))
         _write_companions(job, temporary)
         _write_manifest(job, temporary, figures, rounding, adapters, merged, meter.peak_rss_bytes)
