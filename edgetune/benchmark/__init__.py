@@ -68,7 +68,8 @@ def bench(
     - `load_ms`, from a warm page cache: checking the hashes (`check_ms` of it), the session and the tokenizer;
       `cold_load_ms` after the bundle's files were dropped from it, None where `loads` says why that is impossible;
     - `adapter_overhead_percent`: time per token with against without the adapter fed to one session, measured in turns
-      (the empty slots of the graph are in both); None where the bundle has no adapter;
+      (the empty slots of the graph are in both); `adapter` is the bundle's default one, which was measured; both None
+      where it has none of `adapters` as its default, and the base alone was measured;
     - `soak` where that is a number of seconds, `compare` with another bundle in turns (ratios are this / other);
     - `predicted` and `predicted_lengths`: the roofline's figures where the device is another one; `energy`, by the
       profile's power, from those times, on `host` from the measured ones;
@@ -93,7 +94,8 @@ def bench(
         "format_version": FORMAT_VERSION,
         "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "bundle": str(bundle.folder),
-        "weights": bundle.manifest["weights"], "device": device.id, "prompt_tokens": settings.main_prompt_tokens,
+        "weights": bundle.manifest["weights"], "adapter": bundle.default_adapter, "adapters": list(bundle.adapters),
+        "device": device.id, "prompt_tokens": settings.main_prompt_tokens,
         "new_tokens": new_tokens, "runs": runs, "warmup": warmup, "threads": threads,
     }  # fmt: skip
     say("loading it, cold and warm")
@@ -165,4 +167,9 @@ def _warnings(result: dict[str, Any]) -> list[str]:
         found.append(f"the speed fell to {ratio} of the first {window}: throttled, or beside another program")
     if result["cold_load_ms"] is None:
         found.append(f"no cold load: {result['loads']['cold_reason']}")
+    if result["adapters"] and result["adapter"] is None:
+        found.append(
+            f"the base alone was measured, for none of the bundle's adapters ({', '.join(result['adapters'])}) is its "
+            f"default: `edgetune adapter default {result['bundle']} {result['adapters'][0]}` makes one so"
+        )
     return found

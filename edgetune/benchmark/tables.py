@@ -73,6 +73,7 @@ def _figures(result: Result) -> Rows:
     """Measured and predicted side by side; the predicted column is there where something is predicted."""
     predicted, energy, device = result["predicted"], result["energy"], result["device"]
     overhead, cold = result["adapter_overhead_percent"], result["cold_load_ms"]
+    without = "no default adapter" if result.get("adapters") else "no adapter"
     load_peak, floor = format_mib(result["load_peak_bytes"]), format_mib(result["floor_bytes"])
     rows: list[tuple[str, str, str]] = [
         ("load, cold page cache", _text(cold, "{:,.0f} ms"), _UNKNOWN),
@@ -97,7 +98,7 @@ def _figures(result: Result) -> Rows:
         ),
         ("peak memory, anonymous", format_mib(result["peak_memory_bytes"]), _UNKNOWN),
         ("  file-backed", format_mib(result["peak_file_backed_bytes"]), _UNKNOWN),
-        ("adapter overhead", "no adapter" if overhead is None else f"{overhead:+.1f} %", _UNKNOWN),
+        ("adapter overhead", without if overhead is None else f"{overhead:+.1f} %", _UNKNOWN),
         ("energy per token", _UNKNOWN, _text(energy["mj_per_token"], "{:,.3g} mJ")),
         ("battery for 1,000 tokens", _UNKNOWN, _text(energy["battery_percent_per_1000_tokens"], "{:.2g} %")),
     ]  # fmt: skip

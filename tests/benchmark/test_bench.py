@@ -28,6 +28,7 @@ from edgetune.errors import BundleError, ConfigError, EdgetuneError
 from edgetune.exporter import export
 from edgetune.memory import MIB
 from edgetune.quantizer import quantize
+from edgetune.runtime.adapters import set_default_adapter
 
 KEYS = {
     "load_ms", "load_peak_bytes", "time_to_first_token_ms", "prompt_tokens_per_second", "generation_tokens_per_second",
@@ -64,9 +65,16 @@ def test_figures_agree_with_each_other(measured: dict[str, Any]) -> None:
 
 def test_an_adapter_has_an_overhead_and_a_base_has_none(measured: dict[str, Any], tmp_path: Path) -> None:
     assert isinstance(measured["adapter_overhead_percent"], float)
+    assert (measured["adapter"], measured["adapters"]) == ("adapter", ["adapter"])
+    assert "default adapter" not in explain(measured)
     base = bench(write_bundle(tmp_path / "base", random_reference()), "host", prompt_tokens=5, new_tokens=3, runs=1)
     assert base["adapter_overhead_percent"] is None
     assert "no adapter" in explain(base)
+    folder = write_bundle(tmp_path / "none", random_reference(), random_adapter())
+    none = bench(set_default_adapter(folder, None), "host", prompt_tokens=5, new_tokens=3, runs=1)
+    assert (none["adapter"], none["adapter_overhead_percent"]) == (None, None)
+    assert "no default adapter" in explain(none)
+    assert f"(adapter) is its default: `edgetune adapter default {folder} adapter` makes one so" in explain(none)
 
 
 def test_the_child_runs_on_as_many_cores_as_the_profile_has_threads(bundle: Bundle) -> None:
