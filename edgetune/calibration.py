@@ -103,7 +103,7 @@ def explain(result: dict[str, Any]) -> str:
             f"Something else was running (load {result['load_average']:.2f}), so the figures may be too low: calibrate "
             "again with --force when this machine is idle."
         )
-    return "\n".join([*lines, f"Next: edgetune plan MODEL --device {result['device']}"])
+    return "\n".join(lines)
 
 
 def _check_writable(out: Path, samples_file: Path, *, force: bool) -> None:

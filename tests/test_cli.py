@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import tiny_config, write_model
+from tiny_encoder import encoder_hf, write_encoder
 
 from edgetune import cgroup
 from edgetune.adapters.lora import LoraConfig
@@ -115,6 +117,49 @@ def test_quantize_says_what_it_wrote(way: Way) -> None:
     assert said["grid"] == "int4"
 
 
+def told_next(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The words of the command that a verb's last line on stderr names."""
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("Next: edgetune ")
+    return shlex.split(last)[2:]
+
+
+def test_each_verb_names_the_one_that_follows(
+    way: Way, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from edgetune.cli.training import run_job
+
+    monkeypatch.chdir(tmp_path)
+    assert call("quantize", model, "--out", "a base") == 0
+    assert told_next(capsys) == ["train", "a base", "--device", "ID", "--data", "FILE", "--out", "run/"]
+    flags = ("--device", "galaxy-watch-7", "--target-modules", "q_proj", "--max-steps", "1")
+    assert call("plan", "a base", *flags) == 0
+    assert told_next(capsys) == ["train", "a base", *flags, "--data", "FILE", "--out", "run/"]
+    assert call("plan", "a base", *flags, "--data", way / "rows.jsonl", "--explain") == 0
+    jobs: list[dict[str, Any]] = []
+    monkeypatch.setattr(launch, "start", lambda job, **options: jobs.append(job))
+    assert call(*told_next(capsys)) == 0
+    (job,) = jobs
+    assert (job["plan"].adapter.target_modules, job["out"]) == (("q_proj",), Path("run"))
+    capsys.readouterr()
+    assert run_job({**job, "plan": job["plan"].to_dict(), "as_json": False}) == 0
+    following = told_next(capsys)
+    assert following == ["export", "run", "--out", "bundle/"]
+    for verb in ("run", "bench", "report"):
+        assert call(*following, *(("--new-tokens", "2", "--runs", "1") if following[0] == "bench" else ())) == 0
+        following = told_next(capsys)
+        assert following[:2] == [verb, "bundle"]
+    assert call(*following) == 0
+    assert call("quantize", model, "--out", "again", "--json") == 0
+    assert "Next:" not in capsys.readouterr().err
+
+
+def test_an_encoder_is_exported_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_encoder(tmp_path / "model", encoder_hf("bert"))
+    assert call("quantize", tmp_path / "model", "--out", tmp_path / "base") == 0
+    assert told_next(capsys) == ["export", str(tmp_path / "base"), "--out", "bundle/"]
+
+
 def test_a_model_without_a_tokenizer_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_model(tmp_path / "model", tiny_config("llama"), tokenizer=False)
     assert call("quantize", model, "--out", tmp_path / "base") == 0
@@ -157,7 +202,7 @@ def test_run_prints_the_text_and_nothing_else(way: Way) -> None:
     assert len(said["token_ids"]) <= 6
     plain = edgetune(*words, "--prompt", "turn on lamp 3: ")
     assert plain.stdout == said["text"] + "\n"
-    assert plain.stderr == ""
+    assert plain.stderr == f"Next: edgetune bench {way / 'bundle'} --device host\n"
     assert edgetune(*words, "--prompt", "-", stdin="turn on lamp 3: ").stdout == plain.stdout
     assert edgetune(*words, "--prompt", "turn on lamp 3: ", "--no-adapter").stdout != plain.stdout
     stop = said["text"][2]

@@ -93,7 +93,7 @@ def bench(
         answer(result | {"error": name, "message": str(error)}, benchmark.explain(result), as_json)
         tell(f"{name}: {error}")
         raise typer.Exit(1) from error
-    answer(result, benchmark.explain(result), as_json)
+    answer(result, benchmark.explain(result), as_json, following=("report", bundle))
 
 
 def report(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from edgetune.errors import EdgetuneError, EdgetuneWarning
@@ -14,11 +16,16 @@ from edgetune.errors import EdgetuneError, EdgetuneWarning
 STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: the same again later, or with more, may work
 
 
-def answer(result: Mapping[str, Any], text: str, as_json: bool) -> None:
-    """Print what a verb found: text for people, or with --json that text on stderr and one object on stdout."""
+def answer(result: Mapping[str, Any], text: str, as_json: bool, *, following: Sequence[str | Path] = ()) -> None:
+    """Print what a verb found: text for people, or with --json that text on stderr and one object on stdout.
+
+    `following` are the words of the command that comes next on the way through; people are told on stderr.
+    """
     print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
     if as_json:
         print(json.dumps(result), flush=True)
+    elif following:
+        tell(f"Next: edgetune {shlex.join(map(str, following))}")
 
 
 def fail(error: EdgetuneError, as_json: bool) -> None:

@@ -25,7 +25,7 @@ def exit_code(summary: Mapping[str, Any]) -> int:
 
 
 def outcome(run: Run) -> str:
-    """A run's end for people: what came out, what it took, and what to do next."""
+    """A run's end for people: what came out, what it took, and how to go on with what is not done."""
     summary = run.summary
     loss, held_out, speed = (summary[key] for key in ("train_loss", "eval_loss", "tokens_per_second"))
     lines = [
@@ -44,9 +44,7 @@ def outcome(run: Run) -> str:
         )
     if summary["stopped"] == "nonfinite":
         lines.append("Loss or gradients were not finite too often. Lower --learning-rate and train anew.")
-    elif summary["stopped"] == "done":
-        lines.append(f"Next: edgetune export {run.folder} --out bundle/")
-    else:
+    elif summary["stopped"] != "done":
         flags = " --emulate" * summary["emulated"] + " --one-slice" * (summary["stopped"] == "slice")
         lines.append(f"Go on with: edgetune train --resume {run.folder}{flags}")
     return "\n".join(lines)
@@ -65,5 +63,7 @@ def run_job(job: dict[str, Any]) -> int:
     except EdgetuneError as error:
         fail(error, as_json)
         return 1
-    answer(run.summary, outcome(run), as_json)
+    done = run.summary["stopped"] == "done"
+    following = ("export", run.folder, "--out", "bundle/") if done else ()
+    answer(run.summary, outcome(run), as_json, following=following)
     return exit_code(run.summary)

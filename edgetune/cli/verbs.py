@@ -130,7 +130,8 @@ def doctor(
 
         tell("measuring this machine for about 20 seconds; nothing else should run meanwhile")
         measured = calibration.calibrate(out or "host-calibrated.toml", force=force)
-        answer(measured, calibration.explain(measured), as_json)
+        following = ("plan", "MODEL", "--device", measured["device"])
+        answer(measured, calibration.explain(measured), as_json, following=following)
         return
     if out is not None or force:
         raise typer.BadParameter("--out and --force go with --calibrate")
@@ -143,6 +144,7 @@ def doctor(
 @app.command()
 @takes_settings
 def plan(
+    context: typer.Context,
     model: Model,
     *,
     device: Device,
@@ -173,7 +175,14 @@ def plan(
         made.to_dict(),
         made.explain() if explain else f"{launch.brief(made)}\n--explain shows where each MiB goes.",
         as_json,
+        following=_as_planned(context, data),
     )
+
+
+def _as_planned(context: typer.Context, data: Path | None) -> list[str]:
+    """`train` with all that was typed for `plan`."""
+    words = [word for word in context.obj[1:] if word not in ("--explain", "--json")]
+    return ["train", *words, *(() if data else ("--data", "FILE")), "--out", "run/"]
 
 
 @app.command()
@@ -196,6 +205,7 @@ def quantize(
     Example: edgetune quantize SmolLM2-135M/ --grid int4 --out base/
     """
     from edgetune import quantizer
+    from edgetune.base import EncoderBase, open_any_base
     from edgetune.hub import model_folder
     from edgetune.memory import format_mib
 
@@ -215,7 +225,10 @@ def quantize(
     manifest = quantizer.read_manifest(base)
     size = sum(file["bytes"] for file in manifest["files"].values())
     text = f"{base}: {manifest['num_parameters']:,} weights on the {grid} grid, {format_mib(size)}"
-    answer({"base": str(base), "base_bytes": size} | manifest, text, as_json)
+    following: tuple[str | Path, ...] = ("train", base, "--device", "ID", "--data", "FILE", "--out", "run/")
+    if isinstance(open_any_base(base), EncoderBase):
+        following = ("export", base, "--out", "bundle/")
+    answer({"base": str(base), "base_bytes": size} | manifest, text, as_json, following=following)
 
 
 @app.command()
@@ -385,7 +398,7 @@ def export(
             source, out=out, weights=weights, device=device, merge=merge, alpha=alpha, slots=slots,
             accept_loss=accept_loss, eval_data=eval_data, retention_data=retention_data, force=force,
         ).summary()  # fmt: skip
-    answer(result, bundle.explain(result), as_json)
+    answer(result, bundle.explain(result), as_json, following=("run", out, "--prompt", "TEXT"))
 
 
 @app.command()
@@ -468,8 +481,9 @@ def run(
         top_k=top_k, top_p=top_p, seed=seed, stop=stop or (), chat=chat, adapter=chosen, threads=threads,
         prepacked=prepacked, on_text=tell_text if as_json else stream_text,
     )  # fmt: skip
-    answer(asdict(made), "", as_json)
-    if made.stop_reason == "context":
+    full = made.stop_reason == "context"
+    answer(asdict(made), "", as_json, following=() if full else ("bench", bundle, "--device", "host"))
+    if full:
         tell(f"ended after {len(made.token_ids)} tokens, not {max_new_tokens}: the model's context is full")
 
 
@@ -505,7 +519,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command with these arguments, or those of the process; always ends in SystemExit."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(args=arguments, prog_name="edgetune")
+        app(args=arguments, prog_name="edgetune", obj=arguments)  # what was typed is context.obj
     except EdgetuneError as error:
         fail(error, "--json" in arguments)
     except ModuleNotFoundError as error:
