@@ -1,4 +1,4 @@
-"""Checkpoints that survive being killed at any write, and the lock that keeps two trainers apart.
+"""Checkpoints that survive being killed at any write; which folder a run may go to, and the lock that keeps two apart.
 
     run/checkpoints/ckpt-000123/   adapter.safetensors  optim.safetensors  state.json  MANIFEST.json
 
@@ -29,12 +29,16 @@ from typing import Any
 
 import numpy as np
 
-from edgetune.errors import CheckpointError
+from edgetune.errors import CheckpointError, ConfigError
 from edgetune.weights import TensorInfo, sha256_file, write_atomic, write_safetensors
 
-__all__ = ["Checkpoint", "latest_checkpoint", "lock_run", "newest_state", "read_checkpoint", "save_checkpoint"]
+__all__ = [
+    "Checkpoint", "check_run_folder", "latest_checkpoint", "lock_run", "newest_state", "read_checkpoint",
+    "save_checkpoint",
+]  # fmt: skip
 
 FORMAT_VERSION = 1
+PLAN = "plan.json"  # a folder that holds it is a run's
 _SAFETENSORS = {"float32": "F32", "uint8": "U8"}
 KEEP_LAST = 2
 _NAME = re.compile(r"ckpt-(\d{6,})")
@@ -213,6 +217,30 @@ def _sync_folder(folder: Path) -> None:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True) + "\n"
+
+
+def check_run_folder(folder: Path, *, resume: bool, force: bool) -> None:
+    """Whether a run may be written into a folder, as far as can be seen without writing.
+
+    Raises:
+        ConfigError: it exists and is not empty (without `resume` or `force`), or is a link or a file.
+        CheckpointError: `resume` of something that is no run.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ConfigError(f"{folder} is a link or a file, which is never replaced. Choose another --out.")
+    present = {path.name for path in folder.iterdir()} - {".lock"} if folder.exists() else set()
+    if resume and not folder.exists():
+        raise CheckpointError(f"{folder} does not exist, so there is nothing to resume. Start without --resume.")
+    if resume and present and PLAN not in present:
+        raise CheckpointError(f"{folder} holds no {PLAN}, so it is no run folder. Check the path given to --resume.")
+    if present and not resume and not force:
+        raise ConfigError(
+            f"{folder} exists and is not empty. Go on with --resume, replace it with --force, or choose another --out."
+        )
+    if present and not resume and PLAN not in present:
+        raise ConfigError(
+            f"{folder} is not empty and no run, so --force does not write a run into it. Choose another --out."
+        )
 
 
 @contextlib.contextmanager

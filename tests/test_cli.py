@@ -567,8 +567,33 @@ def test_a_run_that_is_done_is_resumed_at_once(way: Way) -> None:
 def test_resume_of_what_is_no_run(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "plan.json").write_text(content, encoding="utf-8")
-    with pytest.raises(EdgetuneError, match=r"resume|not a plan"):
+    message = "cannot be read as the plan of a run: |not a plan"
+    if content is None:
+        message = r"holds no plan\.json, so it is no run: there is nothing to resume\. Give the folder that --out named"
+    with pytest.raises(EdgetuneError, match=message):
         launch.old_run(tmp_path, data=None, eval_data=None)
+
+
+def test_resume_of_nothing_says_what_to_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", "--resume", tmp_path / "nothere") == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"CheckpointError: {tmp_path / 'nothere'} is no folder: there is nothing to resume. Give ")
+    assert "Errno" not in told
+
+
+def test_a_folder_that_is_taken_is_refused_before_anything_is_done(
+    way: Way, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter").touch()
+    words = ("train", way / "model", "--device", "host", "--data", way / "rows.jsonl", "--out")
+    for out, flags, told in (
+        (way / "run", (), "exists and is not empty. Go on with --resume, replace it with --force"),
+        (tmp_path / "mine", ("--force",), "is not empty and no run, so --force does not write a run into it"),
+    ):
+        assert call(*words, out, *flags) == 1
+        assert capsys.readouterr().err.startswith(f"ConfigError: {out} {told}"), "no plan, no quantizing before it"
+        assert not out.with_name(f"{out.name}-base").exists()
 
 
 def test_ctrl_c_before_the_run_has_begun_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:

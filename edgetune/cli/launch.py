@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from edgetune import errors, host, planner
 from edgetune.base import open_base
-from edgetune.checkpoint import newest_state
+from edgetune.checkpoint import PLAN, newest_state
 from edgetune.cli.console import tell, tensor_progress
 from edgetune.device import load_device
 from edgetune.errors import BudgetError, CheckpointError, ConfigError, DeviceError, EdgetuneError, MissingExtraError
@@ -60,10 +60,20 @@ def old_run(
         BudgetError: it does not fit.
         CheckpointError: the folder is no run, has no checkpoint, or its base is gone.
     """
+    path = run / PLAN
+    if not path.is_file():
+        what = f"holds no {PLAN}, so it is no run" if run.is_dir() else "is no folder"
+        raise CheckpointError(
+            f"{run} {what}: there is nothing to resume. Give the folder that --out named, or train anew without "
+            "--resume."
+        )
     try:
-        plan = Plan.from_dict(json.loads((run / "plan.json").read_text(encoding="utf-8")))
+        plan = Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError, TypeError) as error:  # the last two: not an object
-        raise CheckpointError(f"{run} cannot be resumed: {error}. Give the folder that --out named.") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(
+            f"{path} cannot be read as the plan of a run: {reason}. Train anew with --force, or choose another --out."
+        ) from error
     state = newest_state(run / "checkpoints")
     if state is None:
         raise CheckpointError(f"{run} has no checkpoint that is whole. Train anew with --force.")

@@ -297,6 +297,7 @@ def train(
     Example: edgetune train base/ --device pixel-9 --data notes.jsonl --out run/
     """
     from edgetune.cgroup import check_cgroup
+    from edgetune.checkpoint import check_run_folder
     from edgetune.cli import launch
 
     if enforce == "cgroup":
@@ -318,6 +319,7 @@ def train(
         ]
         if model is None or device is None or data is None or out is None:
             raise typer.BadParameter(f"a new run needs {', '.join(missing)}; --resume RUN goes on with one")
+        check_run_folder(out, resume=False, force=force)  # before anything is planned or quantized
         lora, config = read_settings(adapter, settings)
         job = launch.new_run(
             model, device, data=data, out=out, eval_data=eval_data,

@@ -21,12 +21,12 @@ from typing import Any
 import psutil
 
 from edgetune.adapters.base import CONFIG, MODEL
-from edgetune.checkpoint import lock_run
-from edgetune.errors import CheckpointError, ConfigError
+from edgetune.checkpoint import PLAN, check_run_folder, lock_run
+from edgetune.errors import ConfigError
 from edgetune.weights import write_atomic
 
 FORMAT_VERSION = 1
-PLAN, METRICS, SUMMARY, CHECKPOINTS = "plan.json", "metrics.jsonl", "summary.json", "checkpoints"
+METRICS, SUMMARY, CHECKPOINTS = "metrics.jsonl", "summary.json", "checkpoints"
 FEATURES = "features"
 TRAIN_LOSS_STEPS = 10  # the summary's train_loss is the mean of so many last steps
 
@@ -53,25 +53,10 @@ class Run:
 def open_run(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
     """Hold the lock of a run folder that may be written; a folder made for nothing is removed again.
 
-    Raises:
-        ConfigError: it exists and is not empty (without `resume` or `force`), is a link or a file, or cannot be made.
-        CheckpointError: `resume` of something that is no run, or another process holds it.
+    Raises as `check_run_folder`, ConfigError also where it cannot be made, CheckpointError where another process holds
+    it.
     """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise ConfigError(f"{folder} is a link or a file, which is never replaced. Choose another --out.")
-    present = {path.name for path in folder.iterdir()} - {".lock"} if folder.exists() else set()
-    if resume and not folder.exists():
-        raise CheckpointError(f"{folder} does not exist, so there is nothing to resume. Start without --resume.")
-    if resume and present and PLAN not in present:
-        raise CheckpointError(f"{folder} holds no {PLAN}, so it is no run folder. Check the path given to --resume.")
-    if present and not resume and not force:
-        raise ConfigError(
-            f"{folder} exists and is not empty. Go on with --resume, replace it with --force, or choose another --out."
-        )
-    if present and not resume and PLAN not in present:
-        raise ConfigError(
-            f"{folder} is not empty and no run, so --force does not write a run into it. Choose another --out."
-        )
+    check_run_folder(folder, resume=resume, force=force)
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ import torch
 from edgetune import __version__
 from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.base import MODEL, save_adapter
-from edgetune.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
+from edgetune.checkpoint import PLAN, Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
 from edgetune.data import Window
 from edgetune.linear import FrozenLinear
 from edgetune.memory import format_mib, give_back
@@ -36,7 +36,6 @@ from edgetune.training.run import (
     CHECKPOINTS,
     FEATURES,
     METRICS,
-    PLAN,
     SUMMARY,
     Metrics,
     memory_file_system,
