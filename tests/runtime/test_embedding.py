@@ -125,7 +125,9 @@ def cli(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, st
 def test_run_prints_the_embedding(bundle: EncoderBundle, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = et.embed(bundle, ["abc def"])[0].tolist()
     code, out, _ = cli(capsys, "run", bundle.folder, "--prompt", "abc def")
-    assert (code, json.loads(out)) == (0, wanted)
+    assert (code, json.loads(out)) == (0, pytest.approx(wanted, rel=1e-5))
+    digits = [number.partition("e")[0].replace(".", "").lstrip("-0") for number in out.strip("[]\n").split(", ")]
+    assert max(map(len, digits)) == 6
     code, out, err = cli(capsys, "run", bundle.folder, "--prompt", "abc def", "--json")
     assert json.loads(out) == {"bundle": str(bundle.folder), "hidden_size": 66, "embedding": wanted}
     code, _, err = cli(capsys, "run", bundle.folder, "--prompt", "abc " * 99, "--no-adapter", "--threads", "1")
