@@ -76,6 +76,14 @@ def test_node_gives_the_tokens_of_a_second_implementation(
 
 
 @needs_node
+@pytest.mark.parametrize("words", [(), ("bundle",), ("bundle", "-")])
+def test_node_says_how_it_is_used(words: tuple[str, ...]) -> None:
+    done = subprocess.run(["node", str(EXAMPLE / "run.js"), *words], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("usage: node run.js BUNDLE ADAPTER PROMPT") and done.stderr.count("\n") == 1
+
+
+@needs_node
 def test_node_tells_the_story_of_llama2_c(tmp_path: Path, real: Callable[[str], Path]) -> None:
     from edgetune.exporter import export
 

@@ -4,6 +4,10 @@ import { join } from "node:path";
 import { openBundle } from "./bundle.js";
 
 const [folder, adapter, ...prompts] = process.argv.slice(2);
+if (prompts.length === 0) {
+  console.error('usage: node run.js BUNDLE ADAPTER PROMPT [PROMPT …]   ADAPTER is one of the bundle, or "-" for the base');
+  process.exit(2);
+}
 try {
   const bundle = await openBundle((name) => readFile(join(folder, name)), { threads: 1 });
   await bundle.useAdapter(adapter === "-" ? null : adapter);
