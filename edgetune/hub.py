@@ -79,8 +79,25 @@ def _download(repo_id: str) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=list(_FILES)))
     except Exception as error:  # its errors come from several libraries and differ by version
+        what, step = _reason(error)
         raise ModelError(
-            f"There is no local folder {repo_id}, and the Hub did not give a model of that name: "
-            f"{type(error).__name__}: {str(error).strip()}\nCheck the name and the connection (a gated model needs "
-            "`hf auth login`), or download the model elsewhere and give its folder."
+            f"There is no local folder {repo_id}, and the Hub did not give a model of that name: {what}. {step}, or "
+            "download the model elsewhere and give its folder."
         ) from error
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """What is wrong in a few words, and the next step: the client's own message is a paragraph."""
+    from huggingface_hub import constants
+
+    kinds = [kind.__name__ for kind in type(error).__mro__]  # by name: their place differs by version
+    if "GatedRepoError" in kinds:
+        return "it is gated", "Accept its terms on its page and log in with `hf auth login`"
+    if "RepositoryNotFoundError" in kinds:
+        return "there is none, or it is private", "Check the name, or log in with `hf auth login`"
+    if "LocalEntryNotFoundError" in kinds and constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set and the cache does not hold it", "Unset it"
+    if "LocalEntryNotFoundError" in kinds:
+        return "it cannot be reached, and the cache does not hold it", "Check the connection"
+    line = str(error).strip().partition("\n")[0][:120]
+    return f"{type(error).__name__}: {line}", "Check the name and the connection"

@@ -166,8 +166,10 @@ def test_offline_without_the_model_says_what_to_do(tmp_path: Path) -> None:
         "except ModelError as error: print(error)"
     )
     done = run_python(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert "no local folder org/other" in done.stdout, done.stderr
-    assert "download the model elsewhere" in done.stdout
+    assert done.stdout == (
+        "There is no local folder org/other, and the Hub did not give a model of that name: HF_HUB_OFFLINE is set and "
+        "the cache does not hold it. Unset it, or download the model elsewhere and give its folder.\n"
+    ), done.stderr
 
 
 def test_network_failure_says_what_to_do(tmp_path: Path) -> None:
@@ -180,8 +182,38 @@ def test_network_failure_says_what_to_do(tmp_path: Path) -> None:
         "except ModelError as error: print(error)"
     )
     done = run_python(code, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
-    assert "no local folder org/other" in done.stdout, done.stderr
-    assert "Check the name and the connection" in done.stdout
+    assert done.stdout == (
+        "There is no local folder org/other, and the Hub did not give a model of that name: it cannot be reached, and "
+        "the cache does not hold it. Check the connection, or download the model elsewhere and give its folder.\n"
+    ), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "GatedRepoError",
+            r"name: it is gated\. Accept its terms on its page and log in with `hf auth login`, or down",
+        ),
+        ("RepositoryNotFoundError", r"name: there is none, or it is private\. Check the name, or log in with"),
+        ("Unheard", rf"name: Unheard: {'x' * 120}\. Check the name and the connection, or download"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, message: str
+) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    errors = pytest.importorskip("huggingface_hub.errors")
+    error = getattr(errors, kind, type(kind, (Exception,), {}))
+
+    def snapshot_download(repo_id: str, **_: object) -> str:
+        raise error.__new__(error, "x" * 500 + "\nand a second line")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ModelError, match=message) as caught:
+        model_folder("org/name")
+    assert "\n" not in str(caught.value)
 
 
 def test_only_safetensors_and_what_describes_them_are_asked_for(
