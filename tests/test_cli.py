@@ -688,7 +688,13 @@ def test_devices_lists_and_shows(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("devices", "pixel-9", "--json") == 0
     assert json.loads(capsys.readouterr().out)["memory"]["budget_mib"] == 3686
     assert call("devices", "pixel-9") == 0
-    assert re.search(r"^memory\.budget_mib +3686$", capsys.readouterr().out, re.MULTILINE)
+    out = capsys.readouterr().out
+    assert re.search(r"^memory\.budget_mib +3686$", out, re.MULTILINE)
+    assert "No engine trains" not in out
+    assert call("devices", "apple-watch-10") == 0
+    assert (
+        capsys.readouterr().out.splitlines()[-1].startswith("No engine trains a model of usual size on apple-watch-10")
+    )
 
 
 def test_doctor_calibrates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from edgetune.adapters import METHODS
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import open_base
 from edgetune.data import Row, pack, read_rows, split_eval
-from edgetune.device import Cluster, load_device
+from edgetune.device import Cluster, list_devices, load_device
 from edgetune.errors import BudgetError, ConfigError, DataError
 from edgetune.memory import MIB
 from edgetune.models import FAMILIES, load_config
@@ -699,9 +699,27 @@ class TestRefusal:
             plan(model, "galaxy-watch-7", budget="background")
 
     def test_nothing_at_all(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(planner, "measure_floor", lambda engine, threads: 2000 * MIB)
-        with pytest.raises(BudgetError, match="No setting makes it fit apple-watch-10: choose a smaller model"):
+        monkeypatch.setattr(planner, "measure_floor", lambda engine, threads: 2040 * MIB)
+        with pytest.raises(BudgetError, match=r"No setting makes it fit galaxy-watch-7: choose a smaller model\.$"):
+            plan(model, "galaxy-watch-7")
+
+    def test_a_device_that_no_engine_leaves_room_on(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(planner, "measure_floor", lambda engine, threads: 151 * MIB)
+        message = (
+            r"MiB are missing\.\n.*\nIt fits with --budget \d+, more than apple-watch-10 allows\.\nNo engine trains a "
+            r"model of usual size on apple-watch-10: of the 153 MiB .* the floor of torch alone takes about 150 MiB\. "
+            r"Train for another device .*: edgetune export run/ --device apple-watch-10 --out bundle/$"
+        )
+        with pytest.raises(BudgetError, match=message):
             plan(model, "apple-watch-10")
+
+    def test_which_devices_have_room_for_training(self) -> None:
+        profiles = [profile for profile in list_devices() if profile.id != "host"]
+        assert [p.id for p in profiles if planner.why_untrainable(p)] == ["apple-watch-10"]
+        watch = load_device("apple-watch-10")
+        for mib, room in ((165, False), (166, True)):  # a floor of 150 and the least of 16
+            other = dataclasses.replace(watch, memory=dataclasses.replace(watch.memory, budget_mib=mib))
+            assert (planner.why_untrainable(other) is None) is room
 
     def test_largest_parts_in_order(self, model: Path) -> None:
         with pytest.raises(BudgetError) as error:

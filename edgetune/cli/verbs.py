@@ -90,8 +90,11 @@ def devices(
     from edgetune.device import list_devices, load_device
 
     if device is not None:
-        profile = load_device(device).to_dict()
-        answer(profile, "\n".join(flat(profile)), as_json)
+        from edgetune.planner import why_untrainable
+
+        profile = load_device(device)
+        lines = [*flat(profile.to_dict()), *filter(None, (why_untrainable(profile),))]
+        answer(profile.to_dict(), "\n".join(lines), as_json)
         return
     profiles = list_devices()
     lines = [f"{'ID':<20} {'KIND':<7} {'FOREGROUND':>10} {'BACKGROUND':>10}  {'GRID':<5} {'FIGURES':<9} NAME"]

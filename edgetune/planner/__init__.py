@@ -24,7 +24,7 @@ from edgetune.device import DeviceProfile, load_device
 from edgetune.errors import BudgetError, ConfigError
 from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
-from edgetune.memory import MIB, format_mib, give_back, measure_floor
+from edgetune.memory import FLOOR_BYTES, MIB, format_mib, give_back, measure_floor
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.planner.costs import (
     FREE_SHARE,
@@ -41,13 +41,15 @@ from edgetune.planner.plans import FORMAT_VERSION, Concession, Plan, TrainConfig
 from edgetune.planner.wishes import RowFacts, Windows, Wishes
 from edgetune.tokenizer import load_tokenizer
 
-__all__ = ["Concession", "Plan", "TrainConfig", "plan"]
+__all__ = ["Concession", "Plan", "TrainConfig", "plan", "why_untrainable"]
 
 ENGINES = ("torch",)
 METHOD = "lora"
 DEFAULT_EPOCHS = 3.0
 # The prediction may be off by this share of what lies above the floor, and by this share of the whole.
 MARGIN_ABOVE_FLOOR, MARGIN = 0.05, 0.02
+# What SmolLM2-135M takes above the floor with everything conceded: no model of usual size takes less.
+LEAST_ROOM = 16 * MIB
 
 
 def plan(
@@ -132,6 +134,22 @@ def read_budget(budget: str | int, profile: DeviceProfile) -> tuple[str, int | N
         return "given", budget * MIB
     most = f"the {memory.total_mib} of {profile.id}"
     raise ConfigError(f"budget = {budget!r}; expected foreground, background, min, or MiB from 1 to {most}.")
+
+
+def why_untrainable(profile: DeviceProfile) -> str | None:
+    """Why no model of usual size trains in front on a device, and what to do instead; None where some do.
+
+    It goes by the engines' floors as they were measured once (`memory.FLOOR_BYTES`), so it asks for no engine here.
+    """
+    engine = min(ENGINES, key=FLOOR_BYTES.__getitem__)
+    budget = profile.memory.budget_mib * MIB
+    if budget - FLOOR_BYTES[engine] >= LEAST_ROOM:
+        return None
+    return (
+        f"No engine trains a model of usual size on {profile.id}: of the {format_mib(budget)} that it allows, the "
+        f"floor of {engine} alone takes about {format_mib(FLOOR_BYTES[engine])}. Train for another device of `edgetune "
+        f"devices`, then ship the bundle to this one: edgetune export run/ --device {profile.id} --out bundle/"
+    )
 
 
 def _facts(
@@ -375,6 +393,7 @@ def _refusal(
         f"{format_mib(budget_bytes)} ({budget_name}): {format_mib(needed - budget_bytes)} are missing.\n"
         f"Largest parts: {', '.join(f'{name} {format_mib(size)}' for name, size in parts)}.\n"
         + (f"It fits with {found}." if found else f"No setting makes it fit {profile.id}: choose a smaller model.")
+        + (f"\n{why}" if (why := why_untrainable(profile)) else "")
     )
 
 
