@@ -12,6 +12,7 @@ from edgetune.report.artifacts import RunFiles
 from edgetune.report.blocks import Block, Card, Drawing, Missing, Section, Table, Text, mib, number, shown
 
 MOST_POINTS = 300  # of a line; longer ones are drawn as means
+_FAR = 3  # times the peak: a budget beyond that would press what was measured flat, and is told in words
 _HELD_BY = {
     "none": "nothing held it: it was measured alone",
     "governor": "held by the governor, which samples every 4 ms and stops the run at the budget",
@@ -87,14 +88,16 @@ def _memory(run: RunFiles) -> Iterator[Block]:
     drawing = _memory_over_time(run, peak)
     if drawing is not None:
         yield drawing
+    far = _far_budget(run, peak)
     parts = stacked_bar(
         "Parts of the predicted peak",
         list(plan.parts.items()),
-        limit=Rule("budget", plan.budget_bytes),
+        limit=None if far else Rule("budget", plan.budget_bytes),
         show=format_mib,
     )
     if parts is not None:
-        yield Drawing(parts, f"At the {plan.peak_moment} of a step. The floor is the process before any model.")
+        note = f"At the {plan.peak_moment} of a step. The floor is the process before any model."
+        yield Drawing(parts, " ".join(filter(None, (note, far))))
     largest = sorted(plan.parts.items(), key=lambda part: -part[1])
     rows = [("part", "predicted", "share")]
     rows += [(name, format_mib(size), f"{size / plan.predicted_peak_bytes:.1%}") for name, size in largest]
@@ -111,10 +114,24 @@ def _memory_over_time(run: RunFiles, peak: float | None) -> Drawing | None:
         if peak is not None:
             lines.append(Line("measured peak, MiB", ends, [peak / MIB] * 2))
         lines.append(Line("predicted peak, MiB", ends, [plan.predicted_peak_bytes / MIB] * 2))
+    far = _far_budget(run, peak)
     chart = line_chart(
-        "Anonymous + swap memory over the run", lines, x_name="step", rules=[Rule("budget", plan.budget_bytes / MIB)]
+        "Anonymous + swap memory over the run",
+        lines,
+        x_name="step",
+        rules=[] if far else [Rule("budget", plan.budget_bytes / MIB)],
+        from_zero=not far,
     )
-    return None if chart is None else Drawing(chart, "A step's own peak lies above what is in use after it.")
+    note = "A step's own peak lies above what is in use after it."
+    return None if chart is None else Drawing(chart, " ".join(filter(None, (note, far))))
+
+
+def _far_budget(run: RunFiles, peak: float | None) -> str:
+    """What is said of a budget that is too far above the peak to be drawn with it; nothing of one that is not."""
+    budget, highest = run.plan.budget_bytes, max(run.plan.predicted_peak_bytes, peak or 0)
+    if budget <= _FAR * highest:
+        return ""
+    return f"The budget is not drawn: {format_mib(budget)}, {budget / highest:.0f} times the peak."
 
 
 def _shrunk(run: RunFiles) -> Iterator[Block]:

@@ -195,6 +195,23 @@ def test_lines_have_the_numbers_of_the_steps(run: Path, monkeypatch: pytest.Monk
     assert rules == [Rule("budget", plan["budget_bytes"] / MIB)]
 
 
+@pytest.mark.parametrize("times", [3, 15])
+def test_a_budget_far_above_the_peak_is_told_and_not_drawn(run: Path, times: int) -> None:
+    peak = read(run / "plan.json")["predicted_peak_bytes"]
+    edit(run / "plan.json", budget_bytes=times * peak)
+    edit(run / "summary.json", measured_peak_bytes=peak)
+    lines = [{"step": i, "loss": 1.0, "tokens": 9, "seconds": 0.5, "now_bytes": peak * 0.9} for i in range(1, 9)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
+    text, far = render(read_artifacts((run,))), times > 3
+    start = text.index('aria-label="Anonymous + swap memory over the run"')
+    heights = re.findall(r'points="[\d.]+,([\d.]+)', text[start : text.index("</svg>", start)])
+    apart = float(heights[0]) - float(heights[1])  # what is in use, and the peak that is a tenth above it
+    assert (apart > 0.3 * charts.HEIGHT) is far, "the range that was measured fills the drawing"
+    assert text.count("(dashed)") == (0 if far else 1)
+    assert text.count('class="rule"') == (0 if far else 2)
+    assert text.count(f"The budget is not drawn: {format_mib(15 * peak)}, 15 times the peak.") == (2 if far else 0)
+
+
 def test_the_peak_is_judged_by_the_budget_and_the_prediction_by_the_peak(run: Path) -> None:
     plan = read(run / "plan.json")
     peak = plan["predicted_peak_bytes"] * 4 // 5
