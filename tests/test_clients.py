@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -25,6 +26,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from edgetune.adapters.lora import LoraConfig
 from edgetune.bundle import Bundle, load_bundle
+from edgetune.errors import EdgetuneWarning
 from edgetune.exporter import export
 from edgetune.graphs import FORMATS
 from edgetune.grids import GRIDS
@@ -46,7 +48,9 @@ def make_bundle(folder: Path, weights: str, family: str = "llama", head_dim: int
     base = quantize(model, weights if weights in GRIDS else "int4", folder / "base")
     export(write_run(folder / "run", base), out=folder / "bundle", weights=weights)
     wide = write_run(folder / "wide", base, LoraConfig(r=5, lora_alpha=4, target_modules=("v_proj", "gate_proj")))
-    add_adapter(folder / "bundle", wide, name="wide")
+    with warnings.catch_warnings():  # where the weights are rounded, which is what some of these are about
+        warnings.simplefilter("ignore", EdgetuneWarning)
+        add_adapter(folder / "bundle", wide, name="wide")
     return load_bundle(folder / "bundle")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgetune.cli.console import answer
+from edgetune.cli.console import answer, warnings_told
 from edgetune.cli.flags import Bundle, Json
 from edgetune.memory import format_mib
 
@@ -57,7 +57,8 @@ def add(
     """
     from edgetune.runtime.adapters import add_adapter, list_adapters
 
-    made = add_adapter(bundle, source, name=name, default=default)
+    with warnings_told():
+        made = add_adapter(bundle, source, name=name, default=default)
     found, added = list_adapters(made), list(made.adapters)[-1]
     use = f"edgetune run {bundle}" + (f" --adapter {added}" if made.default_adapter != added else "")
     answer({"added": added, **found}, f"{_table(found)}\nadded {added}; use it with: {use}", as_json)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +35,7 @@ from edgetune.adapters import base as peft
 from edgetune.adapters.lora import onnx_tensors
 from edgetune.base import open_any_base, weights_sha256
 from edgetune.bundle import MANIFEST, AnyBundle, Bundle, EncoderBundle, check_adapter, load_any_bundle, read_manifest
-from edgetune.errors import AdapterError, BundleError
+from edgetune.errors import AdapterError, BundleError, EdgetuneWarning
 from edgetune.output import sync_folder
 from edgetune.runtime.embedding import Embedder, open_embedder
 from edgetune.runtime.session import Session, open_session
@@ -70,6 +71,8 @@ def add_adapter(
 ) -> Bundle | EncoderBundle:
     """Add an adapter to a bundle; the bundle as it is then.
 
+    An EdgetuneWarning says where the bundle's weights were rounded after the adapter was trained around them.
+
     Args:
         bundle: the bundle, or its folder.
         source: a run (`Run` or its folder), a PEFT folder, or a `.safetensors` file that a bundle carries.
@@ -95,7 +98,24 @@ def add_adapter(
         with _written(folder, name, adapter) as paths:
             facts = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in paths}
             _commit(folder, manifest | {"files": manifest["files"] | facts})
+    if (rounded := _rounded(bundle, source)) is not None:
+        warnings.warn(rounded, EdgetuneWarning, stacklevel=2)
     return load_any_bundle(folder)
+
+
+def _rounded(bundle: AnyBundle[Any], source: Path) -> str | None:
+    """What is to be known of an adapter on weights that it was not trained around; None where they are the same."""
+    manifest = bundle.manifest
+    if manifest["rounding"] is None:
+        return None
+    error = manifest["rounding"].get("mean_relative_error")
+    by = f" by {error:.2%} on average" if isinstance(error, (int, float)) else ""
+    grid, weights = manifest["grid"] or "dense", manifest["weights"]
+    return (
+        f"{source} was trained around {grid} weights, and those of {bundle.folder} were rounded to {weights}{by}. What "
+        f"that costs this adapter was not measured: `edgetune export` of its run with --weights {weights} does, and "
+        f"{f'--weights {grid}' if manifest['grid'] else 'fp32'} is exact"
+    )
 
 
 def remove_adapter(bundle: AnyBundle[Any] | str | Path, name: str) -> Bundle | EncoderBundle:

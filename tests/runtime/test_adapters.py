@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ from edgetune.adapter_file import BoundAdapter, read_adapter, write_adapter
 from edgetune.adapters.lora import LoraConfig
 from edgetune.bundle import load_bundle
 from edgetune.cli import verbs
-from edgetune.errors import AdapterError, BundleError
+from edgetune.errors import AdapterError, BundleError, EdgetuneWarning
 from edgetune.runtime.adapters import (
     add_adapter,
     check_adapters,
@@ -480,13 +481,23 @@ def test_weights_rounded_to_another_kind_keep_the_base_that_adapters_are_bound_t
     said = {key: bundle.manifest[key] for key in ("base_sha256", "grid")}
     assert said == {key: load_bundle(trained / "bundle").manifest[key] for key in said}
     alone = et.export(trained / "run-mail", out=tmp_path / "alone", weights=weights, accept_loss=True)
-    one, other = add_adapter(bundle, trained / "run-mail").adapters["run-mail"], alone.adapters["adapter"]
+    rounding = bundle.manifest["rounding"]
+    if weights == "standard":  # which is int4 in other operators
+        assert rounding is None
+        added = add_adapter(bundle, trained / "run-mail")
+    else:
+        by = f"{rounding['mean_relative_error']:.2%}"
+        told = f"were rounded to {weights} by {by} on average. What that costs this adapter .* --weights int4 is exact"
+        with pytest.warns(EdgetuneWarning, match=rf"run-mail was trained around int4 weights, and those of .* {told}"):
+            added = add_adapter(bundle, trained / "run-mail")
+    one, other = added.adapters["run-mail"], alone.adapters["adapter"]
     assert one.binding == other.binding
     # A session computes 4-bit products in fp32 here, the export those of 8 bits too.
     assert one.probe_change == pytest.approx(other.probe_change, rel=0.05 if weights == "int8" else 1e-4)
     assert list(check_adapters(bundle)["adapters"]) == ["adapter", "run-mail"]
     file = trained / "bundle" / "adapter.safetensors"
-    assert list(add_adapter(bundle, file, name="same").adapters) == ["adapter", "run-mail", "same"]
+    with contextlib.nullcontext() if rounding is None else pytest.warns(EdgetuneWarning, match=r"adapter\.safetensors"):
+        assert list(add_adapter(bundle, file, name="same").adapters) == ["adapter", "run-mail", "same"]
     requantized = et.quantize(trained / "model", "nf4", tmp_path / "base")
     with pytest.raises(AdapterError, match=r"mail was trained on base [0-9a-f]{12}, .*bundle holds"):
         add_adapter(bundle, write_run(tmp_path / "mail", requantized))
@@ -574,6 +585,18 @@ def say(capsys: pytest.CaptureFixture[str], *words: str | Path, code: int = 0) -
     shown = capsys.readouterr()
     assert (ended.value.code or 0) == code, shown.err
     return shown.err if code else shown.out
+
+
+@pytest.mark.parametrize("rounding", [{"mean_relative_error": 0.0757}, {}])
+def test_the_verb_warns_in_a_line_of_rounded_weights(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rounding: dict[str, float]
+) -> None:
+    manifest = json.loads((bundle / "edgetune.json").read_text(encoding="utf-8"))
+    (bundle / "edgetune.json").write_text(json.dumps(manifest | {"rounding": rounding}), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        verbs.main(["adapter", "add", str(bundle), str(adapter_file(bundle, tmp_path / "files", "work"))])
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("warning: ") and (" to fp32 by 7.57% on average. " if rounding else " to fp32. ") in told
 
 
 def test_the_verb(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
