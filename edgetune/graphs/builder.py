@@ -72,6 +72,13 @@ class Builder:
         self._initializers: dict[str, ir.Value] = {}
         self._groups: list[_Group] = []
         self._end = 0
+        self._places = True
+
+    def beside(self, name: str) -> Builder:
+        """A graph of its own over this one's data file: what it calls a weight has to lie there already."""
+        other = Builder(name, self.data_file, contrib=self.contrib)
+        other.placed, other._places = self.placed, False
+        return other
 
     def input(self, name: str, dtype: str, shape: Shape) -> ir.Value:
         """A graph input; a string in `shape` is a symbolic dimension."""
@@ -117,18 +124,29 @@ class Builder:
         names = {key: part_name(name, key) for key in arrays}
         if all(part in self._initializers for part in names.values()):
             return {key: self._initializers[part] for key, part in names.items()}
+        if not self._places:
+            return {key: self.view(names[key], names[key], dtype, shape) for key, (dtype, shape) in arrays.items()}
         values = {key: self._place(names[key], dtype, shape) for key, (dtype, shape) in arrays.items()}
         announced = {key: (names[key], dtype, tuple(shape)) for key, (dtype, shape) in arrays.items()}
         self._groups.append(_Group(announced, fill))
         return values
 
+    def reserve(self, name: str, dtype: str, shape: Sequence[int], produce: Callable[[], np.ndarray]) -> None:
+        """Bytes of the data file that no node of this graph reads: a graph `beside` it does."""
+        self._reserve(name, dtype, shape)
+        self._groups.append(_Group({"": (name, dtype, tuple(shape))}, lambda arrays: np.copyto(arrays[""], produce())))
+
     def _place(self, name: str, dtype: str, shape: Sequence[int]) -> ir.Value:
+        return self._external(name, dtype, shape, self._reserve(name, dtype, shape))
+
+    def _reserve(self, name: str, dtype: str, shape: Sequence[int]) -> int:
+        """The offset of so many bytes at the end of the data file."""
         nbytes = _nbytes(dtype, shape)
         alignment = _PAGE_BYTES if nbytes >= _PAGE_THRESHOLD else _ALIGNMENT
         offset = -(-self._end // alignment) * alignment
         self._end = offset + nbytes
         self.placed[name] = Placed(offset, nbytes)
-        return self._external(name, dtype, shape, offset)
+        return offset
 
     def view(self, name: str, weight: str, dtype: str, shape: Sequence[int], *, start_byte: int = 0) -> ir.Value:
         """An initializer over bytes of a weight that exists already, in another shape or type. No copy on disk."""
@@ -182,13 +200,17 @@ class Builder:
             for group in self._groups:
                 self._fill(path, group)
             os.fsync(file.fileno())
+        self.save_graph(folder / filename, metadata)
+
+    def save_graph(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the graph alone, beside a data file that is written already."""
         graph = ir.Graph(
             self._inputs, self._outputs, nodes=self._nodes, initializers=list(self._initializers.values()),
             opset_imports={"": OPSET} | ({CONTRIB: 1} if self.contrib else {}), name=self.name,
         )  # fmt: skip
         model = ir.Model(graph, ir_version=IR_VERSION, producer_name="edgetune")
         model.metadata_props.update(metadata or {})
-        ir.save(model, folder / filename)
+        ir.save(model, path)
 
     def _fill(self, path: Path, group: _Group) -> None:
         arrays = {

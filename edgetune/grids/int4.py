@@ -26,6 +26,7 @@ Fill = Callable[[dict[str, np.ndarray]], None]
 _LEVELS = np.arange(16, dtype=np.float32) - 8
 PAIRS = pair_table(_LEVELS, _LEVELS)
 _FACTORS = tuple(sign * factor for factor in np.linspace(0.70, 1.15, 19) for sign in (1.0, -1.0))
+_ZERO_POINTS, _ZEROS = "int4.zero_points", 0x88  # two codes of 8
 _TILE = 1 << 15  # weights searched at once: six buffers of this size stay in the L2 cache
 
 
@@ -150,6 +151,33 @@ def emit_linear(
     )  # fmt: skip
 
 
+def emit_zero_points(builder: Any, nbytes: int) -> None:
+    """Put bytes of code 8 into the data file, as many as the largest `emit_weight` needs: two to 64 weights."""
+    builder.reserve(_ZERO_POINTS, "uint8", (nbytes,), lambda: np.full(nbytes, _ZEROS, np.uint8))
+
+
+# codes, scales, zero points ── DequantizeLinear(axis 1, block 32) ── Slice where rows are padded ── W [rows, K]
+def emit_weight(builder: Any, path: str, name: str, shape: tuple[int, int], rows: slice | None = None) -> Any:
+    """Float32 rows of the weight `name` [N, K] from the bytes that `emit_linear` multiplies with, in a graph beside.
+
+    `MatMulNBits` and UINT4 order nibbles alike. Onnxruntime neither folds nor fuses this (along axis 0 it would make a
+    `MatMulNBits` of accuracy level 4 of it), so the weight exists while the node's consumers run.
+    """
+    rows = rows or slice(0, shape[0])
+    count, blocks = rows.stop - rows.start, _num_blocks(shape)
+    codes, scales, zero_points = (
+        builder.view(f"{path}/{key}", source, dtype, (count, columns), start_byte=start)
+        for key, source, dtype, columns, start in (
+            ("codes", f"{name}.codes", "uint4", blocks * BLOCK, rows.start * blocks * BLOCK // 2),
+            ("scales", f"{name}.scales", "float32", blocks, rows.start * blocks * 4),
+            ("zero_points", _ZERO_POINTS, "uint4", blocks, 0),
+        )
+    )
+    inputs = [codes, scales, zero_points]
+    weight = builder.op(f"{path}/DequantizeLinear", "DequantizeLinear", inputs, axis=1, block_size=BLOCK)
+    return weight if shape[1] == blocks * BLOCK else _cut(builder, path, weight, shape[1], axis=1)
+
+
 # ids [b, s] ── GatherBlockQuantized(codes, scales) [b, s, blocks, 32] ── Reshape ── Slice ── rows [b, s, K]
 def emit_embedding(
     builder: Any, path: str, ids: Any, name: str, shape: tuple[int, int], fill: Fill, *, bits: int = 4
@@ -164,12 +192,15 @@ def emit_embedding(
     )  # fmt: skip
     merged = builder.constant(f"{path}/shape", np.array([0, 0, blocks * BLOCK], np.int64))
     rows = builder.op(f"{path}/Reshape", "Reshape", [rows, merged])
-    if shape[1] == blocks * BLOCK:
-        return rows
-    cut = [builder.constant(f"{path}/{key}", np.array([value], np.int64)) for key, value in (
-        ("starts", 0), ("ends", shape[1]), ("axes", 2)
+    return rows if shape[1] == blocks * BLOCK else _cut(builder, path, rows, shape[1], axis=2)
+
+
+def _cut(builder: Any, path: str, value: Any, length: int, *, axis: int) -> Any:
+    """The first `length` elements along an axis."""
+    cut = [builder.constant(f"{path}/{key}", np.array([number], np.int64)) for key, number in (
+        ("starts", 0), ("ends", length), ("axes", axis)
     )]  # fmt: skip
-    return builder.op(f"{path}/Slice", "Slice", [rows, *cut])
+    return builder.op(f"{path}/Slice", "Slice", [value, *cut])
 
 
 def _initializers(builder: Any, name: str, shape: tuple[int, int], fill: Fill, bits: int) -> tuple[Any, Any]:

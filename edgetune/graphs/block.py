@@ -1,0 +1,220 @@
+"""One block of a training graph: its forward pass, and the gradients of its input and of its adapter.
+
+    h = norm(x)     q, k, v = h Wq, h Wk, h Wv, rotated     o = attention(q, k, v)     x2 = x + o Wo
+    h2 = norm(x2)   gate, up = h2 Wg, h2 Wu                  y = x2 + (act(gate) * up) Wd
+
+Each linear adds what its adapter makes of its input. A family may norm q and k by head, and o Wo and the MLP's output
+before they are added. Backward dequantizes every matrix once more rather than keeping it since forward, so that one
+matrix exists at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from edgetune.graphs import FORMATS, backward, ops
+from edgetune.graphs.backward import Attended, Heads, Lora, Nodes
+from edgetune.graphs.builder import Builder
+from edgetune.graphs.decoder import Matrices
+
+Linears = Sequence[str]  # modules inside a block that multiply the same input
+QKV: Linears = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+OUT: Linears = ("self_attn.o_proj",)
+GATE_UP: Linears = ("mlp.gate_proj", "mlp.up_proj")
+DOWN: Linears = ("mlp.down_proj",)
+
+
+def matrices_of(linears: Linears) -> list[tuple[str, Linears]]:
+    """The matrices of the data file that hold these linears: (name inside a block, linears whose rows it stacks)."""
+    return [(linear, (linear,)) for linear in linears]
+
+
+Gradients = dict[str, tuple[ir.Value, list[int | str]]]
+
+
+class Block:
+    """One block's nodes; after `forward`, what its backward needs."""
+
+    def __init__(self, b: Builder, source: Matrices, index: int) -> None:
+        self.b, self.source, self.config, self.index = b, source, source.config, index
+        c, kind = self.config, self.config.layer_kinds[index]
+        self.name = c.block(index)
+        self.x = b.input("x", "float32", ["positions", c.hidden_size])
+        window: int | str = "sequence_length"
+        self.mask = b.input(f"mask.{kind}", "float32", ["batch_size", 1, window, window])
+        self.tables = None
+        if c.attention_kinds[kind].rope_theta is not None:
+            half: list[int | str] = ["batch_size", window, c.head_dim // 2]
+            self.tables = b.input(f"cos.{kind}", "float32", half), b.input(f"sin.{kind}", "float32", half)
+        scaling = b.input("scaling", "float32", [1])
+        self.adapters = {path: self._adapter(path, scaling) for path in c.linear_shapes}
+        n = Nodes(b, "/shape")
+        self.heads = Heads(n("Shape", self.mask, start=0, end=1), n("Shape", self.mask, start=2, end=3))
+        self.z: dict[str, ir.Value] = {}  # of each linear, what its adapter's backward needs
+        self.raw: dict[str, ir.Value] = {}  # what a norm inside the block took
+        self.gradients: Gradients = {}
+
+    def _adapter(self, path: str, scaling: ir.Value) -> Lora:
+        (rows, columns), module = self.config.linear_shapes[path], f"{self.name}.{path}"
+        rank = f"{module}.r"
+        a = self.b.optional_input(f"{module}.lora_A", [columns, rank], np.zeros((columns, 0), np.float32))
+        b = self.b.optional_input(f"{module}.lora_B", [rank, rows], np.zeros((0, rows), np.float32))
+        return Lora(a, b, scaling)
+
+    def forward(self, *, to_output: bool = True) -> ir.Value:
+        """The block's output; without `to_output` only what backward needs, and x2, what the MLP is added to."""
+        norms, mlp = self.config.block_norms, f"{self.name}.mlp"
+        self.h = self._norm(norms.before_attention, self.x)
+        self.o = self._attend(*self._linears(QKV, self.h))
+        (attended,) = self._linears(OUT, self.o)
+        if norms.after_attention:
+            attended = self._norm(norms.after_attention, attended)
+        self.x2 = self.b.op("/attention/Add", "Add", [self.x, attended])
+        self.h2 = self._norm(norms.before_mlp, self.x2)
+        self.gate, self.up = self._linears(GATE_UP, self.h2)
+        self.product = ops.GATES[self.config.hidden_act](self.b, f"/{mlp}", self.gate, self.up)
+        if not to_output and not norms.after_mlp:
+            self._z(DOWN[0], self.product)
+            return self.x2
+        (added,) = self._linears(DOWN, self.product)
+        if norms.after_mlp:
+            added = self._norm(norms.after_mlp, added)
+        return self.b.op("/mlp/Add", "Add", [self.x2, added])
+
+    def backward(self, d_y: ir.Value) -> tuple[ir.Value, Gradients]:
+        """The gradient of the block's input, and those of its adapter tensors."""
+        self.forward(to_output=False)
+        norms, n = self.config.block_norms, Nodes(self.b, "/backward")
+        d_added = self._norm_backward(norms.after_mlp, d_y) if norms.after_mlp else d_y
+        d_product = self._linears_backward(DOWN, self.product, [d_added])
+        slope = backward.GATES_BACKWARD[self.config.hidden_act](n, self.gate)
+        d_gate = n("Mul", n("Mul", d_product, self.up), slope)
+        d_up = ops.GATES[self.config.hidden_act](self.b, "/backward/gate", self.gate, d_product)
+        d_h2 = self._linears_backward(GATE_UP, self.h2, [d_gate, d_up])
+        d_x2 = n("Add", d_y, self._norm_backward(norms.before_mlp, d_h2))
+        d_attended = self._norm_backward(norms.after_attention, d_x2) if norms.after_attention else d_x2
+        d_o = self._linears_backward(OUT, self.o, [d_attended])
+        d_h = self._linears_backward(QKV, self.h, self._attend_backward(d_o))
+        return n("Add", d_x2, self._norm_backward(norms.before_attention, d_h)), self.gradients
+
+    def _attend(self, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+        """Attention of rows q, k, v: rows again."""
+        c, n = self.config, Nodes(self.b, "/attention")
+        count, kv_heads, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        if c.qk_norm:
+            q, k = self._head_norm("self_attn.q_norm", q, count), self._head_norm("self_attn.k_norm", k, kv_heads)
+        q, k = (
+            backward.rotate(n, backward.by_head(n, x, self.heads, heads, d), self.tables)
+            for x, heads in ((q, count), (k, kv_heads))
+        )
+        v = backward.by_head(n, v, self.heads, kv_heads, d)
+        o, self.attended = backward.attention(
+            n, q, k, v, self.mask, self.heads, kv_heads, count, c.attention_scale
+        )  # fmt: skip
+        return backward.by_row(n, o, count * d)
+
+    attended: Attended
+
+    def _attend_backward(self, d_o: ir.Value) -> list[ir.Value]:
+        """Gradients of the rows q, k and v."""
+        c, n = self.config, Nodes(self.b, "/backward/attention")
+        count, kv_heads, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        d_heads = backward.by_head(n, d_o, self.heads, count, d)
+        d_q, d_k, d_v = backward.attention_backward(n, self.attended, d_heads, c.attention_scale)
+        d_q, d_k = (backward.rotate(n, x, self.tables, backward=True) for x in (d_q, d_k))
+        d_q, d_k, d_v = (
+            backward.by_row(n, x, heads * d) for x, heads in ((d_q, count), (d_k, kv_heads), (d_v, kv_heads))
+        )
+        if c.qk_norm:
+            d_q = self._head_norm_backward("self_attn.q_norm", d_q, count)
+            d_k = self._head_norm_backward("self_attn.k_norm", d_k, kv_heads)
+        return [d_q, d_k, d_v]
+
+    def _linears(self, linears: Linears, x: ir.Value) -> list[ir.Value]:
+        """What each of them makes of x, with its adapter."""
+        made: list[ir.Value] = []
+        for name, members in matrices_of(linears):
+            n = Nodes(self.b, f"/{self.name}.{name}")
+            sizes = [self.config.linear_shapes[member][0] for member in members]
+            bias = None
+            if self.config.has_bias(members[0]):
+                bias = self.b.weight(f"{self.name}.{name}.bias", "float32", (sum(sizes),), placed)
+            y = backward.linear(n, x, self._weight(n, name, members), bias)
+            made += [y] if len(members) == 1 else n.split(y, sizes, axis=1)
+        return [self._adapted(linear, x, y) for linear, y in zip(linears, made, strict=True)]
+
+    def _adapted(self, linear: str, x: ir.Value, y: ir.Value) -> ir.Value:
+        n = Nodes(self.b, f"/{self.name}.{linear}/lora")
+        added, self.z[linear] = backward.lora(n, x, self.adapters[linear])
+        return n("Add", y, added)
+
+    def _z(self, linear: str, x: ir.Value) -> None:
+        """What a linear's adapter needs backward, where its output is not computed."""
+        adapter, n = self.adapters[linear], Nodes(self.b, f"/{self.name}.{linear}/lora")
+        self.z[linear] = n("Mul", n("MatMul", x, adapter.a), adapter.scaling)
+
+    def _linears_backward(self, linears: Linears, x: ir.Value, d_y: Sequence[ir.Value]) -> ir.Value:
+        """The gradient of x, their common input; notes those of their adapters."""
+        parts = list(self._adapters_backward(linears, x, d_y))
+        by_linear = dict(zip(linears, d_y, strict=True))
+        for name, members in matrices_of(linears):
+            n = Nodes(self.b, f"/backward/{self.name}.{name}")
+            d = [by_linear[member] for member in members]
+            joined = d[0] if len(d) == 1 else n("Concat", *d, axis=1)
+            parts.append(backward.linear_backward(n, joined, self._weight(n, name, members)))
+        total, n = parts[0], Nodes(self.b, f"/backward/{self.name}.{linears[0]}/sum")
+        for part in parts[1:]:
+            total = n("Add", total, part)
+        return total
+
+    def _adapters_backward(self, linears: Linears, x: ir.Value, d_y: Sequence[ir.Value]) -> Iterator[ir.Value]:
+        for linear, d in zip(linears, d_y, strict=True):
+            n, module = Nodes(self.b, f"/backward/{self.name}.{linear}/lora"), f"{self.name}.{linear}"
+            d_x, d_a, d_b = backward.lora_backward(n, x, self.z[linear], d, self.adapters[linear])
+            rows, columns = self.config.linear_shapes[linear]
+            self.gradients[f"{module}.lora_A"] = d_a, [columns, f"{module}.r"]
+            self.gradients[f"{module}.lora_B"] = d_b, [f"{module}.r", rows]
+            yield d_x
+
+    def _weight(self, n: Nodes, name: str, members: Linears) -> ir.Value:
+        """The float32 matrix `name`, by a node of its own wherever it is used."""
+        rows = sum(self.config.linear_shapes[member][0] for member in members)
+        columns = self.config.linear_shapes[members[0]][1]
+        emit = FORMATS[self.source.format_of(f"{self.name}.{members[0]}")].emit_weight
+        value: ir.Value = emit(self.b, f"{n.path}/weight", f"{self.name}.{name}.weight", (rows, columns))
+        return value
+
+    def _norm(self, norm: str, x: ir.Value) -> ir.Value:
+        self.raw[norm] = x
+        name, c = f"{self.name}.{norm}", self.config
+        return ops.rms_norm(self.b, f"/{name}", x, f"{name}.weight", c.hidden_size, placed, c.rms_norm_eps)
+
+    def _norm_backward(self, norm: str, d_y: ir.Value) -> ir.Value:
+        name, c = f"{self.name}.{norm}", self.config
+        weight = self.b.weight(f"{name}.weight", "float32", (c.hidden_size,), placed)
+        n = Nodes(self.b, f"/backward/{name}")
+        return backward.rms_norm_backward(n, self.raw[norm], weight, c.rms_norm_eps, d_y)
+
+    def _head_norm(self, norm: str, x: ir.Value, heads: int) -> ir.Value:
+        """RMSNorm of each head of rows x."""
+        name, c = f"{self.name}.{norm}", self.config
+        n = Nodes(self.b, f"/{name}")
+        self.raw[norm] = n("Reshape", x, n.whole(-1, c.head_dim))
+        normed = ops.rms_norm(self.b, f"/{name}", self.raw[norm], f"{name}.weight", c.head_dim, placed, c.rms_norm_eps)
+        return n("Reshape", normed, n.whole(-1, heads * c.head_dim))
+
+    def _head_norm_backward(self, norm: str, d_y: ir.Value, heads: int) -> ir.Value:
+        name, c = f"{self.name}.{norm}", self.config
+        weight = self.b.weight(f"{name}.weight", "float32", (c.head_dim,), placed)
+        n = Nodes(self.b, f"/backward/{name}")
+        d_heads = n("Reshape", d_y, n.whole(-1, c.head_dim))
+        d_x = backward.rms_norm_backward(n, self.raw[norm], weight, c.rms_norm_eps, d_heads)
+        return n("Reshape", d_x, n.whole(-1, heads * c.head_dim))
+
+
+def placed() -> np.ndarray:
+    """What makes a weight that lies in the data file already."""
+    raise AssertionError("a training graph writes no weight")
