@@ -39,6 +39,7 @@ MANIFEST = "edgetune.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 ADAPTER = "adapter"  # the name of the adapter that an export brings along
+TRAINING, TRAINING_MANIFEST = "training", "training.json"  # of a bundle that can be personalized
 GENAI_CONFIG = "genai_config.json"
 LOGITS_TO_KEEP = "logits_to_keep"  # an optional input: logits of so many last positions alone
 SHARE_BUFFER = "edgetune.past_present_share_buffer"  # in the metadata of graphs that write the cache in place

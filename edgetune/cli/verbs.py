@@ -389,6 +389,9 @@ def export(
             show_default=False,
         ),
     ] = None,
+    with_training: Annotated[
+        bool, typer.Option("--with-training", help="Add the graphs that `edgetune personalize` trains with.")
+    ] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -401,7 +404,8 @@ def export(
     with warnings_told():
         result = exporter.export(
             source, out=out, weights=weights, device=device, merge=merge, alpha=alpha, slots=slots,
-            accept_loss=accept_loss, eval_data=eval_data, retention_data=retention_data, force=force,
+            accept_loss=accept_loss, eval_data=eval_data, retention_data=retention_data, with_training=with_training,
+            force=force,
         ).summary()  # fmt: skip
     answer(result, bundle.explain(result), as_json, following=("run", out, "--prompt", "TEXT"))
 

@@ -4,7 +4,7 @@ The graph is built over the base's mapped bytes and streamed to disk tensor by t
 are the codes that the adapter was trained around, unless another format is asked for, and any adapter of that base
 fits the graph. The parity gate of `parity` then decides whether the folder may appear.
 
-Left out: training graphs. `runtime.adapters` puts further adapters into a bundle.
+`runtime.adapters` puts further adapters into a bundle.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ from edgetune.exporter import agreement, encoder, parity
 from edgetune.exporter.job import Job, attach_adapter, read_job
 from edgetune.exporter.merging import BaseWeights, RoundedWeights
 from edgetune.exporter.sweep import choose_alpha
+from edgetune.exporter.training import check_trainable, write_training
 from edgetune.graphs import FORMATS
 from edgetune.graphs.decoder import decoder_graph
+from edgetune.graphs.training import reserve
 from edgetune.hub import model_folder
 from edgetune.memory import Meter, trim_allocator
 from edgetune.models.decoder import load_decoder
@@ -68,6 +70,7 @@ def export(
     accept_loss: bool = False,
     eval_data: str | Path | None = None,
     retention_data: str | Path | None = None,
+    with_training: bool = False,
     force: bool = False,
 ) -> Bundle | EncoderBundle:
     """Write a bundle folder and return it, an EncoderBundle for an encoder; `bundle.summary()` has the figures.
@@ -88,6 +91,7 @@ def export(
         accept_loss: write a bundle whose rounding moved a weight further than training did, or costs the task.
         eval_data: held-out rows (JSON Lines) for the parity gate; None takes those of the run.
         retention_data: rows of what the base could do already and the merged model should still do.
+        with_training: add the graphs that `personalize` trains with on the device.
         force: replace an existing bundle.
 
     Raises:
@@ -121,6 +125,8 @@ def export(
             if job.adapter is None:
                 raise ExportError(f"slots = 'adapter', and {folder} has none. Export a run, or leave it out.")
             job = replace(job, any_adapter=False)
+        if with_training:
+            check_trainable(job)
         merged = share = None
         if merge and job.adapter is not None:
             merged = choose_alpha(job, job.adapter, alpha, Path(work))
@@ -130,7 +136,9 @@ def export(
             if isinstance(job.base, EncoderBase):
                 figures, rounding = encoder.write_model(job, job.base, temporary, share, accept_loss=accept_loss)
             else:
-                figures, rounding = _write_model(job, temporary, Path(work), share, accept_loss=accept_loss)
+                figures, rounding = _write_model(
+                    job, temporary, Path(work), share, accept_loss=accept_loss, with_training=with_training
+                )
         except ExportError as error:
             if merged is not None and (table := list(sweep_lines(merged))):
                 error.add_note("\n".join(table))  # what the advice to merge more or less is weighed by
@@ -142,7 +150,7 @@ def export(
 
 
 def _write_model(
-    job: Job, folder: Path, work: Path, alpha: float | None, *, accept_loss: bool
+    job: Job, folder: Path, work: Path, alpha: float | None, *, accept_loss: bool, with_training: bool
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Write the graph and its weights, then pass the parity gate: (parity figures, cost of rounding).
 
@@ -157,11 +165,15 @@ def _write_model(
         source, data_file=DATA, context_length=job.context_length, slots=[slot.name for slot in job.slots],
         contrib=job.contrib,
     )  # fmt: skip
+    if with_training:
+        reserve(builder, source)
     marks = {SHARE_BUFFER: "1"} if job.writes_cache_in_place else {}
     builder.save(folder, MODEL, {"edgetune.base_sha256": job.base_sha256} | marks)
     model = folder / MODEL
     parity.check_loads(model)
     parity.check_bytes(model, source, builder.sha256)
+    if with_training:
+        write_training(job, builder, source, folder)
 
     items, held_out = agreement.probes(job.rows, config.vocab_size, job.context_length)
     tuned, rounding = job.adapter is not None, None
@@ -275,7 +287,9 @@ def _write_manifest(
     else:
         model = _bundle_model(job)
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
     manifest = {
         "format_version": FORMAT_VERSION, "edgetune_version": __version__,

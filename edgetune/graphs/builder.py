@@ -98,6 +98,11 @@ class Builder:
         value.name, value.type, value.shape = name, ir.TensorType(_dtype(dtype)), ir.Shape(shape)
         self._outputs.append(value)
 
+    def signature(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The graph's inputs and outputs as JSON: name, dtype, shape, and for inputs whether they may be left out."""
+        inputs = [_described(value) | {"optional": value.name in self._initializers} for value in self._inputs]
+        return inputs, [_described(value) for value in self._outputs]
+
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """A small initializer inside the model file. The same name gives the same value again."""
         if name not in self._initializers:
@@ -240,6 +245,12 @@ def _allocate(file: BinaryIO, size: int) -> None:
 
 def _initializer(name: str, tensor: Any) -> ir.Value:
     return ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+
+
+def _described(value: ir.Value) -> dict[str, Any]:
+    assert value.dtype is not None and value.shape is not None
+    shape = [size if isinstance(size, int) else size.value for size in value.shape]
+    return {"name": value.name, "dtype": value.dtype.numpy().name, "shape": shape}
 
 
 def _dtype(name: str) -> ir.DataType:

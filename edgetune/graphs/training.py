@@ -20,7 +20,10 @@ is left out of a call (rank 0) changes nothing. Left out: dropout, and grids oth
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -34,6 +37,7 @@ from edgetune.grids import int4, row_tiles
 from edgetune.optimizers import OPTIMIZERS
 
 FORMATS_TRAINED = ("int4", "fp32")
+OPTIMIZERS_WRITTEN = ("adamw", "sgd")
 HEAD_TILE_WEIGHTS = 1 << 21  # 8 MiB of float32 at once
 _FLOAT, _DOUBLE = int(ir.DataType.FLOAT), int(ir.DataType.DOUBLE)
 
@@ -45,30 +49,50 @@ def reserve(builder: Builder, source: Matrices) -> None:
         int4.emit_zero_points(builder, largest // 32)
 
 
-def write_graphs(builder: Builder, source: Matrices, folder: Path, context_length: int) -> dict[str, str | list[str]]:
-    """Write every graph into `folder`, beside the data file of `builder`; what each kind is called there."""
+@dataclass(frozen=True)
+class Written:
+    """The files of one kind of graph, one for each block or tile where it is made of such, and what they take and give.
+
+    Names and types are those of the first; `layers.0` in them stands for the number of the block.
+    """
+
+    files: list[str]
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+
+    def described(self) -> dict[str, Any]:
+        """For `training.json`."""
+        return asdict(self)
+
+
+def write_graphs(builder: Builder, source: Matrices, folder: Path, context_length: int) -> dict[str, Written]:
+    """Write every graph into `folder`, over the data file of `builder`, which lies in the folder above."""
     maker = _Maker(builder, source, context_length)
     layers = range(source.config.num_hidden_layers)
     tiles = list(row_tiles(source.config.matrices()[maker.head], HEAD_TILE_WEIGHTS))
-    graphs: dict[str, Builder | list[Builder]] = {
-        "start": maker.start(),
-        "forward": [maker.block(i, gradient=False) for i in layers],
-        "backward": [maker.block(i, gradient=True) for i in layers],
-        "head_start": maker.head_start(),
-        "head_tiles": [maker.tile(i, rows, gradient=True) for i, rows in enumerate(tiles)],
-        "head_end": maker.head_end(gradient=True),
-        "loss_tiles": [maker.tile(i, rows, gradient=False) for i, rows in enumerate(tiles)],
-        "loss_end": maker.head_end(gradient=False),
-        **{f"optimizer.{name}": optimizer_graph(builder, name) for name in ("adamw", "sgd")},
+    kinds: dict[str, Iterable[Builder]] = {
+        "start": [maker.start()],
+        "forward": (maker.block(i, gradient=False) for i in layers),
+        "backward": (maker.block(i, gradient=True) for i in layers),
+        "head_start": [maker.head_start()],
+        "head_tiles": (maker.tile(i, rows, gradient=True) for i, rows in enumerate(tiles)),
+        "head_end": [maker.head_end(gradient=True)],
+        "loss_tiles": (maker.tile(i, rows, gradient=False) for i, rows in enumerate(tiles)),
+        "loss_end": [maker.head_end(gradient=False)],
+        **{f"optimizer.{name}": [optimizer_graph(builder, name)] for name in OPTIMIZERS_WRITTEN},
     }
-    return {kind: [_save(g, folder) for g in made] if isinstance(made, list) else _save(made, folder)
-            for kind, made in graphs.items()}  # fmt: skip
+    return {kind: _save(graphs, folder) for kind, graphs in kinds.items()}
 
 
-def _save(graph: Builder, folder: Path) -> str:
-    file = f"{graph.name}.onnx"
-    graph.save_graph(folder / file)
-    return file
+def _save(graphs: Iterable[Builder], folder: Path) -> Written:
+    files: list[str] = []
+    signature: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
+    for graph in graphs:
+        file = f"{graph.name}.onnx"
+        graph.save_graph(folder / file)
+        signature = signature if files else graph.signature()
+        files.append(file)
+    return Written(files, *signature)
 
 
 class _Maker:

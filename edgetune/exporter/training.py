@@ -1,0 +1,118 @@
+"""The training graphs of a bundle, and `training.json`, by which a client in any language runs them.
+
+They are written beside the inference graph over its data file, so a bundle that can be personalized holds its weights
+once. What is refused here would train around other weights than those that ship, or with none of the rules of `graphs`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from edgetune import __version__
+from edgetune.bundle import DATA, TRAINING, TRAINING_MANIFEST
+from edgetune.errors import ExportError
+from edgetune.exporter.job import Job
+from edgetune.graphs import training
+from edgetune.graphs.builder import Builder
+from edgetune.graphs.decoder import Matrices
+from edgetune.models.config import DecoderConfig
+from edgetune.optimizers import OPTIMIZERS
+from edgetune.planner.plans import TrainConfig
+
+FORMAT_VERSION = 1
+
+# What a client does, in order. Values have the names of the graphs' inputs and outputs; an input is fed by the value
+# of its name, and an output `name.next` takes the place of `name`.
+LOOP = {
+    "sessions": [
+        f"A graph's external data is {DATA} in the bundle's folder. Create its session from the bytes of the file, "
+        "with the session option session.model_external_initializers_file_folder_path set to that folder, or hand the "
+        f"data over as external data of the path {DATA}. Switch the memory arena and the memory pattern off.",
+        "Feed every input that is not optional. An adapter tensor that is left out has rank 0 and changes nothing.",
+    ],
+    "adapter": [
+        "lora_A [in_features, r] begins uniform in -1/sqrt(in_features) .. 1/sqrt(in_features), lora_B "
+        "[r, out_features] with zeros. scaling is lora_alpha / r.",
+        "The inference graph takes lora_A as it is, and lora_B times scaling.",
+    ],
+    "micro_batch": [
+        "input_ids, position_ids, segment_ids and labels are int64 [B, T]. Several rows may lie in a window: positions "
+        "begin at 0 in each, segment_ids number them, -1 is padding. labels are those of the next token, -100 where "
+        "nothing is learned; flat they are [B * T].",
+        "start gives x, and what all blocks share.",
+        "forward[i] for i from 0: keep x for the backward pass, then x = y.",
+        "head_start gives hidden and targets of the M positions that have a label. Where M is 0, skip what follows.",
+        "highest [M, 1] = -infinity; total, of_target [M, 1] and weighted [M, hidden_size] = 0.",
+        "head_tiles[j] for j from 0: each takes all of these and gives their next values.",
+        "head_end with scale = 1 / (labels of all micro-batches of the step): loss_sum, and dy = dx.",
+        "backward[i] from the last block to the first with an adapter, with the x that was kept: add each "
+        "<tensor>.gradient to what the step's other micro-batches gave, then dy = dx.",
+    ],
+    "step": [
+        "Run all micro-batches. The step's loss is the sum of loss_sum times scale.",
+        "grad_norm is the root of the sum of squares of all gradients. Where loss or grad_norm is not finite, leave "
+        "the step out, and stop after 20 such steps in a row.",
+        "optimizer.<name> for each adapter tensor: moments begin with zeros; updates is the number of this update, "
+        "from 1; gradients are clipped to max_grad_norm inside.",
+    ],
+    "evaluation": [
+        "As a micro-batch up to head_start; then loss_tiles and loss_end, which give no gradient. The loss of held-out "
+        "rows is the sum of loss_sum by the number of their labels.",
+    ],
+}  # fmt: skip
+
+
+def check_trainable(job: Job) -> None:
+    """Raises ExportError where no training graphs can be written for what is exported."""
+    stored = job.base.grid or "fp32"
+    if not isinstance(job.base.config, DecoderConfig):
+        raise ExportError(
+            f"{job.base.folder} is an encoder; training graphs predict next tokens. Leave --with-training off, and "
+            "train it with `edgetune train`."
+        )
+    if job.merge:
+        raise ExportError("A merged bundle takes no adapter, so it has nothing to train. Leave --merge off.")
+    if stored not in training.FORMATS_TRAINED:
+        raise ExportError(
+            f"{job.base.folder} is on the {stored} grid, which no standard operator dequantizes, so it cannot be "
+            "trained by plain graphs. Quantize the original model with --grid int4 for a bundle that trains."
+        )
+    if job.weights != stored:
+        raise ExportError(
+            f"Training graphs train around the weights that ship: the base is stored as {stored}, not as "
+            f"{job.weights}. Export it with --weights {stored}."
+        )
+
+
+def write_training(job: Job, builder: Builder, source: Matrices, folder: Path) -> None:
+    """Write `training/` of a bundle, whose inference graph and data file `builder` has written."""
+    place = folder / TRAINING
+    place.mkdir()
+    graphs = training.write_graphs(builder, source, place, job.context_length)
+    config = job.decoder.config
+    described = {
+        "format_version": FORMAT_VERSION, "edgetune_version": __version__, "data_file": DATA,
+        "model_config": config.to_dict(), "context_length": job.context_length,
+        "slots": [
+            {"name": name, "in_features": columns, "out_features": rows, "block": int(name.split(".")[2])}
+            for name, (rows, columns) in config.linears().items()
+        ],
+        "graphs": {kind: graph.described() for kind, graph in graphs.items()},
+        "optimizers": {
+            name: {"learning_rate": OPTIMIZERS[name].learning_rate, "moments": list(OPTIMIZERS[name].rule.MOMENTS)}
+            for name in training.OPTIMIZERS_WRITTEN
+        },
+        "defaults": _defaults(),
+        "loop": LOOP,
+    }  # fmt: skip
+    (place / TRAINING_MANIFEST).write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+
+def _defaults() -> dict[str, Any]:
+    """What `edgetune personalize` trains with where nothing is set."""
+    kept = ("lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "eval_fraction", "seed")
+    values = dataclasses.asdict(TrainConfig())
+    return {"r": 8, "lora_alpha": 16, "optimizer": "adamw"} | {key: values[key] for key in kept}
