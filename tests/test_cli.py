@@ -25,9 +25,8 @@ from edgetune import cgroup
 from edgetune.adapters.lora import LoraConfig
 from edgetune.cli import launch
 from edgetune.cli import verbs as cli
-from edgetune.cli.console import STOPPED_EARLY
+from edgetune.cli.console import STOPPED_EARLY, exit_code
 from edgetune.cli.flags import read_budget, read_settings
-from edgetune.cli.training import exit_code
 from edgetune.errors import EdgetuneError, MissingExtraError
 from edgetune.planner.plans import Plan, TrainConfig
 from edgetune.quantizer import quantize
@@ -346,9 +345,11 @@ def test_a_slice_ends_with_code_75_and_how_to_go_on(
 ) -> None:
     """In this process, on a clock that goes by a second at every look."""
     from edgetune.cli.training import run_job
-    from edgetune.training import loop
+    from edgetune.training import conduct
 
-    monkeypatch.setattr(loop, "Pace", functools.partial(loop.Pace, clock=functools.partial(next, itertools.count())))
+    monkeypatch.setattr(
+        conduct, "Pace", functools.partial(conduct.Pace, clock=functools.partial(next, itertools.count()))
+    )
     job = launch.new_run(
         str(way / "base"), "host", data=way / "rows.jsonl", out=tmp_path / "run", eval_data=None,
         adapter=LoraConfig(), budget="foreground",

@@ -13,6 +13,7 @@ from edgetune import adapters, graphs, grids, models, objectives, optimizers, tr
 from edgetune.benchmark.prediction import BYTES_PER_WEIGHT
 from edgetune.device import NBITS, WEIGHTS
 from edgetune.planner.plans import STEP_RULES
+from edgetune.training import rules
 
 TABLES: list[tuple[ModuleType, dict[str, Any]]] = [
     (models, models.FAMILIES | models.ENCODERS),
@@ -20,7 +21,7 @@ TABLES: list[tuple[ModuleType, dict[str, Any]]] = [
     (adapters, adapters.METHODS),
     (objectives, objectives.OBJECTIVES),
     (optimizers, {info.rule.NAME: info.rule for info in optimizers.OPTIMIZERS.values()}),
-    (training, training.STEP_RULES),
+    (training, rules.STEP_RULES),
     (graphs, graphs.FORMATS),
 ]
 
@@ -40,7 +41,7 @@ def test_every_file_is_in_its_table(package: ModuleType, table: dict[str, Any]) 
     declared = {path.stem: name for path in sorted(folder.glob("*.py")) if (name := declared_name(path))}
     assert declared, f"{folder} has no file with a NAME: does the test still look in the right place?"
     listed = {module.__name__.rpartition(".")[2]: key for key, module in table.items()}
-    assert declared.items() <= listed.items(), f"add to the table in {folder / '__init__.py'}, under its NAME"
+    assert declared.items() <= listed.items(), f"add to the table of {folder}, under its NAME"
 
 
 @pytest.mark.parametrize(("package", "table"), TABLES, ids=lambda value: getattr(value, "__name__", ""))
@@ -54,4 +55,4 @@ def test_a_profile_may_name_every_format_of_weights() -> None:
 
 
 def test_every_step_rule_can_be_planned() -> None:
-    assert set(STEP_RULES) == training.STEP_RULES.keys()
+    assert set(STEP_RULES) == rules.STEP_RULES.keys()

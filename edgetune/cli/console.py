@@ -93,3 +93,10 @@ def stream_text(piece: str) -> None:
 def tell_text(piece: str) -> None:
     """The same to stderr."""
     print(piece, end="", file=sys.stderr, flush=True)
+
+
+def exit_code(summary: Mapping[str, Any]) -> int:
+    """How the process ends for a run that ended so."""
+    if summary["stopped"] == "signal":
+        return 128 + int(summary["signal"])
+    return {"done": 0, "budget": STOPPED_EARLY, "slice": STOPPED_EARLY}.get(summary["stopped"], 1)

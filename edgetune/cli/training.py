@@ -6,22 +6,14 @@ counts against a device's budget.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from edgetune.cli.console import STOPPED_EARLY, answer, fail
+from edgetune.cli.console import answer, exit_code, fail
 from edgetune.errors import EdgetuneError
 from edgetune.memory import format_mib
 from edgetune.planner.plans import Plan
 from edgetune.training.loop import Run, train
 from edgetune.training.progress import show_progress
-
-
-def exit_code(summary: Mapping[str, Any]) -> int:
-    """How the process ends for a run that ended so."""
-    if summary["stopped"] == "signal":
-        return 128 + int(summary["signal"])
-    return {"done": 0, "budget": STOPPED_EARLY, "slice": STOPPED_EARLY}.get(summary["stopped"], 1)
 
 
 def outcome(run: Run) -> str:

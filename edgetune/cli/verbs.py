@@ -496,6 +496,52 @@ def run(
         tell(f"ended after {len(made.token_ids)} tokens, not {max_new_tokens}: the model's context is full")
 
 
+@app.command()
+@takes_settings
+def personalize(
+    bundle: Bundle,
+    *,
+    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Rows as for train.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The run folder to write.", show_default=False)],
+    eval_data: EvalRows = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="ID", help="Whose budget counts: a profile's id or TOML file.")
+    ] = "host",
+    budget: Annotated[
+        str, typer.Option("--budget", help="Memory to stay inside: foreground, background, or a number of MiB.")
+    ] = "foreground",
+    enforce: Annotated[
+        str, typer.Option("--enforce", help="What holds the run to its budget: none, governor, rlimit or cgroup.")
+    ] = "governor",
+    one_slice: Annotated[
+        bool, typer.Option("--one-slice", help="Stop when the device's system would, to go on by --resume.")
+    ] = False,
+    accept_worse: Annotated[
+        bool, typer.Option("--accept-worse", help="Use the adapter even if the held-out loss got worse.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as it was planned.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier run in the folder.")] = False,
+    skip_bad: SkipBad = False,
+    as_json: Json = False,
+    **settings: Any,
+) -> None:
+    """Train an adapter on the device itself, with onnxruntime alone, and use it in the bundle if it is no worse.
+
+    The bundle needs training graphs: edgetune export --with-training. The adapter that was used before stays in it:
+    edgetune adapter default brings it back.
+
+    Example: edgetune personalize bundle/ --data notes.jsonl --out p/
+    """
+    from edgetune.cli.personalizing import start
+
+    lora, config = read_settings("lora", settings)
+    start(
+        bundle, data=data, out=out, eval_data=eval_data, adapter=lora, config=config, device=device,
+        budget=read_budget(budget), enforce=enforce, one_slice=one_slice, accept_worse=accept_worse, resume=resume,
+        force=force, skip_bad=skip_bad, as_json=as_json,
+    )  # fmt: skip
+
+
 app.command()(benchmarking.bench)
 app.command()(benchmarking.report)
 

@@ -47,19 +47,32 @@ def load_graph(
     if threads < 1:
         raise ConfigError(f"threads is {threads}, expected at least 1; leave it out to use every core")
     if prepacked is None:
-        return _load(bundle.model_path, _options(threads, fp32_compute))
+        return _session(bundle.model_path, bundle.model_path, _options(threads, fp32_compute=fp32_compute))
     folder, wanted = Path(prepacked), identity(bundle, fp32_compute=fp32_compute)
     if find(folder, wanted) is None:
         with folder_in_progress(folder, MANIFEST, force=True) as temporary:
-            options = _options(threads, fp32_compute)
+            options = _options(threads, fp32_compute=fp32_compute)
             save_to(options, temporary)
-            _load(bundle.model_path, options)
+            _session(bundle.model_path, bundle.model_path, options)
             align(temporary)
             write_manifest(temporary, wanted)
-    return _load(folder / MODEL, _options(threads, fp32_compute))
+    return _session(folder / MODEL, folder / MODEL, _options(threads, fp32_compute=fp32_compute))
 
 
-def _options(threads: int, fp32_compute: bool) -> onnxruntime.SessionOptions:
+def load_part(path: Path, data_folder: Path, threads: int) -> onnxruntime.InferenceSession:
+    """Onnxruntime's session on a graph whose weights lie in `data_folder`, which is not its own folder.
+
+    Raises BundleError where onnxruntime does not take it.
+    """
+    options = _options(threads)
+    # From bytes: a path would bind the weights to the graph's own folder, and ones above it are refused.
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(data_folder.absolute())
+    )
+    return _session(path.read_bytes(), path, options)
+
+
+def _options(threads: int, *, fp32_compute: bool = False) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1  # the graph is a chain: there is nothing to run side by side
@@ -72,12 +85,12 @@ def _options(threads: int, fp32_compute: bool) -> onnxruntime.SessionOptions:
     return options
 
 
-def _load(model: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def _session(model: Path | bytes, path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the exceptions of onnxruntime share no other base
         reason = str(error).strip().partition("\n")[0][:300]
         raise BundleError(
-            f"onnxruntime {onnxruntime.__version__} cannot load {model}: {reason}. Export the bundle "
+            f"onnxruntime {onnxruntime.__version__} cannot load {path}: {reason}. Export the bundle "
             f"again, or install the onnxruntime that it was exported for"
         ) from error

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgetune.data import Window, epoch_order, stack
-from edgetune.training.forward import Batch
+
+if TYPE_CHECKING:
+    from edgetune.training.forward import Batch
 
 
 class Batches:

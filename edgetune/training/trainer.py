@@ -5,69 +5,43 @@ from __future__ import annotations
 import math
 import platform
 import statistics
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from edgetune import __version__
-from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.base import MODEL, save_adapter
 from edgetune.checkpoint import PLAN, Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
-from edgetune.data import Window
-from edgetune.linear import FrozenLinear
-from edgetune.memory import format_mib, give_back
-from edgetune.models.decoder import load_decoder
-from edgetune.planner.plans import Plan
-from edgetune.training import STEP_RULES, StepRule
+from edgetune.memory import format_mib
 from edgetune.training.batches import Batches, in_batches
-from edgetune.training.crew import Crew, is_exact, using
-from edgetune.training.features import FeatureCache
-from edgetune.training.forward import evaluate
-from edgetune.training.optimizer import learning_rate
+from edgetune.training.inputs import Inputs
 from edgetune.training.pace import Pace
 from edgetune.training.progress import Progress
 from edgetune.training.run import (
     CHECKPOINTS,
-    FEATURES,
     METRICS,
     SUMMARY,
     Metrics,
-    memory_file_system,
-    on_disk,
     write_json,
 )
+from edgetune.training.schedule import learning_rate
 from edgetune.training.stop import Guard, NearBudget, Stopped, is_out_of_memory
 from edgetune.weights import sha256_file
+
+if TYPE_CHECKING:
+    from edgetune.training.forward import Batch
+    from edgetune.training.rules import StepRule
 
 MAX_SKIPPED_IN_A_ROW = 20
 EVALUATIONS = 10  # of a run, each followed by a checkpoint
 CHECKPOINT_STEPS = 50  # the most steps that a crash can cost
 _RECENT_STEPS = 20  # the progress bar's speed is their median
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What goes into a run: its plan with the number of steps, the rows as windows, and all that decides its result."""
-
-    plan: Plan
-    base: Path
-    data: Path
-    eval_data: Path | None
-    windows: Sequence[Window]
-    eval_windows: Sequence[Window]
-    identity: dict[str, Any]
-
-    @property
-    def paths(self) -> dict[str, str | None]:
-        """Where everything was read, for whoever goes on with the run or exports it."""
-        named = {"base": self.base, "data": self.data, "eval_data": self.eval_data}
-        return {name: None if path is None else str(path.absolute()) for name, path in named.items()}
 
 
 @dataclass
@@ -86,8 +60,11 @@ class _State:
     peak_rss_bytes: int = 0
 
 
-class Trainer:
-    """One run: its model, its state, and what is done with them."""
+class Trainer(ABC):
+    """One run: its state, and what is done with it. An engine's own trainer adds the model and how it is computed."""
+
+    rule: StepRule
+    held: Sequence[Any] = ()  # what keeps dequantized weights, and can let go of them
 
     def __init__(
         self, inputs: Inputs, folder: Path, guard: Guard, limit: AbstractContextManager[None],
@@ -100,26 +77,6 @@ class Trainer:
         self.evaluate_every = max(1, plan.max_steps // EVALUATIONS)
         self.guard, self.meter, self.limit, self.on_progress = guard, guard.meter, limit, on_progress
         self.pace = pace
-        positions = plan.batch_size * max((window.length for window in inputs.windows), default=0)
-        exact = is_exact(plan.threads, positions, plan.model_config.head_dim)
-        self.crew = Crew(plan.threads, free=exact and plan.step_rule == "backprop")
-        self.decoder = load_decoder(inputs.base)
-        # Rotary tables, before allocations are limited: numpy crashes in a ufunc that is refused its buffers.
-        self.decoder.context(max((window.length for window in (*inputs.windows, *inputs.eval_windows)), default=0))
-        workspace = self.decoder.workspace
-        workspace.tile_weights = plan.tile_weights
-        workspace.offload_to = on_disk(folder) if plan.activation_offloading else None
-        self.parameters = attach(self.decoder, plan.adapter, plan.seed, plan.method)
-        self.first_block = plan.adapter.first_block
-        held = self.decoder.blocks[len(self.decoder.layers) - plan.dequantized_layers :]
-        self.held = [layer for block in held for layer in block.modules() if isinstance(layer, FrozenLinear)]
-        self.cache: FeatureCache | None = None
-        if plan.feature_cache_bytes and self.first_block:
-            self.cache = FeatureCache(
-                folder / FEATURES, self.decoder, self.first_block, plan.feature_cache_bytes,
-                inputs.identity["base_sha256"],
-            )  # fmt: skip
-        self.rule: StepRule = STEP_RULES[plan.step_rule].Rule(self.decoder, self.parameters, plan, self.cache)
         self.batches = Batches(
             inputs.windows, batch_size=plan.batch_size,
             gradient_accumulation_steps=plan.gradient_accumulation_steps, seed=plan.seed,
@@ -130,11 +87,46 @@ class Trainer:
         self.loss: float | None = None  # of the last step
         self.recent: deque[tuple[int, float]] = deque(maxlen=_RECENT_STEPS)  # tokens and seconds of the last steps
 
+    @abstractmethod
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The adapter as it is now, under PEFT's names; views, not copies."""
+
+    @abstractmethod
+    def load(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Make these the adapter."""
+
+    @abstractmethod
+    def mean_loss(self, batches: Iterable[Batch]) -> float:
+        """Loss per supervised token of held-out windows, in nats; not finite where there is none."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give back what a step holds; one that was not finished begins again."""
+
+    def fill_cache(self) -> None:  # noqa: B027 - an engine may have none
+        """Compute once what does not change in a run, where the plan wants that."""
+
+    def read_on_demand(self) -> None:  # noqa: B027
+        """Read no weights ahead: in a cgroup pages on their way from disk count, and cannot be dropped."""
+
+    @property
+    def filled(self) -> bool:
+        """Whether this process added to such a cache."""
+        return False
+
+    def check_step(self) -> None:
+        """As `check`, inside a step."""
+        self.check()
+
+    def versions(self) -> dict[str, str]:
+        """What computed this."""
+        return {"edgetune": __version__, "numpy": np.__version__, "python": platform.python_version()}
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Stand where the checkpoint was made."""
         known = {name: checkpoint.state[name] for name in asdict(self.state)}
         self.state = _State(**known)
-        load_tensors(self.parameters, checkpoint.tensors("adapter"))
+        self.load(checkpoint.tensors("adapter"))
         self.rule.load(checkpoint.tensors("optim"), self.state.updates)
 
     @property
@@ -142,20 +134,10 @@ class Trainer:
         """Steps made, and the last one that was evaluated."""
         return self.state.step, self.state.evaluated_step
 
-    @property
-    def filled(self) -> bool:
-        """Whether this process added to the feature cache."""
-        return self.cache is not None and self.cache.num_written > 0
-
     def check(self) -> None:
         """Raise `Stopped` where the run should not go on; called between blocks."""
         self.guard.check()
         self.pace.check(self.state.checkpoint_seconds)
-
-    def check_step(self) -> None:
-        """The same inside a step, whose threads may change meanwhile."""
-        self.check()
-        self.crew.look()
 
     def run(self) -> str:
         """Train to the last step or to whatever stops the run before; returns how it ended."""
@@ -189,12 +171,6 @@ class Trainer:
             if self.may_shrink:
                 self.shrink(0)  # so that it may fit when it goes on
         return stopped
-
-    def release(self) -> None:
-        """Give back what a step holds; one that was not finished begins again."""
-        self.rule.drop()
-        self.decoder.workspace.clear()
-        give_back()
 
     def to_the_end(self) -> str:
         """Steps, evaluations and checkpoints."""
@@ -241,27 +217,6 @@ class Trainer:
             f"step {self.state.step}: no room left, from here on {recompute_layers} blocks run again, not {before}"
             + (f", and {held} dequantize their weights in every step" if held else "")
         )
-
-    def fill_cache(self) -> None:
-        """Run the frozen lower blocks once over all rows, where the plan caches that and the storage takes it."""
-        if self.cache is None or self.state.step >= self.max_steps:
-            return
-        if kind := memory_file_system(self.folder):
-            self.no_cache(f"{self.folder} lies on {kind}, whose files are memory")
-            return
-        try:
-            with self.limit:
-                self.cache.fill([*self.inputs.windows, *self.inputs.eval_windows], self.check, self.tell)
-        except OSError as error:
-            if is_out_of_memory(error):
-                raise
-            self.no_cache(error.strerror)
-
-    def no_cache(self, reason: str | None) -> None:
-        """Go on without it, which changes no bit."""
-        assert self.cache is not None
-        self.cache.forget()
-        self.tell(f"no feature cache, the frozen blocks run in every step: {reason}")
 
     def evaluation_is_due(self) -> bool:
         """Whether this step ends with an evaluation, and has not had it; the last one does."""
@@ -310,10 +265,8 @@ class Trainer:
             return
         started = self.pace.clock()
         batches = in_batches(self.inputs.eval_windows, self.plan.batch_size)
-        with self.limit, using(self.plan.threads):
-            loss = evaluate(
-                self.decoder, batches, check=self.check, first_block=self.first_block, features=self.cache
-            )  # fmt: skip
+        with self.limit:
+            loss = self.mean_loss(batches)
         self.pace.end_evaluation(started, self.check)
         self.state.evaluated_step = self.state.step  # here, so that one that was stopped is made again
         self.metrics.append(step=self.state.step, eval_loss=loss if math.isfinite(loss) else None)
@@ -327,7 +280,7 @@ class Trainer:
             return
         self.state.peak_bytes = max(self.state.peak_bytes, self.meter.peak_bytes)
         self.state.peak_rss_bytes = max(self.state.peak_rss_bytes, self.meter.peak_rss_bytes)
-        about = {"identity": self.inputs.identity, "paths": self.inputs.paths, "versions": _versions()}
+        about = {"identity": self.inputs.identity, "paths": self.inputs.paths, "versions": self.versions()}
         state = {**asdict(self.state), **about}
         tensors = {"adapter": self.tensors(), "optim": self.rule.tensors()}
         started = self.pace.clock()
@@ -336,10 +289,6 @@ class Trainer:
 
     def is_finite(self) -> bool:
         return all(np.isfinite(value).all() for value in self.tensors().values())
-
-    def tensors(self) -> dict[str, np.ndarray]:
-        """The adapter as it is now; views, not copies."""
-        return {name: value.detach().numpy() for name, value in self.parameters.items()}
 
     def finish(self, stopped: str, enforcement: Mapping[str, Any]) -> None:
         """Write what is kept: the best adapter where one was evaluated, else the last finite one; then the summary.
@@ -381,12 +330,12 @@ class Trainer:
             **self.metrics.figures(emulated=self.pace.emulates),
             "eval_loss": state.best_loss,
             "best_step": state.best_step,
-            "trainable_parameters": sum(value.numel() for value in self.parameters.values()),
+            "trainable_parameters": sum(value.size for value in self.tensors().values()),
             "adapter_bytes": (self.folder / MODEL).stat().st_size,
             "adapter_sha256": sha256_file(self.folder / MODEL),
             **self.inputs.paths,
             **{name: value for name, value in self.inputs.identity.items() if name != "plan"},
-            "versions": _versions(),
+            "versions": self.versions(),
         }
 
     def tell(self, note: str | None = None) -> None:
@@ -409,12 +358,3 @@ class Trainer:
                 note=note,
             )
         )
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "edgetune": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }

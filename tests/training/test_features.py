@@ -25,7 +25,7 @@ from edgetune.data import Row, Window, pack, read_rows, split_eval, stack
 from edgetune.models.decoder import Block, Decoder, load_decoder
 from edgetune.planner.plans import Plan
 from edgetune.tokenizer import load_tokenizer
-from edgetune.training import features, loop, trainer
+from edgetune.training import conduct, features, trainer
 from edgetune.training.blocks import BlockPass
 from edgetune.training.features import FeatureCache
 from edgetune.training.forward import below, lower_blocks
@@ -258,7 +258,7 @@ class TestResume:
         """On a clock that goes by a second at every look."""
         monkeypatch.setattr(features, "FILE_BYTES", 1)
         clock = itertools.count()
-        monkeypatch.setattr(loop, "Pace", functools.partial(loop.Pace, clock=functools.partial(next, clock)))
+        monkeypatch.setattr(conduct, "Pace", functools.partial(conduct.Pace, clock=functools.partial(next, clock)))
         plan, out = job.plan(slice_seconds=60), tmp_path / "run"
         run = job.train(out, plan, one_slice=True)
         assert (run.stopped, run.summary["steps"]) == ("slice", 0) and windows_of(run) > 5

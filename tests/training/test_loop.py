@@ -29,7 +29,7 @@ from edgetune.memory import Meter, anonymous_bytes
 from edgetune.models import load_config
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.planner.plans import Plan
-from edgetune.training import backprop, loop, trainer
+from edgetune.training import backprop, conduct, loop, torch_trainer, trainer
 from edgetune.training.loop import Run, train
 from edgetune.training.optimizer import Optimizer
 from edgetune.training.progress import Progress
@@ -176,7 +176,7 @@ def test_stopped_in_an_evaluation_that_is_made_up_for(
     job: tuple[Path, Path], whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, data = job
-    real, calls = trainer.evaluate, 0
+    real, calls = torch_trainer.evaluate, 0
 
     def evaluate(*args: Any, check: Callable[[], None], **kwargs: Any) -> float:
         nonlocal calls
@@ -186,7 +186,7 @@ def test_stopped_in_an_evaluation_that_is_made_up_for(
             check()
         return real(*args, check=check, **kwargs)
 
-    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    monkeypatch.setattr(torch_trainer, "evaluate", evaluate)
     stopped = train(make_plan(base), base, data=data, out=tmp_path / "run")
     assert (stopped.stopped, stopped.summary["steps"]) == ("signal", 3)
     resumed = train(make_plan(base), base, data=data, out=tmp_path / "run", resume=True)
@@ -562,7 +562,7 @@ def test_weights_are_read_on_demand_in_a_cgroup_alone(
 ) -> None:
     group = SimpleNamespace(holds=lambda budget_bytes: True, peak_bytes=5, oom_kills=0)
     finish, seen = trainer.Trainer.finish, list[object]()
-    monkeypatch.setattr(loop, "holding_cgroup", lambda budget_bytes: group)
+    monkeypatch.setattr(conduct, "holding_cgroup", lambda budget_bytes: group)
     monkeypatch.setattr(Weights, "read_on_demand", lambda self: seen.append("weights"))
     monkeypatch.setattr(
         trainer.Trainer,
@@ -701,7 +701,7 @@ def test_the_best_adapter_is_the_one_kept(
 ) -> None:
     base, data = job
     losses: Iterator[float] = iter([5.0, float("nan"), 2.0, 3.0, 2.0, *[4.0] * 7])
-    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: next(losses))
+    monkeypatch.setattr(torch_trainer, "evaluate", lambda *_, **__: next(losses))
     run = train(make_plan(base), base, data=data, out=tmp_path / "run")
     assert (run.summary["eval_loss"], run.summary["best_step"], run.summary["steps"]) == (2.0, 3, 12)
     names = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
@@ -751,7 +751,7 @@ def test_a_finished_run_is_returned_at_once(
     job: tuple[Path, Path], whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, data = job
-    monkeypatch.setattr(loop, "Trainer", None)
+    monkeypatch.setattr(loop, "TorchTrainer", None)
     before = (whole.folder / "summary.json").stat().st_mtime_ns
     again = train(make_plan(base), base, data=data, out=whole.folder, resume=True)
     assert again == whole and (whole.folder / "summary.json").stat().st_mtime_ns == before

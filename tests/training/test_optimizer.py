@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from edgetune.training.optimizer import SCHEDULES, clip_gradients, learning_rate
+from edgetune.training.optimizer import clip_gradients
+from edgetune.training.schedule import SCHEDULES, learning_rate
 
 
 def parameters(seed: int = 0) -> dict[str, nn.Parameter]:

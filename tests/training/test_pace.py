@@ -17,7 +17,7 @@ import pytest
 
 from edgetune import errors, host
 from edgetune.checkpoint import read_checkpoint
-from edgetune.training import backprop, loop, pace, trainer
+from edgetune.training import backprop, conduct, pace, torch_trainer, trainer
 from edgetune.training.loop import Run, train
 from edgetune.training.pace import Pace
 from edgetune.training.progress import Progress
@@ -188,7 +188,7 @@ def test_an_emulated_slice_has_the_device_s_time_for_evaluations_too(
 def on_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch, *step_seconds: float) -> None:
     """Let runs go by this clock; this machine works so long on its steps, by turns, and on nothing else."""
     seconds = itertools.cycle(step_seconds)
-    monkeypatch.setattr(loop, "Pace", functools.partial(Pace, clock=clock, sleep=clock.sleep))
+    monkeypatch.setattr(conduct, "Pace", functools.partial(Pace, clock=clock, sleep=clock.sleep))
     real = backprop.loss_and_gradients
 
     def loss_and_gradients(*args: Any, **kwargs: Any) -> float:
@@ -315,7 +315,7 @@ def test_an_evaluation_that_was_stopped_is_made_again(
             check()
         return losses.pop(0)
 
-    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    monkeypatch.setattr(torch_trainer, "evaluate", evaluate)
     stopped = train(make_plan(base), base, data=data, out=tmp_path / "run")
     assert (stopped.stopped, stopped.summary["steps"], stopped.summary["best_step"]) == ("signal", 3, 2)
     resumed = train(make_plan(base), base, data=data, out=tmp_path / "run", resume=True)

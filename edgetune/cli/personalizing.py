@@ -1,0 +1,85 @@
+"""What `edgetune personalize` does: become a process that holds nothing else, train, show the run, end with its code.
+
+As with `edgetune train`, the parser and what it imports would count against the device's budget, so the command line's
+process replaces itself by `python -m edgetune.cli.personalizing JOB`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from edgetune import host
+from edgetune.adapters.lora import LoraConfig
+from edgetune.cli.console import answer, exit_code, fail, tell
+from edgetune.errors import EdgetuneError
+from edgetune.memory import format_mib
+from edgetune.personalizer import personalize
+from edgetune.planner.plans import TrainConfig
+from edgetune.training.progress import show_progress
+from edgetune.training.run import Run
+
+
+def start(bundle: Path, *, adapter: LoraConfig, config: TrainConfig, **job: Any) -> NoReturn:
+    """Become the process that trains; the arguments are those of `personalize`."""
+    paths = {name: str(value) if isinstance(value, Path) else value for name, value in job.items()}
+    text = json.dumps({"bundle": str(bundle), "adapter": asdict(adapter), "config": asdict(config), **paths})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    environment = {**host.THREAD_SETTINGS, **os.environ}
+    os.execve(sys.executable, [sys.executable, "-m", "edgetune.cli.personalizing", text], environment)
+
+
+def run_job(job: dict[str, Any]) -> int:
+    """Run the arguments of `personalize`, show the run, and return the exit code."""
+    as_json, bundle = job.pop("as_json"), job.pop("bundle")
+    wishes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in job.pop("adapter").items()}
+    adapter = LoraConfig(**wishes)
+    config = TrainConfig(**job.pop("config"))
+    try:
+        with show_progress() as show:
+            run = personalize(bundle, adapter=adapter, config=config, **job, on_progress=show)
+    except EdgetuneError as error:
+        fail(error, as_json)
+        return 1
+    answer(run.summary, outcome(run, bundle), as_json)
+    return exit_code(run.summary)
+
+
+def outcome(run: Run, bundle: str) -> str:
+    """A run's end for people: what came out, what it took, and whether the bundle uses it."""
+    summary = run.summary
+    before, after, active = summary["active_loss"], summary["eval_loss"], summary["active_adapter"]
+    lines = [
+        f"{run.folder}: {summary['steps']} of {summary['max_steps']} steps, stopped: {summary['stopped']}",
+        f"  peak memory  {format_mib(summary['measured_peak_bytes'])} measured, budget "
+        f"{format_mib(summary['budget_bytes'])} ({summary['budget_name']}), held by {summary['enforcement']}",
+        f"  loss         {_number(after)} on held-out rows, {_number(before)} with {active or 'the base alone'}",
+        f"  speed        {_number(summary['tokens_per_second'])} tokens/s",
+    ]
+    if summary["stopped"] == "nonfinite":
+        lines.append("Loss or gradients were not finite too often. Lower --learning-rate and train anew.")
+    elif summary["stopped"] != "done":
+        lines.append(f"Go on with: edgetune personalize {bundle} --data FILE --out {run.folder} --resume")
+    elif summary["adopted"] is None:
+        lines.append(f"{bundle} is as it was: the new adapter is no better. --accept-worse --resume takes it anyway.")
+    else:
+        back = f"default {bundle} {active}" if active else f"remove {bundle} {summary['adopted']}"
+        lines.append(f"{bundle} uses it as {summary['adopted']}. As before: edgetune adapter {back}")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:,.4g}"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(run_job(json.loads(sys.argv[1])))
+    except KeyboardInterrupt:
+        tell("stopped before the first step; nothing was written")
+        sys.exit(130)

@@ -1,0 +1,131 @@
+"""Training on the device: a bundle and rows in, an adapter out, on numpy and onnxruntime alone.
+
+The bundle brings its training graphs (`export --with-training`); a run is conducted as the torch engine's is: the same
+rows and windows, the same budget, checkpoints and exact resume, the same run folder. At its end the adapter goes into
+the bundle, as the one that is used, where it does not do worse on the held-out rows than what was used before; that
+stays in the bundle and can be chosen again.
+
+Left out: a prediction of the peak, which is the planner's to make, and dropout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edgetune.adapter_file import is_name
+from edgetune.adapters.lora import LoraConfig
+from edgetune.bundle import Bundle, load_bundle
+from edgetune.errors import CheckpointError, ConfigError
+from edgetune.memory import trim_allocator
+from edgetune.personalizer.graphs import read_description
+from edgetune.personalizer.job import ENGINE, make_plan
+from edgetune.personalizer.trainer import OrtTrainer
+from edgetune.planner.plans import Plan, TrainConfig
+from edgetune.runtime.adapters import add_adapter
+from edgetune.training.conduct import conduct_run
+from edgetune.training.inputs import Inputs, read_inputs
+from edgetune.training.progress import Progress
+from edgetune.training.run import PLAN, SUMMARY, Run, write_json
+
+__all__ = ["personalize"]
+
+
+def personalize(
+    bundle: Bundle | str | Path,
+    *,
+    data: str | Path,
+    out: str | Path,
+    eval_data: str | Path | None = None,
+    adapter: LoraConfig | None = None,
+    config: TrainConfig | None = None,
+    device: str | Path = "host",
+    budget: str | int = "foreground",
+    enforce: str = "governor",
+    one_slice: bool = False,
+    accept_worse: bool = False,
+    resume: bool = False,
+    force: bool = False,
+    skip_bad: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Run:
+    """Train a new adapter for a bundle, write a run folder, and put the adapter into the bundle.
+
+    Args:
+        bundle: a bundle that was exported with training graphs, or its folder.
+        data: rows to learn from, JSON Lines.
+        out: the run folder.
+        eval_data: rows to evaluate on; None holds back `eval_fraction` of the data.
+        adapter: the adapter that is wanted.
+        config: the training that is wanted. One window at a time where it does not say.
+        device: the profile whose budget, threads and slice count.
+        budget: "foreground", "background", or MiB as an int.
+        enforce: as for `train`.
+        one_slice: stop at the end of the device's longest uninterrupted run; `resume` goes on.
+        accept_worse: use the adapter even if the held-out loss is worse than before, or was not measured.
+        resume: go on where the folder's last checkpoint stands, as it was planned.
+        force: replace what an earlier run left in the folder.
+        skip_bad: leave bad rows out, up to 1 %.
+        on_progress: called after every step.
+
+    Returns:
+        The run. `summary["adopted"]` is the adapter's name in the bundle, None where the bundle is as it was.
+
+    Raises:
+        BundleError: the bundle is damaged, cannot be written, or has no training graphs.
+        ConfigError: a setting is out of range or cannot be trained by graphs, or the folder exists.
+        DataError, CheckpointError: as `train` raises them.
+        AdapterError: what was trained changes nothing.
+    """
+    trim_allocator()
+    bundle, folder = bundle if isinstance(bundle, Bundle) else load_bundle(bundle), Path(out)
+    data, eval_data = Path(data), None if eval_data is None else Path(eval_data)
+    description = read_description(bundle)
+    if resume:
+        plan = _old_plan(folder)
+    else:
+        plan = make_plan(
+            bundle, description, data=data, eval_data=eval_data, adapter=adapter, config=config, device=device,
+            budget=budget, skip_bad=skip_bad,
+        )  # fmt: skip
+
+    def read() -> Inputs:
+        return read_inputs(plan, bundle.folder, bundle.manifest["base_sha256"], data, eval_data, skip_bad)
+
+    run = conduct_run(
+        plan, folder, read, OrtTrainer, resume=resume, force=force, enforce=enforce, one_slice=one_slice,
+        on_progress=on_progress,
+    )  # fmt: skip
+    if run.stopped == "done" and run.summary["adopted"] is None:
+        _adopt(bundle, run, accept_worse=accept_worse)
+    return run
+
+
+def _old_plan(folder: Path) -> Plan:
+    try:
+        plan = Plan.from_dict(json.loads((folder / PLAN).read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{folder} cannot be resumed: {error}. Give the folder that --out named.") from error
+    if plan.engine != ENGINE:
+        raise ConfigError(f"{folder} was trained by the {plan.engine} engine. Go on with `edgetune train --resume`.")
+    return plan
+
+
+def _adopt(bundle: Bundle, run: Run, *, accept_worse: bool) -> None:
+    """Make the run's adapter the one that the bundle uses, unless the held-out loss speaks against it."""
+    summary = run.summary
+    before, after = summary["active_loss"], summary["eval_loss"]
+    if not accept_worse and (before is None or after is None or after > before):
+        return
+    name = _free_name(bundle, run.folder.resolve().name.lower())
+    add_adapter(bundle.folder, run, name=name, default=True)
+    write_json(run.folder / SUMMARY, summary | {"adopted": name})
+
+
+def _free_name(bundle: Bundle, wanted: str) -> str:
+    """The name, or with the first number from 2 on that is not taken."""
+    stem = wanted if is_name(wanted) else "personal"
+    names: Any = (stem if number == 1 else f"{stem[:58]}-{number}" for number in range(1, len(bundle.adapters) + 2))
+    return str(next(name for name in names if name not in bundle.adapters))

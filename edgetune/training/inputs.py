@@ -1,0 +1,96 @@
+"""What goes into a run: rows as windows, and all that decides its result, which a run that goes on is held to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgetune.checkpoint import Checkpoint
+from edgetune.data import Window, pack, read_rows, split_eval
+from edgetune.errors import CheckpointError, DataError
+from edgetune.planner.plans import Plan
+from edgetune.tokenizer import load_tokenizer
+from edgetune.weights import sha256_file
+
+# Fields of a plan that may differ when a run goes on. They say where it runs and what that costs; recomputation and
+# the feature cache change no bit; the ratios are in the steps that follow from them.
+_CHANGES_NO_RESULT = frozenset(
+    {
+        "format_version", "edgetune_version", "device", "model", "simulated", "budget_name", "budget_bytes",
+        "device_budget_bytes", "reserve_bytes",
+        "floor_bytes", "parts", "peak_moment", "predicted_peak_bytes", "file_backed_bytes", "fits", "concessions",
+        "recompute_layers", "activation_offloading", "dequantized_layers", "feature_cache_bytes", "num_epochs",
+        "warmup_ratio",
+        "predicted_step_seconds", "predicted_run_seconds", "predicted_energy_mwh", "fits_training_window",
+        "slice_seconds", "grace_seconds", "num_slices",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What goes into a run: its plan with the number of steps, the rows as windows, and all that decides its result."""
+
+    plan: Plan
+    base: Path
+    data: Path
+    eval_data: Path | None
+    windows: Sequence[Window]
+    eval_windows: Sequence[Window]
+    identity: dict[str, Any]
+
+    @property
+    def paths(self) -> dict[str, str | None]:
+        """Where everything was read, for whoever goes on with the run or exports it."""
+        named = {"base": self.base, "data": self.data, "eval_data": self.eval_data}
+        return {name: None if path is None else str(path.absolute()) for name, path in named.items()}
+
+
+def read_inputs(plan: Plan, base: Path, base_sha256: str, data: Path, eval_data: Path | None, skip_bad: bool) -> Inputs:
+    """Check all rows of both files and cut them to windows; `base` is the folder with the tokenizer.
+
+    Raises:
+        DataError: rows cannot be used.
+        ModelError: there is no tokenizer.
+    """
+    tokenizer = load_tokenizer(base)
+    rows = read_rows(data, tokenizer, plan.max_seq_length, skip_bad=skip_bad)
+    identity: dict[str, Any] = {
+        "base_sha256": base_sha256,
+        "tokenizer_sha256": sha256_file(base / "tokenizer.json"),
+        "data_sha256": rows.sha256,
+        "eval_data_sha256": None,
+    }
+    if eval_data is None:
+        rows, held_out = split_eval(rows, plan.eval_fraction, plan.seed)
+    else:
+        held_out = read_rows(eval_data, tokenizer, plan.max_seq_length, skip_bad=skip_bad)
+        identity["eval_data_sha256"] = held_out.sha256
+    if not rows.num_supervised:
+        raise DataError(f"{data} has no token to learn from. Add completions that are not empty.")
+    windows, eval_windows = pack(rows, plan.max_seq_length), pack(held_out, plan.max_seq_length)
+    plan = plan.with_steps(len(windows))
+    values = json.loads(json.dumps(plan.to_dict()))  # as it comes back from a checkpoint: lists, no tuples
+    identity["plan"] = {name: value for name, value in values.items() if name not in _CHANGES_NO_RESULT}
+    return Inputs(plan, base, data, eval_data, windows, eval_windows, identity)
+
+
+def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Raises CheckpointError, naming everything that differs from what the checkpoint was made with."""
+    before = checkpoint.state["identity"]
+    hashes = [name for name in identity if name != "plan"]
+    differs = [name.removesuffix("_sha256") for name in hashes if identity[name] != before.get(name)]
+    plan, old = identity["plan"], before["plan"]
+    differs += [
+        f"{name} ({old.get(name)} before, {plan.get(name)} now)"
+        for name in sorted({*plan, *old})
+        if plan.get(name) != old.get(name)
+    ]
+    if differs:
+        raise CheckpointError(
+            f"{checkpoint.folder.parent.parent} was started with something else: {', '.join(differs)}. "
+            "Resume with what it was started with, or train anew with --force."
+        )

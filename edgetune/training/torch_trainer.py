@@ -1,0 +1,112 @@
+"""A run on the torch engine: the decoder, its adapter, the step rule, and what saves time where memory is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edgetune.adapters.attach import attach, load_tensors
+from edgetune.linear import FrozenLinear
+from edgetune.memory import give_back
+from edgetune.models.decoder import load_decoder
+from edgetune.training.crew import Crew, is_exact, using
+from edgetune.training.features import FeatureCache
+from edgetune.training.forward import Batch, evaluate
+from edgetune.training.inputs import Inputs
+from edgetune.training.pace import Pace
+from edgetune.training.progress import Progress
+from edgetune.training.rules import STEP_RULES
+from edgetune.training.run import FEATURES, memory_file_system, on_disk
+from edgetune.training.stop import Guard, is_out_of_memory
+from edgetune.training.trainer import Trainer
+
+
+class TorchTrainer(Trainer):
+    """See `Trainer`."""
+
+    def __init__(
+        self, inputs: Inputs, folder: Path, guard: Guard, limit: AbstractContextManager[None],
+        pace: Pace, on_progress: Callable[[Progress], None] | None,
+    ) -> None:  # fmt: skip
+        super().__init__(inputs, folder, guard, limit, pace, on_progress)
+        plan = inputs.plan
+        positions = plan.batch_size * max((window.length for window in inputs.windows), default=0)
+        exact = is_exact(plan.threads, positions, plan.model_config.head_dim)
+        self.crew = Crew(plan.threads, free=exact and plan.step_rule == "backprop")
+        self.decoder = load_decoder(inputs.base)
+        # Rotary tables, before allocations are limited: numpy crashes in a ufunc that is refused its buffers.
+        self.decoder.context(max((window.length for window in (*inputs.windows, *inputs.eval_windows)), default=0))
+        workspace = self.decoder.workspace
+        workspace.tile_weights = plan.tile_weights
+        workspace.offload_to = on_disk(folder) if plan.activation_offloading else None
+        self.parameters = attach(self.decoder, plan.adapter, plan.seed, plan.method)
+        self.first_block = plan.adapter.first_block
+        held = self.decoder.blocks[len(self.decoder.layers) - plan.dequantized_layers :]
+        self.held = [layer for block in held for layer in block.modules() if isinstance(layer, FrozenLinear)]
+        self.cache: FeatureCache | None = None
+        if plan.feature_cache_bytes and self.first_block:
+            self.cache = FeatureCache(
+                folder / FEATURES, self.decoder, self.first_block, plan.feature_cache_bytes,
+                inputs.identity["base_sha256"],
+            )  # fmt: skip
+        self.rule = STEP_RULES[plan.step_rule].Rule(self.decoder, self.parameters, plan, self.cache)
+
+    @property
+    def filled(self) -> bool:
+        """Whether this process added to the feature cache."""
+        return self.cache is not None and self.cache.num_written > 0
+
+    def check_step(self) -> None:
+        """The same inside a step, whose threads may change meanwhile."""
+        self.check()
+        self.crew.look()
+
+    def read_on_demand(self) -> None:
+        self.decoder.read_on_demand()
+
+    def release(self) -> None:
+        """Give back what a step holds; one that was not finished begins again."""
+        self.rule.drop()
+        self.decoder.workspace.clear()
+        give_back()
+
+    def fill_cache(self) -> None:
+        """Run the frozen lower blocks once over all rows, where the plan caches that and the storage takes it."""
+        if self.cache is None or self.state.step >= self.max_steps:
+            return
+        if kind := memory_file_system(self.folder):
+            self.no_cache(f"{self.folder} lies on {kind}, whose files are memory")
+            return
+        try:
+            with self.limit:
+                self.cache.fill([*self.inputs.windows, *self.inputs.eval_windows], self.check, self.tell)
+        except OSError as error:
+            if is_out_of_memory(error):
+                raise
+            self.no_cache(error.strerror)
+
+    def no_cache(self, reason: str | None) -> None:
+        """Go on without it, which changes no bit."""
+        assert self.cache is not None
+        self.cache.forget()
+        self.tell(f"no feature cache, the frozen blocks run in every step: {reason}")
+
+    def mean_loss(self, batches: Iterable[Batch]) -> float:
+        with using(self.plan.threads):
+            return evaluate(
+                self.decoder, batches, check=self.check, first_block=self.first_block, features=self.cache
+            )  # fmt: skip
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The adapter as it is now; views, not copies."""
+        return {name: value.detach().numpy() for name, value in self.parameters.items()}
+
+    def load(self, tensors: Mapping[str, np.ndarray]) -> None:
+        load_tensors(self.parameters, tensors)
+
+    def versions(self) -> dict[str, str]:
+        return super().versions() | {"torch": torch.__version__}
