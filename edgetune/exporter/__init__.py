@@ -47,7 +47,6 @@ from edgetune.exporter.sweep import choose_alpha
 from edgetune.exporter.training import check_trainable, write_training
 from edgetune.graphs import FORMATS
 from edgetune.graphs.decoder import decoder_graph
-from edgetune.graphs.training import reserve
 from edgetune.hub import model_folder
 from edgetune.memory import Meter, trim_allocator
 from edgetune.models.decoder import load_decoder
@@ -165,8 +164,6 @@ def _write_model(
         source, data_file=DATA, context_length=job.context_length, slots=[slot.name for slot in job.slots],
         contrib=job.contrib,
     )  # fmt: skip
-    if with_training:
-        reserve(builder, source)
     marks = {SHARE_BUFFER: "1"} if job.writes_cache_in_place else {}
     builder.save(folder, MODEL, {"edgetune.base_sha256": job.base_sha256} | marks)
     model = folder / MODEL

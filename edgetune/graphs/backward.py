@@ -46,6 +46,11 @@ class Nodes:
         """Int64 [n]: axes, or a shape."""
         return self.b.constant("/whole/" + "x".join(map(str, values)), np.array(values, np.int64))
 
+    def zero(self, x: ir.Value) -> ir.Value:
+        """Int64 [], 0 in every run: what `emit_weight` needs."""
+        length = self("Squeeze", self("Shape", x, start=0, end=1), self.whole(0))
+        return self("Mul", length, self.b.constant("/zero", np.array(0, np.int64)))
+
 
 # x ─┬─ Gemm(W^T) + bias ───────────────── Add ── y
 #    └─ Gemm(A) ── Mul(scaling) ── Gemm(B) ─┘

@@ -52,6 +52,7 @@ class Block:
         scaling = b.input("scaling", "float32", [1])
         self.adapters = {path: self._adapter(path, scaling) for path in c.linear_shapes}
         n = Nodes(b, "/shape")
+        self.zero = n.zero(self.x)
         self.heads = Heads(n("Shape", self.mask, start=0, end=1), n("Shape", self.mask, start=2, end=3))
         self.z: dict[str, ir.Value] = {}  # of each linear, what its adapter's backward needs
         self.raw: dict[str, ir.Value] = {}  # what a norm inside the block took
@@ -66,7 +67,7 @@ class Block:
 
     def forward(self, *, to_output: bool = True) -> ir.Value:
         """The block's output; without `to_output` only what backward needs, and x2, what the MLP is added to."""
-        norms, mlp = self.config.block_norms, f"{self.name}.mlp"
+        norms = self.config.block_norms
         self.h = self._norm(norms.before_attention, self.x)
         self.o = self._attend(*self._linears(QKV, self.h))
         (attended,) = self._linears(OUT, self.o)
@@ -75,7 +76,7 @@ class Block:
         self.x2 = self.b.op("/attention/Add", "Add", [self.x, attended])
         self.h2 = self._norm(norms.before_mlp, self.x2)
         self.gate, self.up = self._linears(GATE_UP, self.h2)
-        self.product = ops.GATES[self.config.hidden_act](self.b, f"/{mlp}", self.gate, self.up)
+        self.product = ops.GATES[self.config.hidden_act](self.b, "/mlp", self.gate, self.up)
         if not to_output and not norms.after_mlp:
             self._z(DOWN[0], self.product)
             return self.x2
@@ -137,7 +138,7 @@ class Block:
         """What each of them makes of x, with its adapter."""
         made: list[ir.Value] = []
         for name, members in matrices_of(linears):
-            n = Nodes(self.b, f"/{self.name}.{name}")
+            n = Nodes(self.b, f"/{name}")
             sizes = [self.config.linear_shapes[member][0] for member in members]
             bias = None
             if self.config.has_bias(members[0]):
@@ -147,13 +148,13 @@ class Block:
         return [self._adapted(linear, x, y) for linear, y in zip(linears, made, strict=True)]
 
     def _adapted(self, linear: str, x: ir.Value, y: ir.Value) -> ir.Value:
-        n = Nodes(self.b, f"/{self.name}.{linear}/lora")
+        n = Nodes(self.b, f"/{linear}/lora")
         added, self.z[linear] = backward.lora(n, x, self.adapters[linear])
         return n("Add", y, added)
 
     def _z(self, linear: str, x: ir.Value) -> None:
         """What a linear's adapter needs backward, where its output is not computed."""
-        adapter, n = self.adapters[linear], Nodes(self.b, f"/{self.name}.{linear}/lora")
+        adapter, n = self.adapters[linear], Nodes(self.b, f"/{linear}/lora")
         self.z[linear] = n("Mul", n("MatMul", x, adapter.a), adapter.scaling)
 
     def _linears_backward(self, linears: Linears, x: ir.Value, d_y: Sequence[ir.Value]) -> ir.Value:
@@ -161,18 +162,18 @@ class Block:
         parts = list(self._adapters_backward(linears, x, d_y))
         by_linear = dict(zip(linears, d_y, strict=True))
         for name, members in matrices_of(linears):
-            n = Nodes(self.b, f"/backward/{self.name}.{name}")
+            n = Nodes(self.b, f"/backward/{name}")
             d = [by_linear[member] for member in members]
             joined = d[0] if len(d) == 1 else n("Concat", *d, axis=1)
             parts.append(backward.linear_backward(n, joined, self._weight(n, name, members)))
-        total, n = parts[0], Nodes(self.b, f"/backward/{self.name}.{linears[0]}/sum")
+        total, n = parts[0], Nodes(self.b, f"/backward/{linears[0]}/sum")
         for part in parts[1:]:
             total = n("Add", total, part)
         return total
 
     def _adapters_backward(self, linears: Linears, x: ir.Value, d_y: Sequence[ir.Value]) -> Iterator[ir.Value]:
         for linear, d in zip(linears, d_y, strict=True):
-            n, module = Nodes(self.b, f"/backward/{self.name}.{linear}/lora"), f"{self.name}.{linear}"
+            n, module = Nodes(self.b, f"/backward/{linear}/lora"), f"{self.name}.{linear}"
             d_x, d_a, d_b = backward.lora_backward(n, x, self.z[linear], d, self.adapters[linear])
             rows, columns = self.config.linear_shapes[linear]
             self.gradients[f"{module}.lora_A"] = d_a, [columns, f"{module}.r"]
@@ -184,32 +185,32 @@ class Block:
         rows = sum(self.config.linear_shapes[member][0] for member in members)
         columns = self.config.linear_shapes[members[0]][1]
         emit = FORMATS[self.source.format_of(f"{self.name}.{members[0]}")].emit_weight
-        value: ir.Value = emit(self.b, f"{n.path}/weight", f"{self.name}.{name}.weight", (rows, columns))
+        value: ir.Value = emit(self.b, n.path, f"{self.name}.{name}.weight", (rows, columns), self.zero)
         return value
 
     def _norm(self, norm: str, x: ir.Value) -> ir.Value:
         self.raw[norm] = x
         name, c = f"{self.name}.{norm}", self.config
-        return ops.rms_norm(self.b, f"/{name}", x, f"{name}.weight", c.hidden_size, placed, c.rms_norm_eps)
+        return ops.rms_norm(self.b, f"/{norm}", x, f"{name}.weight", c.hidden_size, placed, c.rms_norm_eps)
 
     def _norm_backward(self, norm: str, d_y: ir.Value) -> ir.Value:
         name, c = f"{self.name}.{norm}", self.config
         weight = self.b.weight(f"{name}.weight", "float32", (c.hidden_size,), placed)
-        n = Nodes(self.b, f"/backward/{name}")
+        n = Nodes(self.b, f"/backward/{norm}")
         return backward.rms_norm_backward(n, self.raw[norm], weight, c.rms_norm_eps, d_y)
 
     def _head_norm(self, norm: str, x: ir.Value, heads: int) -> ir.Value:
         """RMSNorm of each head of rows x."""
         name, c = f"{self.name}.{norm}", self.config
-        n = Nodes(self.b, f"/{name}")
+        n = Nodes(self.b, f"/{norm}")
         self.raw[norm] = n("Reshape", x, n.whole(-1, c.head_dim))
-        normed = ops.rms_norm(self.b, f"/{name}", self.raw[norm], f"{name}.weight", c.head_dim, placed, c.rms_norm_eps)
+        normed = ops.rms_norm(self.b, f"/{norm}", self.raw[norm], f"{name}.weight", c.head_dim, placed, c.rms_norm_eps)
         return n("Reshape", normed, n.whole(-1, heads * c.head_dim))
 
     def _head_norm_backward(self, norm: str, d_y: ir.Value, heads: int) -> ir.Value:
         name, c = f"{self.name}.{norm}", self.config
         weight = self.b.weight(f"{name}.weight", "float32", (c.head_dim,), placed)
-        n = Nodes(self.b, f"/backward/{name}")
+        n = Nodes(self.b, f"/backward/{norm}")
         d_heads = n("Reshape", d_y, n.whole(-1, c.head_dim))
         d_x = backward.rms_norm_backward(n, self.raw[norm], weight, c.rms_norm_eps, d_heads)
         return n("Reshape", d_x, n.whole(-1, heads * c.head_dim))

@@ -136,22 +136,13 @@ class Builder:
         self._groups.append(_Group(announced, fill))
         return values
 
-    def reserve(self, name: str, dtype: str, shape: Sequence[int], produce: Callable[[], np.ndarray]) -> None:
-        """Bytes of the data file that no node of this graph reads: a graph `beside` it does."""
-        self._reserve(name, dtype, shape)
-        self._groups.append(_Group({"": (name, dtype, tuple(shape))}, lambda arrays: np.copyto(arrays[""], produce())))
-
     def _place(self, name: str, dtype: str, shape: Sequence[int]) -> ir.Value:
-        return self._external(name, dtype, shape, self._reserve(name, dtype, shape))
-
-    def _reserve(self, name: str, dtype: str, shape: Sequence[int]) -> int:
-        """The offset of so many bytes at the end of the data file."""
         nbytes = _nbytes(dtype, shape)
         alignment = _PAGE_BYTES if nbytes >= _PAGE_THRESHOLD else _ALIGNMENT
         offset = -(-self._end // alignment) * alignment
         self._end = offset + nbytes
         self.placed[name] = Placed(offset, nbytes)
-        return offset
+        return self._external(name, dtype, shape, offset)
 
     def view(self, name: str, weight: str, dtype: str, shape: Sequence[int], *, start_byte: int = 0) -> ir.Value:
         """An initializer over bytes of a weight that exists already, in another shape or type. No copy on disk."""

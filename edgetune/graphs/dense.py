@@ -42,8 +42,10 @@ def emit_linear(
     return y if bias is None else builder.op(f"{path}/bias/Add", "Add", [y, bias])
 
 
-def emit_weight(builder: Any, path: str, name: str, shape: tuple[int, int], rows: slice | None = None) -> Any:
-    """Rows of the weight `name` [N, K], in a graph beside the one that has it."""
+def emit_weight(
+    builder: Any, path: str, name: str, shape: tuple[int, int], zero: Any, rows: slice | None = None
+) -> Any:
+    """Rows of the weight `name` [N, K], in a graph beside the one that has it; see `int4.emit_weight`."""
     rows = rows or slice(0, shape[0])
     start = 4 * rows.start * shape[1]
     return builder.view(f"{path}/weight", name, "float32", (rows.stop - rows.start, shape[1]), start_byte=start)

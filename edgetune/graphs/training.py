@@ -33,20 +33,13 @@ from edgetune.graphs.backward import Nodes
 from edgetune.graphs.block import Block, placed
 from edgetune.graphs.builder import Builder
 from edgetune.graphs.decoder import Matrices
-from edgetune.grids import int4, row_tiles
+from edgetune.grids import row_tiles
 from edgetune.optimizers import OPTIMIZERS
 
 FORMATS_TRAINED = ("int4", "fp32")
 OPTIMIZERS_WRITTEN = ("adamw", "sgd")
 HEAD_TILE_WEIGHTS = 1 << 21  # 8 MiB of float32 at once
 _FLOAT, _DOUBLE = int(ir.DataType.FLOAT), int(ir.DataType.DOUBLE)
-
-
-def reserve(builder: Builder, source: Matrices) -> None:
-    """Put into the inference graph's data file what only training graphs read."""
-    if any(source.format_of(module) == int4.NAME for module in source.config.matrices()):
-        largest = max(source.config.largest_linear * 2, HEAD_TILE_WEIGHTS + source.config.hidden_size)
-        int4.emit_zero_points(builder, largest // 32)
 
 
 @dataclass(frozen=True)
@@ -164,7 +157,8 @@ class _Maker:
         highest, total, of_target = (
             b.input(k, "float32", ["supervised", 1]) for k in ("highest", "total", "of_target")
         )
-        weight = self._weight(b, "/tile/weight", self.head, rows)
+        emit = FORMATS[self.source.format_of(self.head)].emit_weight
+        weight = emit(b, "/tile", f"{self.head}.weight", self.config.matrices()[self.head], n.zero(x), rows)
         logits = backward.linear(n, x, weight, None)
         raised = n("Max", highest, n("ReduceMax", logits, n.whole(1)))
         shrunk = n("Exp", n("Sub", highest, raised))
@@ -221,11 +215,6 @@ class _Maker:
         value: ir.Value = emit(
             b, f"/lookup/{module}", ids, f"{module}.weight", self.config.matrices()[module], _nothing
         )
-        return value
-
-    def _weight(self, b: Builder, path: str, module: str, rows: slice) -> ir.Value:
-        emit = FORMATS[self.source.format_of(module)].emit_weight
-        value: ir.Value = emit(b, path, f"{module}.weight", self.config.matrices()[module], rows)
         return value
 
 

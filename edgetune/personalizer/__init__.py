@@ -18,6 +18,7 @@ from typing import Any
 from edgetune.adapter_file import is_name
 from edgetune.adapters.lora import LoraConfig
 from edgetune.bundle import Bundle, load_bundle
+from edgetune.checkpoint import PLAN
 from edgetune.errors import CheckpointError, ConfigError
 from edgetune.memory import trim_allocator
 from edgetune.personalizer.graphs import read_description
@@ -28,7 +29,7 @@ from edgetune.runtime.adapters import add_adapter
 from edgetune.training.conduct import conduct_run
 from edgetune.training.inputs import Inputs, read_inputs
 from edgetune.training.progress import Progress
-from edgetune.training.run import PLAN, SUMMARY, Run, write_json
+from edgetune.training.run import SUMMARY, Run, write_json
 
 __all__ = ["personalize"]
 

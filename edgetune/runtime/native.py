@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,28 @@ def load_part(path: Path, data_folder: Path, threads: int) -> onnxruntime.Infere
     Raises BundleError where onnxruntime does not take it.
     """
     options = _options(threads)
+    _share_arena()
+    options.enable_cpu_mem_arena = True
+    options.add_session_config_entry("session.use_env_allocators", "1")
     # From bytes: a path would bind the weights to the graph's own folder, and ones above it are refused.
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(data_folder.absolute())
     )
     return _session(path.read_bytes(), path, options)
+
+
+@functools.cache
+def _share_arena() -> None:
+    """One arena for all parts that are loaded: they run one after the other, so it holds what the largest needs.
+
+    Without it every weight that a call dequantizes is memory fresh from the system, page by page: 1.04 against 0.44 s
+    for eight blocks of the SmolLM2-135M shape, forward and backward over 128 tokens, at the same peak.
+    """
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    as_requested = {"max_mem": 0, "arena_extend_strategy": 1, "initial_chunk_size_bytes": 1 << 20}
+    onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(as_requested))
 
 
 def _options(threads: int, *, fp32_compute: bool = False) -> onnxruntime.SessionOptions:

@@ -25,7 +25,7 @@ from edgetune.data import Row, Window, pack, read_rows, split_eval, stack
 from edgetune.models.decoder import Block, Decoder, load_decoder
 from edgetune.planner.plans import Plan
 from edgetune.tokenizer import load_tokenizer
-from edgetune.training import conduct, features, trainer
+from edgetune.training import conduct, features, torch_trainer, trainer
 from edgetune.training.blocks import BlockPass
 from edgetune.training.features import FeatureCache
 from edgetune.training.forward import below, lower_blocks
@@ -188,15 +188,15 @@ class TestOnce:
         assert same(run, job.train(tmp_path / "plain", replace(plan, feature_cache_bytes=0)))
 
     def test_their_codes_are_not_read_again(self, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def spoil(self: trainer.Trainer, *args: Any) -> None:
+        def spoil(self: torch_trainer.TorchTrainer, *args: Any) -> None:
             fill(self, *args)
             for block in self.decoder.blocks[:2]:
                 for module in block.modules():
                     vars(module).pop("codes", None)
                     vars(module).pop("flat", None)
 
-        fill = trainer.Trainer.fill_cache
-        monkeypatch.setattr(trainer.Trainer, "fill_cache", spoil)
+        fill = torch_trainer.TorchTrainer.fill_cache
+        monkeypatch.setattr(torch_trainer.TorchTrainer, "fill_cache", spoil)
         assert job.train(tmp_path / "run", job.plan(max_steps=3)).stopped == "done"
         with pytest.raises(AttributeError, match="flat"):
             job.train(tmp_path / "plain", job.plan(max_steps=3, feature_cache_bytes=0))
@@ -365,7 +365,7 @@ class TestStorage:
         told: list[str | None] = []
         left = job.train(tmp_path / "run", on_progress=after_step(4))
         assert windows_of(left) > 20
-        monkeypatch.setattr(trainer, "memory_file_system", lambda folder: {tmp_path / "run": "tmpfs"}[folder])
+        monkeypatch.setattr(torch_trainer, "memory_file_system", lambda folder: {tmp_path / "run": "tmpfs"}[folder])
         run = job.train(tmp_path / "run", resume=True, keep_cache=True, on_progress=lambda p: told.append(p.note))
         assert same(run, uncached)
         assert not (run.folder / "features").exists()
