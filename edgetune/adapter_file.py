@@ -103,6 +103,20 @@ def by_slot(tensors: Mapping[str, np.ndarray], slots: Iterable[AdapterSlot]) -> 
     return feeds
 
 
+def by_linear(tensors: Mapping[str, np.ndarray], slots: Iterable[AdapterSlot]) -> dict[str, np.ndarray]:
+    """An adapter of a bundle for each linear on its own, which gives the same sum at the rank of the whole slot."""
+    found: dict[str, np.ndarray] = {}
+    for slot in slots:
+        if f"{slot.name}.lora_A" not in tensors:
+            continue
+        start = 0
+        for module, outputs in slot.modules.items():
+            found[f"{module}.lora_A"] = tensors[f"{slot.name}.lora_A"]
+            found[f"{module}.lora_B"] = np.ascontiguousarray(tensors[f"{slot.name}.lora_B"][:, start : start + outputs])
+            start += outputs
+    return found
+
+
 def is_name(text: str) -> bool:
     """Whether an adapter may be called so: lower-case letters, digits, _ and -; no path is ever a name."""
     return _NAME.fullmatch(text) is not None and text != "model"  # model.safetensors is what others take for weights

@@ -36,7 +36,8 @@ LOOP = {
     "adapter": [
         "lora_A [in_features, r] begins uniform in -1/sqrt(in_features) .. 1/sqrt(in_features), lora_B "
         "[r, out_features] with zeros. scaling is lora_alpha / r.",
-        "The inference graph takes lora_A as it is, and lora_B times scaling.",
+        "The inference graph takes lora_A, and lora_B times scaling. Where a slot of it (edgetune.json) has several "
+        "modules, their lora_A stand side by side there, and their lora_B along the diagonal.",
     ],
     "micro_batch": [
         "input_ids, position_ids, segment_ids and labels are int64 [B, T]. Several rows may lie in a window: positions "

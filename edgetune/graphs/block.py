@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from edgetune.graphs import FORMATS, backward, ops
+from edgetune.graphs import FORMATS, backward, fused, ops
 from edgetune.graphs.backward import Attended, Heads, Lora, Nodes
 from edgetune.graphs.builder import Builder
 from edgetune.graphs.decoder import Matrices
@@ -25,11 +25,6 @@ QKV: Linears = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OUT: Linears = ("self_attn.o_proj",)
 GATE_UP: Linears = ("mlp.gate_proj", "mlp.up_proj")
 DOWN: Linears = ("mlp.down_proj",)
-
-
-def matrices_of(linears: Linears) -> list[tuple[str, Linears]]:
-    """The matrices of the data file that hold these linears: (name inside a block, linears whose rows it stacks)."""
-    return [(linear, (linear,)) for linear in linears]
 
 
 Gradients = dict[str, tuple[ir.Value, list[int | str]]]
@@ -42,6 +37,12 @@ class Block:
         self.b, self.source, self.config, self.index = b, source, source.config, index
         c, kind = self.config, self.config.layer_kinds[index]
         self.name = c.block(index)
+        # The matrices of the data file, by their names inside the block, each with the linears whose rows it stacks.
+        self.matrices: dict[str, Linears] = {
+            slot.name.removeprefix(f"{self.name}."): [part.removeprefix(f"{self.name}.") for part in slot.modules]
+            for slot in fused.adapter_slots(c, source.format_of)
+            if slot.name.startswith(f"{self.name}.")
+        }
         self.x = b.input("x", "float32", ["positions", c.hidden_size])
         window: int | str = "sequence_length"
         self.mask = b.input(f"mask.{kind}", "float32", ["batch_size", 1, window, window])
@@ -134,10 +135,14 @@ class Block:
             d_k = self._head_norm_backward("self_attn.k_norm", d_k, kv_heads)
         return [d_q, d_k, d_v]
 
+    def _matrices_of(self, linears: Linears) -> list[tuple[str, Linears]]:
+        """The matrices that hold these linears, in order."""
+        return [(name, members) for name, members in self.matrices.items() if members[0] in linears]
+
     def _linears(self, linears: Linears, x: ir.Value) -> list[ir.Value]:
         """What each of them makes of x, with its adapter."""
         made: list[ir.Value] = []
-        for name, members in matrices_of(linears):
+        for name, members in self._matrices_of(linears):
             n = Nodes(self.b, f"/{name}")
             sizes = [self.config.linear_shapes[member][0] for member in members]
             bias = None
@@ -161,7 +166,7 @@ class Block:
         """The gradient of x, their common input; notes those of their adapters."""
         parts = list(self._adapters_backward(linears, x, d_y))
         by_linear = dict(zip(linears, d_y, strict=True))
-        for name, members in matrices_of(linears):
+        for name, members in self._matrices_of(linears):
             n = Nodes(self.b, f"/backward/{name}")
             d = [by_linear[member] for member in members]
             joined = d[0] if len(d) == 1 else n("Concat", *d, axis=1)

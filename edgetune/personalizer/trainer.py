@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from edgetune.adapter_file import by_linear
 from edgetune.adapters import lora
 from edgetune.adapters.lora import LoraConfig
 from edgetune.bundle import load_bundle
@@ -133,7 +134,8 @@ class OrtTrainer(Trainer):
     def fill_cache(self) -> None:
         """What the adapter that is in use, or the base alone, makes of the held-out rows: what a new one is held to."""
         batches = in_batches(self.inputs.eval_windows, self.plan.batch_size)
-        active = {**self.bundle.adapter_tensors(), "scaling": np.ones(1, np.float32)}  # it is in lora_B already
+        tensors = by_linear(self.bundle.adapter_tensors(), self.bundle.slots)
+        active = {**tensors, "scaling": np.ones(1, np.float32)}  # it is in lora_B already
         loss = mean_loss(self.rule.graphs, batches, active, self.check)
         self.active_loss = loss if math.isfinite(loss) else None
 
