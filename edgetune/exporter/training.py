@@ -24,13 +24,13 @@ from edgetune.planner.plans import TrainConfig
 
 FORMAT_VERSION = 1
 
-# What a client does, in order. Values have the names of the graphs' inputs and outputs; an input is fed by the value
-# of its name, and an output `name.next` takes the place of `name`.
+# What a client does, in order. Values have the names of the graphs' inputs and outputs; `name.next` takes the place of
+# `name`.
 LOOP = {
-    "sessions": [
-        f"A graph's external data is {DATA} in the bundle's folder. Create its session from the bytes of the file, "
-        "with the session option session.model_external_initializers_file_folder_path set to that folder, or hand the "
-        f"data over as external data of the path {DATA}. Switch the memory arena and the memory pattern off.",
+    "weights": [
+        f"Map {DATA}. `tensors` says where each lies in it: dtype, shape, offset and bytes. A graph's inputs have the "
+        "tensor's name; those of forward and backward without `model.layers.i.`. Where an input has more dimensions "
+        "than the tensor, give it the input's shape: the bytes are the same.",
         "Feed every input that is not optional. An adapter tensor that is left out has rank 0 and changes nothing.",
     ],
     "adapter": [
@@ -43,13 +43,15 @@ LOOP = {
         "input_ids, position_ids, segment_ids and labels are int64 [B, T]. Several rows may lie in a window: positions "
         "begin at 0 in each, segment_ids number them, -1 is padding. labels are those of the next token, -100 where "
         "nothing is learned; flat they are [B * T].",
-        "start gives x, and what all blocks share.",
-        "forward[i] for i from 0: keep x for the backward pass, then x = y.",
+        "start gives x, and mask.k, cos.k and sin.k for each kind k of attention.",
+        "forward for every block i from 0, with its weights, its adapter tensors, and mask, cos and sin of the kind "
+        "model_config.layer_kinds[i]: keep x for the backward pass, then x = y.",
         "head_start gives hidden and targets of the M positions that have a label. Where M is 0, skip what follows.",
         "highest [M, 1] = -infinity; total, of_target [M, 1] and weighted [M, hidden_size] = 0.",
-        "head_tiles[j] for j from 0: each takes all of these and gives their next values.",
+        "head_tile for ranges of rows of the matrix `head`, in any number: head.* are its rows from first_row on. Each "
+        "takes the four sums and gives their next values.",
         "head_end with scale = 1 / (labels of all micro-batches of the step): loss_sum, and dy = dx.",
-        "backward[i] from the last block to the first with an adapter, with the x that was kept: add each "
+        "backward for every block from the last to the first with an adapter, with the x that was kept: add each "
         "<tensor>.gradient to what the step's other micro-batches gave, then dy = dx.",
     ],
     "step": [
@@ -60,7 +62,7 @@ LOOP = {
         "from 1; gradients are clipped to max_grad_norm inside.",
     ],
     "evaluation": [
-        "As a micro-batch up to head_start; then loss_tiles and loss_end, which give no gradient. The loss of held-out "
+        "As a micro-batch up to head_start; then loss_tile and loss_end, which give no gradient. The loss of held-out "
         "rows is the sum of loss_sum by the number of their labels.",
     ],
 }  # fmt: skip
@@ -90,24 +92,25 @@ def check_trainable(job: Job) -> None:
 
 def write_training(job: Job, builder: Builder, source: Matrices, folder: Path) -> None:
     """Write `training/` of a bundle, whose inference graph and data file `builder` has written."""
-    place = folder / TRAINING
+    place, config = folder / TRAINING, job.decoder.config
     place.mkdir()
-    graphs = training.write_graphs(builder, source, place, job.context_length)
-    config = job.decoder.config
+    head = training.head_name(config)
+    graphs = training.training_graphs(config, source.format_of, job.context_length)
+    for name, graph in graphs.items():
+        graph.save_graph(place / f"{name}.onnx")
     described = {
-        "format_version": FORMAT_VERSION, "edgetune_version": __version__, "data_file": DATA,
+        "format_version": FORMAT_VERSION, "edgetune_version": __version__,
         "model_config": config.to_dict(), "context_length": job.context_length,
-        "slots": [
-            {"name": name, "in_features": columns, "out_features": rows, "block": int(name.split(".")[2])}
-            for name, (rows, columns) in config.linears().items()
-        ],
-        "graphs": {kind: graph.described() for kind, graph in graphs.items()},
+        "data_file": DATA, "tensors": builder.described(), "head": f"{head}.weight",
+        "graphs": {
+            name: {"file": f"{name}.onnx", **dict(zip(("inputs", "outputs"), graph.signature(), strict=True))}
+            for name, graph in graphs.items()
+        },
         "optimizers": {
             name: {"learning_rate": OPTIMIZERS[name].learning_rate, "moments": list(OPTIMIZERS[name].rule.MOMENTS)}
             for name in training.OPTIMIZERS_WRITTEN
         },
-        "defaults": _defaults(),
-        "loop": LOOP,
+        "defaults": _defaults(), "loop": LOOP,
     }  # fmt: skip
     (place / TRAINING_MANIFEST).write_text(json.dumps(described, indent=1), encoding="utf-8")
 

@@ -46,10 +46,12 @@ class Nodes:
         """Int64 [n]: axes, or a shape."""
         return self.b.constant("/whole/" + "x".join(map(str, values)), np.array(values, np.int64))
 
-    def zero(self, x: ir.Value) -> ir.Value:
-        """Int64 [], 0 in every run: what `emit_weight` needs."""
-        length = self("Squeeze", self("Shape", x, start=0, end=1), self.whole(0))
-        return self("Mul", length, self.b.constant("/zero", np.array(0, np.int64)))
+    def every(self, rows: ir.Value | int, beside: ir.Value) -> ir.Value:
+        """Int64 [rows]: 0, 1, …, by a computation on `beside`."""
+        zero, one = (self.b.constant(f"/index/{number}", np.array(number, np.int64)) for number in (0, 1))
+        start = self("Mul", self("Squeeze", self("Shape", beside, start=0, end=1), self.whole(0)), zero)
+        limit = self.b.constant(f"/index/{rows}", np.array(rows, np.int64)) if isinstance(rows, int) else rows
+        return self("Range", start, limit, one)
 
 
 # x ─┬─ Gemm(W^T) + bias ───────────────── Add ── y
@@ -144,10 +146,8 @@ def by_row(n: Nodes, x: ir.Value, width: int) -> ir.Value:
     return n("Reshape", n("Transpose", x, perm=[0, 2, 1, 3]), n.whole(-1, width))
 
 
-def rotate(n: Nodes, x: ir.Value, tables: tuple[ir.Value, ir.Value] | None, *, backward: bool = False) -> ir.Value:
+def rotate(n: Nodes, x: ir.Value, tables: tuple[ir.Value, ir.Value], *, backward: bool = False) -> ir.Value:
     """Rotary embedding of x [B, heads, T, d] by cos and sin [B, T, d/2]; its gradient turns the other way."""
-    if tables is None:
-        return x
     cos, sin = tables
     return n("RotaryEmbedding", x, cos, n("Neg", sin) if backward else sin)
 

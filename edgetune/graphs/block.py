@@ -1,11 +1,12 @@
-"""One block of a training graph: its forward pass, and the gradients of its input and of its adapter.
+"""A block of a training graph: its forward pass, and the gradients of its input and of its adapter.
 
     h = norm(x)     q, k, v = h Wq, h Wk, h Wv, rotated     o = attention(q, k, v)     x2 = x + o Wo
     h2 = norm(x2)   gate, up = h2 Wg, h2 Wu                  y = x2 + (act(gate) * up) Wd
 
 Each linear adds what its adapter makes of its input. A family may norm q and k by head, and o Wo and the MLP's output
-before they are added. Backward dequantizes every matrix once more rather than keeping it since forward, so that one
-matrix exists at a time.
+before they are added. Everything that differs from block to block is an input, so one graph serves all of them: 90
+sessions took 60 MiB on the SmolLM2-135M shape. Backward dequantizes every matrix once more rather than keeping it since
+forward, so that one of them exists at a time.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import onnx_ir as ir
 
 from edgetune.graphs import FORMATS, backward, fused, ops
 from edgetune.graphs.backward import Attended, Heads, Lora, Nodes
-from edgetune.graphs.builder import Builder
-from edgetune.graphs.decoder import Matrices
+from edgetune.graphs.builder import Builder, part_name
+from edgetune.models.config import DecoderConfig
 
 Linears = Sequence[str]  # modules inside a block that multiply the same input
 QKV: Linears = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -31,39 +32,59 @@ Gradients = dict[str, tuple[ir.Value, list[int | str]]]
 
 
 class Block:
-    """One block's nodes; after `forward`, what its backward needs."""
+    """A block's nodes; after `forward`, what its backward needs. `format_of` a matrix is its key in `FORMATS`."""
 
-    def __init__(self, b: Builder, source: Matrices, index: int) -> None:
-        self.b, self.source, self.config, self.index = b, source, source.config, index
-        c, kind = self.config, self.config.layer_kinds[index]
-        self.name = c.block(index)
-        # The matrices of the data file, by their names inside the block, each with the linears whose rows it stacks.
-        self.matrices: dict[str, Linears] = {
-            slot.name.removeprefix(f"{self.name}."): [part.removeprefix(f"{self.name}.") for part in slot.modules]
-            for slot in fused.adapter_slots(c, source.format_of)
-            if slot.name.startswith(f"{self.name}.")
+    def __init__(self, b: Builder, config: DecoderConfig, format_of: fused.FormatOf) -> None:
+        self.b, self.config, at = b, config, f"{config.block(0)}."
+        self.format = FORMATS[format_of(f"{at}{OUT[0]}")]
+        # The matrices of the data file, by their names inside a block, each with the linears whose rows it stacks.
+        self.members: dict[str, Linears] = {
+            slot.name.removeprefix(at): [part.removeprefix(at) for part in slot.modules]
+            for slot in fused.adapter_slots(config, format_of)
+            if slot.name.startswith(at)
         }
-        self.x = b.input("x", "float32", ["positions", c.hidden_size])
-        window: int | str = "sequence_length"
-        self.mask = b.input(f"mask.{kind}", "float32", ["batch_size", 1, window, window])
-        self.tables = None
-        if c.attention_kinds[kind].rope_theta is not None:
-            half: list[int | str] = ["batch_size", window, c.head_dim // 2]
-            self.tables = b.input(f"cos.{kind}", "float32", half), b.input(f"sin.{kind}", "float32", half)
+        length: int | str = "sequence_length"
+        half: list[int | str] = ["batch_size", length, config.head_dim // 2]
+        self.x = b.input("x", "float32", ["positions", config.hidden_size])
+        self.mask = b.input("mask", "float32", ["batch_size", 1, length, length])
+        self.tables = b.input("cos", "float32", half), b.input("sin", "float32", half)
+        self.norms = {name: b.input(name, "float32", size) for name, size in self._norm_sizes().items()}
+        self.matrices = {name: self._matrix(name, members) for name, members in self.members.items()}
+        self.biases = {
+            name: b.input(f"{name}.bias", "float32", self._shape(members)[:1])
+            for name, members in self.members.items()
+            if config.has_bias(members[0])
+        }
         scaling = b.input("scaling", "float32", [1])
-        self.adapters = {path: self._adapter(path, scaling) for path in c.linear_shapes}
+        self.adapters = {linear: self._adapter(linear, scaling) for linear in config.linear_shapes}
         n = Nodes(b, "/shape")
-        self.zero = n.zero(self.x)
         self.heads = Heads(n("Shape", self.mask, start=0, end=1), n("Shape", self.mask, start=2, end=3))
         self.z: dict[str, ir.Value] = {}  # of each linear, what its adapter's backward needs
         self.raw: dict[str, ir.Value] = {}  # what a norm inside the block took
         self.gradients: Gradients = {}
 
-    def _adapter(self, path: str, scaling: ir.Value) -> Lora:
-        (rows, columns), module = self.config.linear_shapes[path], f"{self.name}.{path}"
-        rank = f"{module}.r"
-        a = self.b.optional_input(f"{module}.lora_A", [columns, rank], np.zeros((columns, 0), np.float32))
-        b = self.b.optional_input(f"{module}.lora_B", [rank, rows], np.zeros((0, rows), np.float32))
+    def _norm_sizes(self) -> dict[str, tuple[int]]:
+        """The norms of a block, without its name."""
+        at, vectors = f"{self.config.block(0)}.", self.config.vectors()
+        return {name.removeprefix(at): n for name, n in vectors.items() if name.startswith(at) and "norm." in name}
+
+    def _matrix(self, name: str, members: Linears) -> dict[str, ir.Value]:
+        operands = self.format.operands(*self._shape(members))
+        return {key: self.b.input(part_name(f"{name}.weight", key), *operand) for key, operand in operands.items()}
+
+    def _matrices_of(self, linears: Linears) -> list[tuple[str, Linears]]:
+        """The matrices that hold these linears, in order."""
+        return [(name, members) for name, members in self.members.items() if members[0] in linears]
+
+    def _shape(self, members: Linears) -> tuple[int, int]:
+        shapes = [self.config.linear_shapes[member] for member in members]
+        return sum(rows for rows, _ in shapes), shapes[0][1]
+
+    def _adapter(self, linear: str, scaling: ir.Value) -> Lora:
+        rows, columns = self.config.linear_shapes[linear]
+        rank = f"{linear}.r"
+        a = self.b.optional_input(f"{linear}.lora_A", [columns, rank], np.zeros((columns, 0), np.float32))
+        b = self.b.optional_input(f"{linear}.lora_B", [rank, rows], np.zeros((0, rows), np.float32))
         return Lora(a, b, scaling)
 
     def forward(self, *, to_output: bool = True) -> ir.Value:
@@ -107,15 +128,13 @@ class Block:
         c, n = self.config, Nodes(self.b, "/attention")
         count, kv_heads, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         if c.qk_norm:
-            q, k = self._head_norm("self_attn.q_norm", q, count), self._head_norm("self_attn.k_norm", k, kv_heads)
+            q, k = self._norm("self_attn.q_norm", q, heads=count), self._norm("self_attn.k_norm", k, heads=kv_heads)
         q, k = (
             backward.rotate(n, backward.by_head(n, x, self.heads, heads, d), self.tables)
             for x, heads in ((q, count), (k, kv_heads))
         )
         v = backward.by_head(n, v, self.heads, kv_heads, d)
-        o, self.attended = backward.attention(
-            n, q, k, v, self.mask, self.heads, kv_heads, count, c.attention_scale
-        )  # fmt: skip
+        o, self.attended = backward.attention(n, q, k, v, self.mask, self.heads, kv_heads, count, c.attention_scale)
         return backward.by_row(n, o, count * d)
 
     attended: Attended
@@ -131,24 +150,17 @@ class Block:
             backward.by_row(n, x, heads * d) for x, heads in ((d_q, count), (d_k, kv_heads), (d_v, kv_heads))
         )
         if c.qk_norm:
-            d_q = self._head_norm_backward("self_attn.q_norm", d_q, count)
-            d_k = self._head_norm_backward("self_attn.k_norm", d_k, kv_heads)
+            d_q = self._norm_backward("self_attn.q_norm", d_q, heads=count)
+            d_k = self._norm_backward("self_attn.k_norm", d_k, heads=kv_heads)
         return [d_q, d_k, d_v]
-
-    def _matrices_of(self, linears: Linears) -> list[tuple[str, Linears]]:
-        """The matrices that hold these linears, in order."""
-        return [(name, members) for name, members in self.matrices.items() if members[0] in linears]
 
     def _linears(self, linears: Linears, x: ir.Value) -> list[ir.Value]:
         """What each of them makes of x, with its adapter."""
         made: list[ir.Value] = []
         for name, members in self._matrices_of(linears):
             n = Nodes(self.b, f"/{name}")
+            y = backward.linear(n, x, self._weight(n, name, members, x), self.biases.get(name))
             sizes = [self.config.linear_shapes[member][0] for member in members]
-            bias = None
-            if self.config.has_bias(members[0]):
-                bias = self.b.weight(f"{self.name}.{name}.bias", "float32", (sum(sizes),), placed)
-            y = backward.linear(n, x, self._weight(n, name, members), bias)
             made += [y] if len(members) == 1 else n.split(y, sizes, axis=1)
         return [self._adapted(linear, x, y) for linear, y in zip(linears, made, strict=True)]
 
@@ -170,7 +182,7 @@ class Block:
             n = Nodes(self.b, f"/backward/{name}")
             d = [by_linear[member] for member in members]
             joined = d[0] if len(d) == 1 else n("Concat", *d, axis=1)
-            parts.append(backward.linear_backward(n, joined, self._weight(n, name, members)))
+            parts.append(backward.linear_backward(n, joined, self._weight(n, name, members, joined)))
         total, n = parts[0], Nodes(self.b, f"/backward/{linears[0]}/sum")
         for part in parts[1:]:
             total = n("Add", total, part)
@@ -178,49 +190,40 @@ class Block:
 
     def _adapters_backward(self, linears: Linears, x: ir.Value, d_y: Sequence[ir.Value]) -> Iterator[ir.Value]:
         for linear, d in zip(linears, d_y, strict=True):
-            n, module = Nodes(self.b, f"/backward/{linear}/lora"), f"{self.name}.{linear}"
+            n = Nodes(self.b, f"/backward/{linear}/lora")
             d_x, d_a, d_b = backward.lora_backward(n, x, self.z[linear], d, self.adapters[linear])
             rows, columns = self.config.linear_shapes[linear]
-            self.gradients[f"{module}.lora_A"] = d_a, [columns, f"{module}.r"]
-            self.gradients[f"{module}.lora_B"] = d_b, [f"{module}.r", rows]
+            self.gradients[f"{linear}.lora_A"] = d_a, [columns, f"{linear}.r"]
+            self.gradients[f"{linear}.lora_B"] = d_b, [f"{linear}.r", rows]
             yield d_x
 
-    def _weight(self, n: Nodes, name: str, members: Linears) -> ir.Value:
-        """The float32 matrix `name`, by a node of its own wherever it is used."""
-        rows = sum(self.config.linear_shapes[member][0] for member in members)
-        columns = self.config.linear_shapes[members[0]][1]
-        emit = FORMATS[self.source.format_of(f"{self.name}.{members[0]}")].emit_weight
-        value: ir.Value = emit(self.b, n.path, f"{self.name}.{name}.weight", (rows, columns), self.zero)
+    def _weight(self, n: Nodes, name: str, members: Linears, beside: ir.Value) -> ir.Value:
+        """The float32 matrix `name`, which is to be multiplied with `beside`.
+
+        The rows are counted from that value's shape: of two equal nodes onnxruntime would make one, for forward and
+        backward, and keep what it gives.
+        """
+        rows, columns = self._shape(members)
+        value: ir.Value = self.format.emit_rows(
+            self.b, f"{n.path}/weight", self.matrices[name], n.every(rows, beside), columns
+        )
         return value
 
-    def _norm(self, norm: str, x: ir.Value) -> ir.Value:
+    def _norm(self, norm: str, x: ir.Value, *, heads: int | None = None) -> ir.Value:
+        """RMSNorm of rows, or of each of their heads."""
+        n, size = Nodes(self.b, f"/{norm}"), self.config.hidden_size
+        if heads is not None:
+            size = self.config.head_dim
+            x = n("Reshape", x, n.whole(-1, size))
         self.raw[norm] = x
-        name, c = f"{self.name}.{norm}", self.config
-        return ops.rms_norm(self.b, f"/{norm}", x, f"{name}.weight", c.hidden_size, placed, c.rms_norm_eps)
+        weight, epsilon = self.norms[f"{norm}.weight"], self.config.rms_norm_eps
+        normed = n("RMSNormalization", x, weight, axis=-1, epsilon=epsilon)
+        return normed if heads is None else n("Reshape", normed, n.whole(-1, heads * size))
 
-    def _norm_backward(self, norm: str, d_y: ir.Value) -> ir.Value:
-        name, c = f"{self.name}.{norm}", self.config
-        weight = self.b.weight(f"{name}.weight", "float32", (c.hidden_size,), placed)
-        n = Nodes(self.b, f"/backward/{norm}")
-        return backward.rms_norm_backward(n, self.raw[norm], weight, c.rms_norm_eps, d_y)
-
-    def _head_norm(self, norm: str, x: ir.Value, heads: int) -> ir.Value:
-        """RMSNorm of each head of rows x."""
-        name, c = f"{self.name}.{norm}", self.config
-        n = Nodes(self.b, f"/{norm}")
-        self.raw[norm] = n("Reshape", x, n.whole(-1, c.head_dim))
-        normed = ops.rms_norm(self.b, f"/{norm}", self.raw[norm], f"{name}.weight", c.head_dim, placed, c.rms_norm_eps)
-        return n("Reshape", normed, n.whole(-1, heads * c.head_dim))
-
-    def _head_norm_backward(self, norm: str, d_y: ir.Value, heads: int) -> ir.Value:
-        name, c = f"{self.name}.{norm}", self.config
-        weight = self.b.weight(f"{name}.weight", "float32", (c.head_dim,), placed)
-        n = Nodes(self.b, f"/backward/{norm}")
-        d_heads = n("Reshape", d_y, n.whole(-1, c.head_dim))
-        d_x = backward.rms_norm_backward(n, self.raw[norm], weight, c.rms_norm_eps, d_heads)
-        return n("Reshape", d_x, n.whole(-1, heads * c.head_dim))
-
-
-def placed() -> np.ndarray:
-    """What makes a weight that lies in the data file already."""
-    raise AssertionError("a training graph writes no weight")
+    def _norm_backward(self, norm: str, d_y: ir.Value, *, heads: int | None = None) -> ir.Value:
+        n, size = Nodes(self.b, f"/backward/{norm}"), self.config.head_dim
+        if heads is not None:
+            d_y = n("Reshape", d_y, n.whole(-1, size))
+        weight, epsilon = self.norms[f"{norm}.weight"], self.config.rms_norm_eps
+        d_x = backward.rms_norm_backward(n, self.raw[norm], weight, epsilon, d_y)
+        return d_x if heads is None else n("Reshape", d_x, n.whole(-1, heads * size))

@@ -72,13 +72,6 @@ class Builder:
         self._initializers: dict[str, ir.Value] = {}
         self._groups: list[_Group] = []
         self._end = 0
-        self._places = True
-
-    def beside(self, name: str) -> Builder:
-        """A graph of its own over this one's data file: what it calls a weight has to lie there already."""
-        other = Builder(name, self.data_file, contrib=self.contrib)
-        other.placed, other._places = self.placed, False
-        return other
 
     def input(self, name: str, dtype: str, shape: Shape) -> ir.Value:
         """A graph input; a string in `shape` is a symbolic dimension."""
@@ -97,6 +90,14 @@ class Builder:
         """Make `value` a graph output under this name."""
         value.name, value.type, value.shape = name, ir.TensorType(_dtype(dtype)), ir.Shape(shape)
         self._outputs.append(value)
+
+    def described(self) -> dict[str, dict[str, Any]]:
+        """Where each weight lies in the data file, as JSON: dtype, shape, offset and bytes."""
+        return {
+            name: {"dtype": dtype, "shape": list(shape), **self.placed[name]._asdict()}
+            for group in self._groups
+            for name, dtype, shape in group.arrays.values()
+        }
 
     def signature(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The graph's inputs and outputs as JSON: name, dtype, shape, and for inputs whether they may be left out."""
@@ -129,8 +130,6 @@ class Builder:
         names = {key: part_name(name, key) for key in arrays}
         if all(part in self._initializers for part in names.values()):
             return {key: self._initializers[part] for key, part in names.items()}
-        if not self._places:
-            return {key: self.view(names[key], names[key], dtype, shape) for key, (dtype, shape) in arrays.items()}
         values = {key: self._place(names[key], dtype, shape) for key, (dtype, shape) in arrays.items()}
         announced = {key: (names[key], dtype, tuple(shape)) for key, (dtype, shape) in arrays.items()}
         self._groups.append(_Group(announced, fill))
@@ -199,7 +198,7 @@ class Builder:
         self.save_graph(folder / filename, metadata)
 
     def save_graph(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the graph alone, beside a data file that is written already."""
+        """Write the graph alone."""
         graph = ir.Graph(
             self._inputs, self._outputs, nodes=self._nodes, initializers=list(self._initializers.values()),
             opset_imports={"": OPSET} | ({CONTRIB: 1} if self.contrib else {}), name=self.name,

@@ -42,13 +42,16 @@ def emit_linear(
     return y if bias is None else builder.op(f"{path}/bias/Add", "Add", [y, bias])
 
 
-def emit_weight(
-    builder: Any, path: str, name: str, shape: tuple[int, int], zero: Any, rows: slice | None = None
-) -> Any:
-    """Rows of the weight `name` [N, K], in a graph beside the one that has it; see `int4.emit_weight`."""
-    rows = rows or slice(0, shape[0])
-    start = 4 * rows.start * shape[1]
-    return builder.view(f"{path}/weight", name, "float32", (rows.stop - rows.start, shape[1]), start_byte=start)
+def operands(rows: int | str, columns: int) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+    """What `emit_rows` takes of a weight [rows, K], as inputs of a graph: key -> (type, shape)."""
+    return {"weight": ("float32", (rows, columns))}
+
+
+def emit_rows(builder: Any, path: str, values: Mapping[str, Any], ids: Any, columns: int) -> Any:
+    """Rows [n, K] of a weight for ids of any shape."""
+    rows = builder.op(f"{path}/Gather", "Gather", [values["weight"], ids], axis=0)
+    shape = builder.constant(f"{path}/shape", np.array([-1, columns], np.int64))
+    return builder.op(f"{path}/Reshape", "Reshape", [rows, shape])
 
 
 def emit_embedding(builder: Any, path: str, ids: Any, name: str, shape: tuple[int, int], fill: Fill) -> Any:

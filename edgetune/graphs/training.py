@@ -1,237 +1,210 @@
 """Training as plain inference graphs: what stock onnxruntime needs to personalize a bundle, in any language.
 
-    start        input_ids, position_ids, segment_ids [B, T]   -> x [N, H], masks and rotary tables of each kind
-    block.i      x, masks, tables, adapter, scaling            -> y                                      forward
-    block.i      the same and dy                               -> dx, gradient of each adapter tensor    backward
-    head.start   x, labels [N]                                 -> hidden [M, H], targets [M] of the M supervised rows
-    head.tile.j  hidden, targets, highest, total, of_target, weighted -> the last four, with a range of the vocabulary
-    head.end     x, labels, targets and the four, scale [1]    -> loss_sum, dx [N, H]
-    loss.tile.j, loss.end: the same without the gradient
-    optimizer    parameter, gradient, moments, rates           -> parameter and moments
+    start        input_ids, position_ids, segment_ids [B, T]     -> x [N, H]; mask.k, cos.k, sin.k of attention kind k
+    forward      x, mask, cos, sin, a block's weights, adapter, scaling      -> y
+    backward     the same and dy                                 -> dx, gradient of each adapter tensor
+    head_start   x, labels [N]                                   -> hidden [M, H], targets [M] of the M labelled rows
+    head_tile    hidden, targets, sums, rows of the head         -> the sums, with a range of the vocabulary
+    head_end     x, labels, targets, sums, scale [1]             -> loss_sum, dx [N, H]
+    loss_tile, loss_end: the same without the gradient
+    optimizer.*  parameter, gradient, moments, rates             -> parameter and moments
 
-The backward graph of a block computes its forward again from the stored x, so only the blocks' inputs are kept; in one
-graph with the forward onnxruntime would merge the two and keep everything. The loss is the one pass over the head of
-`objectives.sft`: a tile dequantizes one range of rows, so neither the logits nor the head exist whole.
+A graph holds no weights: they are inputs, the bytes of the inference graph's data file under the names that they have
+there, without `model.layers.i.` where a graph serves every block. A client maps the file, so the weights are on disk
+and in memory once. The backward graph computes its block's forward again from the stored x, so only the blocks' inputs
+are kept; in one graph with the forward, onnxruntime would merge the two and keep everything. The loss is the one pass
+over the head of `objectives.sft`: a tile dequantizes one range of rows, so neither the logits nor the head exist whole.
 
-All of them read the data file of the inference graph: the weights' bytes are on disk once. Adapter tensors have the
-names and the layout that they have there, but B without the scaling, so that the optimizer sees PEFT's parameters. What
-is left out of a call (rank 0) changes nothing. Left out: dropout, and grids other than int4.
+Adapter tensors have the names and the layout of the inference graph, but B without the scaling, so that the optimizer
+sees PEFT's parameters. What is left out of a call has rank 0 and changes nothing. Left out: dropout, and grids whose
+weights no operator dequantizes alone (nf4).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from edgetune.graphs import FORMATS, backward, ops
+from edgetune.graphs import FORMATS, backward
 from edgetune.graphs.backward import Nodes
-from edgetune.graphs.block import Block, placed
-from edgetune.graphs.builder import Builder
-from edgetune.graphs.decoder import Matrices
-from edgetune.grids import row_tiles
+from edgetune.graphs.block import Block
+from edgetune.graphs.builder import Builder, part_name
+from edgetune.graphs.fused import FormatOf
+from edgetune.models.config import DecoderConfig
 from edgetune.optimizers import OPTIMIZERS
 
 FORMATS_TRAINED = ("int4", "fp32")
 OPTIMIZERS_WRITTEN = ("adamw", "sgd")
-HEAD_TILE_WEIGHTS = 1 << 21  # 8 MiB of float32 at once
 _FLOAT, _DOUBLE = int(ir.DataType.FLOAT), int(ir.DataType.DOUBLE)
+_SUMS = ("highest", "total", "of_target")  # [M, 1] each: largest logit, sum of exp(logit - it), the target's logit
 
 
-@dataclass(frozen=True)
-class Written:
-    """The files of one kind of graph, one for each block or tile where it is made of such, and what they take and give.
-
-    Names and types are those of the first; `layers.0` in them stands for the number of the block.
-    """
-
-    files: list[str]
-    inputs: list[dict[str, Any]]
-    outputs: list[dict[str, Any]]
-
-    def described(self) -> dict[str, Any]:
-        """For `training.json`."""
-        return asdict(self)
-
-
-def write_graphs(builder: Builder, source: Matrices, folder: Path, context_length: int) -> dict[str, Written]:
-    """Write every graph into `folder`, over the data file of `builder`, which lies in the folder above."""
-    maker = _Maker(builder, source, context_length)
-    layers = range(source.config.num_hidden_layers)
-    tiles = list(row_tiles(source.config.matrices()[maker.head], HEAD_TILE_WEIGHTS))
-    kinds: dict[str, Iterable[Builder]] = {
-        "start": [maker.start()],
-        "forward": (maker.block(i, gradient=False) for i in layers),
-        "backward": (maker.block(i, gradient=True) for i in layers),
-        "head_start": [maker.head_start()],
-        "head_tiles": (maker.tile(i, rows, gradient=True) for i, rows in enumerate(tiles)),
-        "head_end": [maker.head_end(gradient=True)],
-        "loss_tiles": (maker.tile(i, rows, gradient=False) for i, rows in enumerate(tiles)),
-        "loss_end": [maker.head_end(gradient=False)],
-        **{f"optimizer.{name}": [optimizer_graph(builder, name)] for name in OPTIMIZERS_WRITTEN},
+def training_graphs(config: DecoderConfig, format_of: FormatOf, context_length: int) -> dict[str, Builder]:
+    """The graphs by name; `format_of` a matrix is its key in `FORMATS`, the same in all blocks."""
+    head = format_of(head_name(config))
+    return {
+        "start": _start(config, format_of("model.embed_tokens"), context_length),
+        "forward": _block(config, format_of, gradient=False),
+        "backward": _block(config, format_of, gradient=True),
+        "head_start": _head_start(config),
+        "head_tile": _tile(config, head, gradient=True),
+        "head_end": _head_end(config, head, gradient=True),
+        "loss_tile": _tile(config, head, gradient=False),
+        "loss_end": _head_end(config, head, gradient=False),
+        **{f"optimizer.{name}": _optimizer(name) for name in OPTIMIZERS_WRITTEN},
     }
-    return {kind: _save(graphs, folder) for kind, graphs in kinds.items()}
 
 
-def _save(graphs: Iterable[Builder], folder: Path) -> Written:
-    files: list[str] = []
-    signature: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
-    for graph in graphs:
-        file = f"{graph.name}.onnx"
-        graph.save_graph(folder / file)
-        signature = signature if files else graph.signature()
-        files.append(file)
-    return Written(files, *signature)
+def head_name(config: DecoderConfig) -> str:
+    """The matrix that the last hidden states are multiplied with."""
+    return "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
 
 
-class _Maker:
-    """Makes graphs over the weights that an inference graph has placed."""
+def _graph(name: str) -> tuple[Builder, Nodes]:
+    builder = Builder(name, "")
+    return builder, Nodes(builder, f"/{name}")
 
-    def __init__(self, builder: Builder, source: Matrices, context_length: int) -> None:
-        self.builder, self.source, self.config, self.context_length = builder, source, source.config, context_length
-        self.head = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
 
-    def start(self) -> Builder:
-        """The embedding, and what all blocks share."""
-        b, c = self.builder.beside("start"), self.config
-        n = Nodes(b, "/start")
-        shape: list[int | str] = ["batch_size", "sequence_length"]
-        ids, positions, segments = (
-            b.input(name, "int64", shape) for name in ("input_ids", "position_ids", "segment_ids")
-        )
-        x = ops.scaled(b, "/start/scaled", self._lookup(b, "model.embed_tokens", ids), c.embedding_scale)
-        b.output(n("Reshape", x, n.whole(-1, c.hidden_size)), "x", "float32", ["positions", c.hidden_size])
-        behind, allowed = _allowed(n, segments)
-        for index, kind in enumerate(c.attention_kinds):
-            seen = allowed
-            if kind.sliding_window is not None:
-                window = b.constant(f"/window/{kind.sliding_window}", np.array(kind.sliding_window, np.int64))
-                seen = n("And", allowed, n("Less", behind, window))
-            mask = n("Unsqueeze", n("Where", seen, n.number(0.0), n.number(-np.inf)), n.whole(1))
-            b.output(mask, f"mask.{index}", "float32", ["batch_size", 1, "sequence_length", "sequence_length"])
-            if kind.rope_theta is not None:
-                half = c.head_dim // 2
-                for name in ("cos", "sin"):
-                    table = b.weight(f"{name}_cache.{index}", "float32", (self.context_length, half), placed)
-                    row = n("Gather", table, positions, axis=0)
-                    b.output(row, f"{name}.{index}", "float32", [*shape, half])
-        return b
+def _matrix(b: Builder, name: str, weights: str, rows: int | str, columns: int) -> dict[str, ir.Value]:
+    """The inputs of a matrix."""
+    operands = FORMATS[weights].operands(rows, columns)
+    return {key: b.input(part_name(name, key), dtype, shape) for key, (dtype, shape) in operands.items()}
 
-    def block(self, index: int, *, gradient: bool) -> Builder:
-        """Block `index`, forward or backward."""
-        b = self.builder.beside(f"block.{index}.{'backward' if gradient else 'forward'}")
-        block = Block(b, self.source, index)
-        width: list[int | str] = ["positions", self.config.hidden_size]
-        if not gradient:
-            b.output(block.forward(), "y", "float32", width)
-            return b
-        d_x, gradients = block.backward(b.input("dy", "float32", width))
-        b.output(d_x, "dx", "float32", width)
-        for name, (value, shape) in gradients.items():
-            b.output(value, f"{name}.gradient", "float32", shape)
-        return b
 
-    def head_start(self) -> Builder:
-        """The last norm, of the supervised rows alone."""
-        b, hidden = self.builder.beside("head.start"), self.config.hidden_size
-        n = Nodes(b, "/head")
-        x, labels, rows = self._supervised(b, n)
-        normed = ops.rms_norm(
-            b, "/head/norm", n("Gather", x, rows, axis=0), "model.norm.weight", hidden, placed,
-            self.config.rms_norm_eps,
-        )  # fmt: skip
-        b.output(normed, "hidden", "float32", ["supervised", hidden])
-        b.output(n("Gather", labels, rows, axis=0), "targets", "int64", ["supervised"])
-        return b
+def _rows(b: Builder, weights: str, matrix: dict[str, ir.Value], ids: ir.Value, columns: int) -> ir.Value:
+    value: ir.Value = FORMATS[weights].emit_rows(b, f"/{b.name}/rows", matrix, ids, columns)
+    return value
 
-    def tile(self, index: int, rows: slice, *, gradient: bool) -> Builder:
-        """A range of the vocabulary, added to the running sums of every row."""
-        b, hidden = self.builder.beside(f"{'head' if gradient else 'loss'}.tile.{index}"), self.config.hidden_size
-        n = Nodes(b, "/tile")
-        x = b.input("hidden", "float32", ["supervised", hidden])
-        targets = b.input("targets", "int64", ["supervised"])
-        highest, total, of_target = (
-            b.input(k, "float32", ["supervised", 1]) for k in ("highest", "total", "of_target")
-        )
-        emit = FORMATS[self.source.format_of(self.head)].emit_weight
-        weight = emit(b, "/tile", f"{self.head}.weight", self.config.matrices()[self.head], n.zero(x), rows)
-        logits = backward.linear(n, x, weight, None)
-        raised = n("Max", highest, n("ReduceMax", logits, n.whole(1)))
-        shrunk = n("Exp", n("Sub", highest, raised))
-        powers = n("Exp", n("Sub", logits, raised))
-        local = n("Unsqueeze", n("Sub", targets, n.whole(rows.start)), n.whole(1))
-        last = n.whole(rows.stop - rows.start - 1)
-        inside = n("And", n("GreaterOrEqual", local, n.whole(0)), n("LessOrEqual", local, last))
-        found = n("GatherElements", logits, n("Min", n("Max", local, n.whole(0)), last), axis=1)
-        outputs = {
-            "highest": raised,
-            "total": n("Add", n("Mul", total, shrunk), n("ReduceSum", powers, n.whole(1))),
-            "of_target": n("Where", inside, found, of_target),
-        }
-        for name, value in outputs.items():
-            b.output(value, f"{name}.next", "float32", ["supervised", 1])
-        if gradient:
-            weighted = b.input("weighted", "float32", ["supervised", hidden])
-            added = n("Add", n("Mul", weighted, shrunk), backward.linear_backward(n, powers, weight))
-            b.output(added, "weighted.next", "float32", ["supervised", hidden])
-        return b
 
-    def head_end(self, *, gradient: bool) -> Builder:
-        """The loss from the sums, and its gradient down to the last block's output."""
-        b, c = self.builder.beside("head.end" if gradient else "loss.end"), self.config
-        n = Nodes(b, "/end")
-        highest, total, of_target = (
-            b.input(k, "float32", ["supervised", 1]) for k in ("highest", "total", "of_target")
-        )
-        losses = n("Sub", n("Add", highest, n("Log", total)), of_target)
-        loss_sum = n("ReduceSum", n("Cast", losses, to=_DOUBLE), n.whole(0, 1), keepdims=0)
-        b.output(n("Cast", loss_sum, to=_FLOAT), "loss_sum", "float32", [])
-        if not gradient:
-            return b
-        x, _, rows = self._supervised(b, n)
-        targets, scale = b.input("targets", "int64", ["supervised"]), b.input("scale", "float32", [1])
-        weighted = b.input("weighted", "float32", ["supervised", c.hidden_size])
-        own = n("Reshape", self._lookup(b, self.head, n("Unsqueeze", targets, n.whole(0))), n.whole(-1, c.hidden_size))
-        d_hidden = n("Mul", n("Sub", n("Div", weighted, total), own), scale)
-        weight = b.weight("model.norm.weight", "float32", (c.hidden_size,), placed)
-        d_rows = backward.rms_norm_backward(n, n("Gather", x, rows, axis=0), weight, c.rms_norm_eps, d_hidden)
-        zeros = n("Expand", n.number(0.0), n("Shape", x))
-        d_x = n("ScatterND", zeros, n("Unsqueeze", rows, n.whole(1)), d_rows)
-        b.output(d_x, "dx", "float32", ["positions", c.hidden_size])
-        return b
-
-    def _supervised(self, b: Builder, n: Nodes) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """The inputs x and labels, and the indices [M] of the rows that have a label."""
-        x = b.input("x", "float32", ["positions", self.config.hidden_size])
-        labels = b.input("labels", "int64", ["positions"])
-        return x, labels, n("Squeeze", n("NonZero", n("GreaterOrEqual", labels, n.whole(0))), n.whole(0))
-
-    def _lookup(self, b: Builder, module: str, ids: ir.Value) -> ir.Value:
-        emit = FORMATS[self.source.format_of(module)].emit_embedding
-        value: ir.Value = emit(
-            b, f"/lookup/{module}", ids, f"{module}.weight", self.config.matrices()[module], _nothing
-        )
-        return value
+def _start(c: DecoderConfig, weights: str, context_length: int) -> Builder:
+    """The embedding, and what blocks share. Layers that embed no positions get tables that rotate by nothing."""
+    b, n = _graph("start")
+    shape: list[int | str] = ["batch_size", "sequence_length"]
+    ids, positions, segments = (b.input(name, "int64", shape) for name in ("input_ids", "position_ids", "segment_ids"))
+    table = _matrix(b, "model.embed_tokens.weight", weights, c.vocab_size, c.hidden_size)
+    x = _rows(b, weights, table, ids, c.hidden_size)
+    if c.embedding_scale != 1:
+        x = n("Mul", x, n.number(c.embedding_scale))
+    b.output(x, "x", "float32", ["positions", c.hidden_size])
+    behind, allowed = _allowed(n, segments)
+    half = c.head_dim // 2
+    for index, kind in enumerate(c.attention_kinds):
+        seen = allowed
+        if kind.sliding_window is not None:
+            window = b.constant(f"/window/{kind.sliding_window}", np.array(kind.sliding_window, np.int64))
+            seen = n("And", allowed, n("Less", behind, window))
+        mask = n("Unsqueeze", n("Where", seen, n.number(0.0), n.number(-np.inf)), n.whole(1))
+        b.output(mask, f"mask.{index}", "float32", ["batch_size", 1, "sequence_length", "sequence_length"])
+        for name, still in (("cos", 1.0), ("sin", 0.0)):
+            if kind.rope_theta is None:
+                size = n("Concat", n("Shape", positions), n.whole(half), axis=0)
+                row = n("Expand", n.number(still), size)
+            else:
+                row = n("Gather", b.input(f"{name}_cache.{index}", "float32", [context_length, half]), positions)
+            b.output(row, f"{name}.{index}", "float32", [*shape, half])
+    return b
 
 
 # segments [B, T] ── Equal(each other) ── And(no key ahead)
 def _allowed(n: Nodes, segments: ir.Value) -> tuple[ir.Value, ir.Value]:
     """How far a key is behind a query, int64 [T, T], and whether it is of the same row and not ahead, [B, T, T]."""
-    zero, one = (n.b.constant(f"/index/{i}", np.array(i, np.int64)) for i in (0, 1))
-    index = n("Range", zero, n("Squeeze", n("Shape", segments, start=1, end=2), n.whole(0)), one)
+    index = n.every(n("Squeeze", n("Shape", segments, start=1, end=2), n.whole(0)), segments)
     behind = n("Sub", n("Unsqueeze", index, n.whole(1)), index)
     same = n("Equal", n("Unsqueeze", segments, n.whole(2)), n("Unsqueeze", segments, n.whole(1)))
-    return behind, n("And", same, n("GreaterOrEqual", behind, zero))
+    return behind, n("And", same, n("GreaterOrEqual", behind, n.whole(0)))
 
 
-def optimizer_graph(builder: Builder, name: str) -> Builder:
+def _block(c: DecoderConfig, format_of: FormatOf, *, gradient: bool) -> Builder:
+    """Any block, forward or backward."""
+    b, _ = _graph("backward" if gradient else "forward")
+    block = Block(b, c, format_of)
+    width: list[int | str] = ["positions", c.hidden_size]
+    if not gradient:
+        b.output(block.forward(), "y", "float32", width)
+        return b
+    d_x, gradients = block.backward(b.input("dy", "float32", width))
+    b.output(d_x, "dx", "float32", width)
+    for name, (value, shape) in gradients.items():
+        b.output(value, f"{name}.gradient", "float32", shape)
+    return b
+
+
+def _labelled(b: Builder, n: Nodes, c: DecoderConfig) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+    """The inputs x, labels and the last norm's weight, and the indices [M] of the rows that have a label."""
+    x = b.input("x", "float32", ["positions", c.hidden_size])
+    labels = b.input("labels", "int64", ["positions"])
+    norm = b.input("model.norm.weight", "float32", [c.hidden_size])
+    return x, labels, norm, n("Squeeze", n("NonZero", n("GreaterOrEqual", labels, n.whole(0))), n.whole(0))
+
+
+def _head_start(c: DecoderConfig) -> Builder:
+    """The last norm, of the labelled rows alone."""
+    b, n = _graph("head_start")
+    x, labels, norm, rows = _labelled(b, n, c)
+    hidden = n("RMSNormalization", n("Gather", x, rows), norm, axis=-1, epsilon=c.rms_norm_eps)
+    b.output(hidden, "hidden", "float32", ["labelled", c.hidden_size])
+    b.output(n("Gather", labels, rows), "targets", "int64", ["labelled"])
+    return b
+
+
+def _tile(c: DecoderConfig, weights: str, *, gradient: bool) -> Builder:
+    """Rows of the head from `first_row` on, added to the sums of every labelled position."""
+    b, n = _graph("head_tile" if gradient else "loss_tile")
+    x = b.input("hidden", "float32", ["labelled", c.hidden_size])
+    targets, first_row = b.input("targets", "int64", ["labelled"]), b.input("first_row", "int64", [1])
+    highest, total, of_target = (b.input(name, "float32", ["labelled", 1]) for name in _SUMS)
+    matrix = _matrix(b, "head", weights, "rows", c.hidden_size)
+    count = n("Shape", next(iter(matrix.values())), start=0, end=1)
+    weight = _rows(b, weights, matrix, n.every(n("Squeeze", count, n.whole(0)), x), c.hidden_size)
+    logits = backward.linear(n, x, weight, None)
+    raised = n("Max", highest, n("ReduceMax", logits, n.whole(1)))
+    shrunk = n("Exp", n("Sub", highest, raised))
+    powers = n("Exp", n("Sub", logits, raised))
+    local, last = n("Unsqueeze", n("Sub", targets, first_row), n.whole(1)), n("Sub", count, n.whole(1))
+    inside = n("And", n("GreaterOrEqual", local, n.whole(0)), n("LessOrEqual", local, last))
+    found = n("GatherElements", logits, n("Min", n("Max", local, n.whole(0)), last), axis=1)
+    sums = (
+        raised,
+        n("Add", n("Mul", total, shrunk), n("ReduceSum", powers, n.whole(1))),
+        n("Where", inside, found, of_target),
+    )
+    for name, value in zip(_SUMS, sums, strict=True):
+        b.output(value, f"{name}.next", "float32", ["labelled", 1])
+    if gradient:
+        weighted = b.input("weighted", "float32", ["labelled", c.hidden_size])
+        added = n("Add", n("Mul", weighted, shrunk), backward.linear_backward(n, powers, weight))
+        b.output(added, "weighted.next", "float32", ["labelled", c.hidden_size])
+    return b
+
+
+def _head_end(c: DecoderConfig, weights: str, *, gradient: bool) -> Builder:
+    """The loss from the sums, and `scale` times its gradient down to the last block's output."""
+    b, n = _graph("head_end" if gradient else "loss_end")
+    highest, total, of_target = (b.input(name, "float32", ["labelled", 1]) for name in _SUMS)
+    losses = n("Sub", n("Add", highest, n("Log", total)), of_target)
+    loss_sum = n("ReduceSum", n("Cast", losses, to=_DOUBLE), n.whole(0, 1), keepdims=0)
+    b.output(n("Cast", loss_sum, to=_FLOAT), "loss_sum", "float32", [])
+    if not gradient:
+        return b
+    x, _, norm, rows = _labelled(b, n, c)
+    targets, scale = b.input("targets", "int64", ["labelled"]), b.input("scale", "float32", [1])
+    weighted = b.input("weighted", "float32", ["labelled", c.hidden_size])
+    matrix = _matrix(b, f"{head_name(c)}.weight", weights, c.vocab_size, c.hidden_size)
+    own = _rows(b, weights, matrix, targets, c.hidden_size)
+    d_hidden = n("Mul", n("Sub", n("Div", weighted, total), own), scale)
+    d_rows = backward.rms_norm_backward(n, n("Gather", x, rows), norm, c.rms_norm_eps, d_hidden)
+    zeros = n("Expand", n.number(0.0), n("Shape", x))
+    d_x = n("ScatterND", zeros, n("Unsqueeze", rows, n.whole(1)), d_rows)
+    b.output(d_x, "dx", "float32", ["positions", c.hidden_size])
+    return b
+
+
+def _optimizer(name: str) -> Builder:
     """One update of one tensor [rows, columns], its gradient clipped first: the rule of that name in `optimizers`."""
-    b, rule = builder.beside(f"optimizer.{name}"), OPTIMIZERS[name].rule
-    n = Nodes(b, "/optimizer")
+    b, n = _graph(f"optimizer.{name}")
+    rule = OPTIMIZERS[name].rule
     shape: list[int | str] = ["rows", "columns"]
     p, g = b.input("parameter", "float32", shape), b.input("gradient", "float32", shape)
     rate, decay, norm, most = (
@@ -243,14 +216,9 @@ def optimizer_graph(builder: Builder, name: str) -> Builder:
         p = n("Sub", p, n("Mul", rate, n("Add", g, n("Mul", p, decay))))
         b.output(p, "parameter.next", "float32", shape)
         return b
-    beta1, beta2 = rule.BETAS
     m, v = b.input("exp_avg", "float32", shape), b.input("exp_avg_sq", "float32", shape)
-    updates = n("Cast", b.input("updates", "int64", [1]), to=_DOUBLE)
-    corrections = []
-    for beta in (beta1, beta2):  # in double: 1 - beta^t loses its digits in float32
-        power = n("Pow", b.constant(f"/beta/{beta}", np.array(beta, np.float64)), updates)
-        corrections.append(n("Sub", b.constant("/one", np.array(1.0, np.float64)), power))
-    first, second = n("Cast", corrections[0], to=_FLOAT), n("Cast", n("Sqrt", corrections[1]), to=_FLOAT)
+    first, second = _corrections(n, b.input("updates", "int64", [1]), rule.BETAS)
+    beta1, beta2 = rule.BETAS
     m = n("Add", m, n("Mul", n("Sub", g, m), n.number(1 - beta1)))
     v = n("Add", n("Mul", v, n.number(beta2)), n("Mul", n("Mul", g, g), n.number(1 - beta2)))
     step = n("Div", m, n("Add", n("Div", n("Sqrt", v), second), n.number(rule.EPSILON)))
@@ -261,5 +229,10 @@ def optimizer_graph(builder: Builder, name: str) -> Builder:
     return b
 
 
-def _nothing(arrays: dict[str, np.ndarray]) -> None:
-    placed()
+def _corrections(n: Nodes, updates: ir.Value, betas: tuple[float, float]) -> tuple[Any, Any]:
+    """1 - beta1^t and sqrt(1 - beta2^t), which float32 would round to a few digits."""
+    t, one = n("Cast", updates, to=_DOUBLE), n.b.constant("/double/1", np.array(1.0, np.float64))
+    first, second = (
+        n("Sub", one, n("Pow", n.b.constant(f"/double/{beta}", np.array(beta, np.float64)), t)) for beta in betas
+    )
+    return n("Cast", first, to=_FLOAT), n("Cast", n("Sqrt", second), to=_FLOAT)

@@ -1,46 +1,70 @@
 """The training graphs of a bundle as onnxruntime sessions, and the calls that a micro-batch consists of.
 
-`training.json` names the files; the weights are those of the inference graph's data file, mapped by every session. An
-input is fed by the value of its name, so a graph of a block takes what it needs of what the batch and the adapter are.
+`training.json` names the files, and says where each weight lies in the inference graph's data file. That is mapped, and
+its arrays are fed as they lie there: a page of it is in memory while a graph reads it, and never on the heap.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from edgetune.bundle import TRAINING, TRAINING_MANIFEST, Bundle
+from edgetune.bundle import DATA, TRAINING, TRAINING_MANIFEST, Bundle
 from edgetune.data import IGNORED
 from edgetune.errors import BundleError
+from edgetune.grids import row_tiles
 from edgetune.models.config import DecoderConfig
 from edgetune.runtime.native import load_part
 from edgetune.schema import Reader
 
 FORMAT_VERSION = 1
+HEAD_TILE_WEIGHTS = 1 << 21  # 8 MiB of float32 at once
 Arrays = dict[str, np.ndarray]
 Batch = Mapping[str, np.ndarray]  # input_ids, labels (shifted), position_ids, segment_ids: int64 [B, T]
 Check = Callable[[], None]  # called between graphs; raises to leave a step unfinished
 
-_KINDS = ("start", "forward", "backward", "head_start", "head_tiles", "head_end", "loss_tiles", "loss_end")
-_LOWEST = np.float32(-np.inf)
+GRAPHS = ("start", "forward", "backward", "head_start", "head_tile", "head_end", "loss_tile", "loss_end")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A weight in the data file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
 class Description:
-    """What `training.json` says: the model, and the files of each kind of graph."""
+    """What `training.json` says: the model, its weights, and the files of the graphs."""
 
+    folder: Path
     model: DecoderConfig
     context_length: int
-    files: dict[str, tuple[Path, ...]]
+    head: str
+    tensors: dict[str, Tensor]
+    files: dict[str, Path]
 
     @property
     def optimizers(self) -> tuple[str, ...]:
         """Names of the update rules that have a graph."""
-        return tuple(kind.removeprefix("optimizer.") for kind in self.files if kind.startswith("optimizer."))
+        return tuple(name.removeprefix("optimizer.") for name in self.files if name.startswith("optimizer."))
+
+    @cached_property
+    def weights(self) -> Arrays:
+        """Every weight, mapped."""
+        data = np.memmap(self.folder / DATA, np.uint8, "r")
+        return {
+            name: data[t.offset : t.offset + t.nbytes].view(t.dtype).reshape(t.shape)
+            for name, t in self.tensors.items()
+        }
 
 
 def read_description(bundle: Bundle) -> Description:
@@ -49,120 +73,154 @@ def read_description(bundle: Bundle) -> Description:
     Raises:
         BundleError: it has none, or its `training.json` is newer or damaged.
     """
-    path = bundle.folder / TRAINING / TRAINING_MANIFEST
-    listed = bundle.manifest["files"]
+    path, listed = bundle.folder / TRAINING / TRAINING_MANIFEST, bundle.manifest["files"]
     if f"{TRAINING}/{TRAINING_MANIFEST}" not in listed:
         raise BundleError(
-            f"{bundle.folder} has no training graphs. Export it again with --with-training, on the int4 grid"
+            f"{bundle.folder} has no training graphs. Export it again with --with-training, from an int4 base"
         )
+    reader = Reader()
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         version = said["format_version"]
-        if version != FORMAT_VERSION:
-            raise BundleError(f"{path} has format_version {version!r}, expected {FORMAT_VERSION}. Upgrade edgetune")
-        reader = Reader()
-        model = reader.read(DecoderConfig, said["model_config"])
-        files = {
-            kind: tuple(bundle.folder / TRAINING / file for file in graph["files"])
-            for kind, graph in said["graphs"].items()
-        }
-        length = int(said["context_length"])
+        model = reader.read(DecoderConfig, said["model_config"]) if version == FORMAT_VERSION else None
+        tensors = {name: Tensor(**value | {"shape": tuple(value["shape"])}) for name, value in said["tensors"].items()}
+        files = {name: bundle.folder / TRAINING / graph["file"] for name, graph in said["graphs"].items()}
+        length, head = int(said["context_length"]), str(said["head"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path} is damaged ({error!r}). Export the bundle again") from error
-    unlisted = [file for group in files.values() for file in group if f"{TRAINING}/{file.name}" not in listed]
-    missing = [kind for kind in _KINDS if not files.get(kind)]
-    if model is None or unlisted or missing:
-        reason = reader.problems or unlisted or [f"no graph {kind}" for kind in missing]
-        raise BundleError(f"{path} cannot be used: {reason[0]}. Export the bundle again")
-    return Description(model, length, files)
+    if version != FORMAT_VERSION:
+        raise BundleError(f"{path} has format_version {version!r}, this edgetune reads {FORMAT_VERSION}. Upgrade it")
+    missing = [f"no graph {name}" for name in GRAPHS if name not in files]
+    missing += [f"{file.name} is not listed" for file in files.values() if f"{TRAINING}/{file.name}" not in listed]
+    if model is None or missing:
+        raise BundleError(f"{path} cannot be used: {[*reader.problems, *missing][0]}. Export the bundle again")
+    return Description(bundle.folder, model, length, head, tensors, files)
 
 
 class Graph:
     """One session, called by names."""
 
-    def __init__(self, path: Path, folder: Path, threads: int) -> None:
-        self._native = load_part(path, folder, threads)
-        self.inputs = [value.name for value in self._native.get_inputs()]
+    def __init__(self, path: Path, threads: int) -> None:
+        self._native = load_part(path, threads)
+        self.shapes = {value.name: value.shape for value in self._native.get_inputs()}
         self.optional = [value.name for value in self._native.get_overridable_initializers()]
         self.outputs = [value.name for value in self._native.get_outputs()]
 
-    def __call__(self, values: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> Arrays:
+    def __call__(self, values: Mapping[str, np.ndarray], outputs: list[str] | None = None) -> Arrays:
         """The outputs by name, or those that are asked for; `values` may have more than the graph takes."""
-        feeds = {name: values[name] for name in self.inputs}
+        feeds = {name: values[name] for name in self.shapes}
         feeds |= {name: values[name] for name in self.optional if name in values}
-        names = self.outputs if outputs is None else list(outputs)
+        names = self.outputs if outputs is None else outputs
         return dict(zip(names, self._native.run(names, feeds), strict=True))
+
+    def weights(self, weights: Mapping[str, np.ndarray], prefix: str = "") -> Arrays:
+        """Those that this graph takes, in the shapes of its inputs, which are named without the prefix."""
+        found = {name: weights[prefix + name] for name in self.shapes if prefix + name in weights}
+        return {name: value.reshape(self.shapes[name]) for name, value in found.items()}
 
 
 class TrainingGraphs:
     """All sessions of a bundle's training graphs, and the loss that they compute."""
 
-    def __init__(self, description: Description, folder: Path, threads: int, optimizer: str) -> None:
-        def load(kind: str) -> list[Graph]:
-            return [Graph(path, folder, threads) for path in description.files[kind]]
+    def __init__(self, description: Description, threads: int, optimizer: str) -> None:
+        self.model, weights = description.model, description.weights
+        self.graphs = {name: Graph(description.files[name], threads) for name in GRAPHS}
+        self.optimizer = Graph(description.files[f"optimizer.{optimizer}"], threads)
+        blocks = [f"{self.model.block(i)}." for i in range(self.model.num_hidden_layers)]
+        self.blocks = [self.graphs["forward"].weights(weights, block) for block in blocks]
+        self.outer = {name: self.graphs[name].weights(weights) for name in ("start", "head_start", "head_end")}
+        self.tiles = list(self._tiles(description))
 
-        self.hidden_size = description.model.hidden_size
-        (self.start,), (self.head_start,), (self.head_end,), (self.loss_end,) = map(
-            load, ("start", "head_start", "head_end", "loss_end")
-        )
-        self.forward, self.backward = load("forward"), load("backward")
-        self.head_tiles, self.loss_tiles = load("head_tiles"), load("loss_tiles")
-        (self.optimizer,) = load(f"optimizer.{optimizer}")
+    def _tiles(self, description: Description) -> Iterator[Arrays]:
+        """The rows of the head in ranges."""
+        graph, weights = self.graphs["head_tile"], description.weights
+        parts = {
+            name: weights[description.head + name.removeprefix("head")] for name in graph.shapes if name[:4] == "head"
+        }
+        for rows in row_tiles((self.model.vocab_size, self.model.hidden_size), HEAD_TILE_WEIGHTS):
+            tile = {name: part[rows].reshape(-1, *graph.shapes[name][1:]) for name, part in parts.items()}
+            yield {"first_row": np.array([rows.start], np.int64), **tile}
 
-    def loss_sum(self, batch: Batch, adapter: Batch, check: Check) -> float:
+    def loss_sum(self, batch: Batch, adapter: Adapter, check: Check) -> float:
         """Sum of the loss over the supervised tokens of a micro-batch, in nats."""
-        shared = self.start(batch)
-        x = shared.pop("x")
-        for graph in self.forward:
-            x = graph({"x": x, **shared, **adapter})["y"]
-            check()
-        sums = self._sums(x, batch, self.loss_tiles, check)
-        return 0.0 if sums is None else float(self.loss_end(sums)["loss_sum"])
+        x, _ = self._forward(batch, adapter, check, self.model.num_hidden_layers)
+        sums = self._sums(x, batch, "loss_tile", check)
+        return 0.0 if sums is None else float(self.graphs["loss_end"](sums)["loss_sum"])
 
     def gradients(
-        self, batch: Batch, adapter: Batch, first_block: int, scale: float, check: Check
+        self, batch: Batch, adapter: Adapter, first_block: int, scale: float, check: Check
     ) -> tuple[float, Iterator[Arrays]]:
         """The loss sum of a micro-batch, and `scale` times its gradients: those of one block after the other.
 
         No gradient is computed below `first_block`, the lowest with an adapter.
         """
-        shared = self.start(batch)
-        x, inputs = shared.pop("x"), list[np.ndarray]()
-        for index, graph in enumerate(self.forward):
-            if index >= first_block:
-                inputs.append(x)
-            x = graph({"x": x, **shared, **adapter})["y"]
-            check()
-        sums = self._sums(x, batch, self.head_tiles, check)
+        x, kept = self._forward(batch, adapter, check, first_block)
+        sums = self._sums(x, batch, "head_tile", check)
         if sums is None:
             return 0.0, iter(())
-        end = self.head_end({"x": x, "scale": np.array([scale], np.float32), **sums})
-        return float(end["loss_sum"]), self._down(end["dx"], inputs, shared, adapter, check)
+        values = {**self.outer["head_end"], **sums, "x": x, "scale": np.array([scale], np.float32)}
+        end = self.graphs["head_end"](values)
+        return float(end["loss_sum"]), self._backward(end["dx"], kept, adapter, check)
 
-    def _sums(self, x: np.ndarray, batch: Batch, tiles: Sequence[Graph], check: Check) -> Arrays | None:
+    def _forward(
+        self, batch: Batch, adapter: Adapter, check: Check, keep_from: int
+    ) -> tuple[np.ndarray, list[tuple[int, Arrays]]]:
+        """The last block's output, and of every block from `keep_from` on what it took beside its weights."""
+        shared = self.graphs["start"]({**self.outer["start"], **batch})
+        x, kept = shared.pop("x"), list[tuple[int, Arrays]]()
+        for index, weights in enumerate(self.blocks):
+            kind = self.model.layer_kinds[index]
+            taken = {"x": x, **{name: shared[f"{name}.{kind}"] for name in ("mask", "cos", "sin")}}
+            if index >= keep_from:
+                kept.append((index, taken))
+            x = self.graphs["forward"]({**taken, **weights, **adapter.of_block(index)})["y"]
+            check()
+        return x, kept
+
+    def _sums(self, x: np.ndarray, batch: Batch, tile: str, check: Check) -> Arrays | None:
         """The running sums over all ranges of the vocabulary; None where nothing is supervised."""
         labels = batch["labels"].reshape(-1)
         count = int(np.count_nonzero(labels != IGNORED))
         if not count:
             return None
-        sums = {"labels": labels, **self.head_start({"x": x, "labels": labels})}
+        sums = {"labels": labels, **self.graphs["head_start"]({**self.outer["head_start"], "x": x, "labels": labels})}
         sums |= {
-            "highest": np.full((count, 1), _LOWEST), "total": np.zeros((count, 1), np.float32),
-            "of_target": np.zeros((count, 1), np.float32), "weighted": np.zeros((count, self.hidden_size), np.float32),
+            "highest": np.full((count, 1), -np.inf, np.float32), "total": np.zeros((count, 1), np.float32),
+            "of_target": np.zeros((count, 1), np.float32),
+            "weighted": np.zeros((count, self.model.hidden_size), np.float32),
         }  # fmt: skip
-        for graph in tiles:
-            sums |= {name.removesuffix(".next"): value for name, value in graph(sums).items()}
+        for rows in self.tiles:
+            made = self.graphs[tile]({**sums, **rows})
+            sums |= {name.removesuffix(".next"): value for name, value in made.items()}
             check()
         return sums
 
-    def _down(
-        self, d: np.ndarray, inputs: list[np.ndarray], shared: Arrays, adapter: Batch, check: Check
+    def _backward(
+        self, d: np.ndarray, kept: list[tuple[int, Arrays]], adapter: Adapter, check: Check
     ) -> Iterator[Arrays]:
-        """The gradients of the adapter's tensors, from the last block down to where the inputs begin."""
-        for graph in reversed(self.backward[-len(inputs) :]):
-            trained = [name for name in graph.optional if name in adapter]
-            values = {"x": inputs.pop(), "dy": d, **shared, **adapter}
-            made = graph(values, ["dx", *(f"{name}.gradient" for name in trained)])
+        """The gradients of the adapter's tensors, from the last block down to the first that was kept."""
+        while kept:
+            index, taken = kept.pop()
+            tensors = adapter.of_block(index)
+            names = [name for name in self.graphs["backward"].optional if name in tensors]
+            values = {**taken, "dy": d, **self.blocks[index], **tensors}
+            made = self.graphs["backward"](values, ["dx", *(f"{name}.gradient" for name in names)])
             d = made.pop("dx")
-            yield {name.removesuffix(".gradient"): value for name, value in made.items()}
+            yield {f"{self.model.block(index)}.{k.removesuffix('.gradient')}": value for k, value in made.items()}
             check()
+
+
+class Adapter:
+    """Tensors as graphs take them: A [in, r] and B [r, out] under their full names, and what x A B is scaled by."""
+
+    def __init__(self, model: DecoderConfig, tensors: Arrays, scaling: float) -> None:
+        self.tensors = tensors
+        by_block: list[Arrays] = [{} for _ in range(model.num_hidden_layers)]
+        for name, value in tensors.items():
+            _, _, index, short = name.split(".", 3)
+            by_block[int(index)][short] = value
+        self._by_block = [block | {"scaling": np.array([scaling], np.float32)} for block in by_block]
+
+    def of_block(self, index: int) -> Arrays:
+        """Those of one block, under their names in it."""
+        return self._by_block[index]

@@ -23,7 +23,7 @@ from edgetune.data import IGNORED
 from edgetune.errors import AdapterError
 from edgetune.memory import give_back
 from edgetune.optimizers import OPTIMIZERS
-from edgetune.personalizer.graphs import Arrays, Batch, Check, TrainingGraphs, read_description
+from edgetune.personalizer.graphs import Adapter, Arrays, Batch, Check, TrainingGraphs, read_description
 from edgetune.personalizer.job import UNPREDICTED
 from edgetune.planner.plans import Plan
 from edgetune.training.batches import in_batches
@@ -47,16 +47,11 @@ class Backprop:
     def __init__(self, graphs: TrainingGraphs, parameters: Arrays, config: LoraConfig, plan: Plan) -> None:
         self.graphs, self.parameters, self.plan = graphs, parameters, plan
         self.first_block = config.first_block
-        self.scaling = np.array([config.scaling], np.float32)
+        self.adapter = Adapter(plan.model_config, parameters, config.scaling)
         kinds = OPTIMIZERS[plan.optimizer].rule.MOMENTS
         self.moments = {kind: {name: np.zeros_like(p) for name, p in parameters.items()} for kind in kinds}
         self.gradients: Arrays = {}
         self.norm, self.updates = 0.0, 0
-
-    @property
-    def adapter(self) -> Arrays:
-        """What a graph takes of the adapter."""
-        return {**self.parameters, "scaling": self.scaling}
 
     def gradient(self, batches: Sequence[Batch], key: tuple[int, int], check: Check) -> tuple[float, float]:
         """Leaves the gradients here; nothing is random."""
@@ -127,7 +122,7 @@ class OrtTrainer(Trainer):
         self.bundle = load_bundle(inputs.base)
         description = read_description(self.bundle)
         self.parameters = initial(plan.adapter, plan)
-        graphs = TrainingGraphs(description, inputs.base, plan.threads, plan.optimizer)
+        graphs = TrainingGraphs(description, plan.threads, plan.optimizer)
         self.rule = Backprop(graphs, self.parameters, plan.adapter, plan)
         self.active_loss: float | None = None
 
@@ -135,7 +130,7 @@ class OrtTrainer(Trainer):
         """What the adapter that is in use, or the base alone, makes of the held-out rows: what a new one is held to."""
         batches = in_batches(self.inputs.eval_windows, self.plan.batch_size)
         tensors = by_linear(self.bundle.adapter_tensors(), self.bundle.slots)
-        active = {**tensors, "scaling": np.ones(1, np.float32)}  # it is in lora_B already
+        active = Adapter(self.plan.model_config, tensors, 1.0)  # the scaling is in lora_B there
         loss = mean_loss(self.rule.graphs, batches, active, self.check)
         self.active_loss = loss if math.isfinite(loss) else None
 
@@ -175,7 +170,7 @@ def initial(config: LoraConfig, plan: Plan) -> Arrays:
     }
 
 
-def mean_loss(graphs: TrainingGraphs, batches: Iterable[Batch], adapter: Arrays, check: Check) -> float:
+def mean_loss(graphs: TrainingGraphs, batches: Iterable[Batch], adapter: Adapter, check: Check) -> float:
     """Mean loss per supervised token, in nats; NaN where nothing is supervised."""
     total, supervised = 0.0, 0
     for batch in batches:

@@ -48,20 +48,20 @@ def load_graph(
     if threads < 1:
         raise ConfigError(f"threads is {threads}, expected at least 1; leave it out to use every core")
     if prepacked is None:
-        return _session(bundle.model_path, bundle.model_path, _options(threads, fp32_compute=fp32_compute))
+        return _session(bundle.model_path, _options(threads, fp32_compute=fp32_compute))
     folder, wanted = Path(prepacked), identity(bundle, fp32_compute=fp32_compute)
     if find(folder, wanted) is None:
         with folder_in_progress(folder, MANIFEST, force=True) as temporary:
             options = _options(threads, fp32_compute=fp32_compute)
             save_to(options, temporary)
-            _session(bundle.model_path, bundle.model_path, options)
+            _session(bundle.model_path, options)
             align(temporary)
             write_manifest(temporary, wanted)
-    return _session(folder / MODEL, folder / MODEL, _options(threads, fp32_compute=fp32_compute))
+    return _session(folder / MODEL, _options(threads, fp32_compute=fp32_compute))
 
 
-def load_part(path: Path, data_folder: Path, threads: int) -> onnxruntime.InferenceSession:
-    """Onnxruntime's session on a graph whose weights lie in `data_folder`, which is not its own folder.
+def load_part(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """Onnxruntime's session on one of several graphs that run one after the other, on weights that are fed.
 
     Raises BundleError where onnxruntime does not take it.
     """
@@ -69,11 +69,7 @@ def load_part(path: Path, data_folder: Path, threads: int) -> onnxruntime.Infere
     _share_arena()
     options.enable_cpu_mem_arena = True
     options.add_session_config_entry("session.use_env_allocators", "1")
-    # From bytes: a path would bind the weights to the graph's own folder, and ones above it are refused.
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(data_folder.absolute())
-    )
-    return _session(path.read_bytes(), path, options)
+    return _session(path, options)
 
 
 @functools.cache
@@ -103,9 +99,9 @@ def _options(threads: int, *, fp32_compute: bool = False) -> onnxruntime.Session
     return options
 
 
-def _session(model: Path | bytes, path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def _session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the exceptions of onnxruntime share no other base
         reason = str(error).strip().partition("\n")[0][:300]
         raise BundleError(
