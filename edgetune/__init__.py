@@ -5,6 +5,7 @@
     quantize(model, grid=plan.grid, out=) -> base/       frozen weights in 4 bits
     train(plan, base, data=, out=) -> Run                an adapter, inside the budget
     export(run, out=) -> Bundle                          ONNX that stock onnxruntime runs
+    personalize(bundle, data=, out=) -> Run              on the device: an adapter from its user's own rows
     generate(bundle, prompt) · bench(bundle, device)     text, and numbers against the profile
     embed(bundle, texts)                                 embeddings, from the bundle of an encoder
     write_report(run, bundle) -> Path                    all of it on one HTML page
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from edgetune.bundle import Bundle, EncoderBundle
     from edgetune.device import DeviceProfile, list_devices, load_device
     from edgetune.exporter import export
+    from edgetune.personalizer import personalize
     from edgetune.planner import Plan, TrainConfig, plan
     from edgetune.quantizer import quantize
     from edgetune.report import write_report
@@ -55,7 +57,8 @@ if TYPE_CHECKING:
     )
     from edgetune.runtime.embedding import embed
     from edgetune.runtime.generate import generate
-    from edgetune.training.loop import Run, train
+    from edgetune.training.loop import train
+    from edgetune.training.run import Run
 
 __version__ = "0.1.0"
 
@@ -94,6 +97,7 @@ __all__ = [
     "list_adapters",
     "list_devices",
     "load_device",
+    "personalize",
     "plan",
     "quantize",
     "remove_adapter",
@@ -109,7 +113,7 @@ _HOME = {
     "EncoderBundle": "edgetune.bundle",
     "LoraConfig": "edgetune.adapters.lora",
     "Plan": "edgetune.planner",
-    "Run": "edgetune.training.loop",
+    "Run": "edgetune.training.run",
     "TrainConfig": "edgetune.planner",
     "add_adapter": "edgetune.runtime.adapters",
     "bench": "edgetune.benchmark",
@@ -120,6 +124,7 @@ _HOME = {
     "list_adapters": "edgetune.runtime.adapters",
     "list_devices": "edgetune.device",
     "load_device": "edgetune.device",
+    "personalize": "edgetune.personalizer",
     "plan": "edgetune.planner",
     "quantize": "edgetune.quantizer",
     "remove_adapter": "edgetune.runtime.adapters",

@@ -756,7 +756,7 @@ def test_every_verb_has_a_help_worth_reading_and_json(verb: str, capsys: pytest.
 
 
 def test_the_verbs_are_those_of_the_readme() -> None:
-    tree = ["devices", "doctor", "plan", "quantize", "train", "export", "run", "bench", "report", "demo"]
+    tree = ["devices", "doctor", "plan", "quantize", "train", "export", "run", "personalize", "bench", "report", "demo"]
     assert sorted(tree) == VERBS
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert all(f"edgetune {verb}" in readme or f"make {verb}" in readme for verb in tree)
@@ -777,7 +777,7 @@ TRAIN_VALUES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("verb", ["plan", "train"])
+@pytest.mark.parametrize("verb", ["plan", "train", "personalize"])
 def test_every_field_of_the_configs_has_a_flag(verb: str) -> None:
     fields = {f.name for config in (LoraConfig, TrainConfig) for f in dataclasses.fields(config)}
     assert fields == ADAPTER_VALUES.keys() | TRAIN_VALUES.keys(), "give the new field a value to test its flag with"

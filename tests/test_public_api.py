@@ -91,9 +91,11 @@ def test_importing_imports_nothing_heavy() -> None:
     [
         "cli.chat",
         "cli.launch",
+        "cli.personalizing",
         "cli.verbs",
         "runtime.evaluate",
         "benchmark",
+        "personalizer",
         "planner",
         "doctor",
         "calibration",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import tiny_config, write_model
@@ -158,3 +159,14 @@ def test_graphs_hold_no_weights_and_no_constant_nodes(tmp_path: Path) -> None:
         assert not kinds & {"Constant", "ConstantOfShape"}, file
         assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in model.graph.initializer)
         assert sum(len(tensor.raw_data) for tensor in model.graph.initializer) < 2000, file
+
+
+def test_a_weight_exists_while_it_is_multiplied(tmp_path: Path) -> None:
+    """Onnxruntime merges none of the 13 dequantizations of a backward pass: forward's are not kept for it."""
+    description = describe(make_base(tmp_path, "llama", "int4"), tmp_path / "graphs")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(description.files["backward"], options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
+    assert sum(node.op_type == "GatherBlockQuantized" for node in nodes) == 6 + 7
