@@ -1,0 +1,128 @@
+"""Training on onnxruntime alone beside the torch engine and beside QLoRA in PEFT: peak memory and speed, in one run.
+
+All three train the SmolLM2-135M shape (random weights) on the same windows, a LoRA of r=8 on all linears, batch 1, in
+processes of their own and by turns: PEFT with gradient checkpointing on an nf4 base, `edgetune train` on an int4 base
+with the host's own budget, `edgetune personalize` on the bundle of that base. Figures are medians, ratios are medians
+over the turns. Peak is anonymous + swap memory of the whole process, from its start to its end.
+
+Run on an idle machine: python benchmarks/personalize.py [--tokens 128 256] [--turns 3] [--work FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from machine import about
+from memory_vs_peft import (
+    RANK,
+    Case,
+    FailedError,
+    Subject,
+    make_model,
+    make_subject,
+    medians,
+    prepare_environment,
+    run_peft,
+    say_run,
+    speed,
+    watch,
+)
+from plan_accuracy import ALL
+
+MOST_PEAK_MIB, MOST_PEAK_RATIO, LEAST_SPEED_RATIO = 170, 0.2, 0.8
+
+
+def make_bundle(model: Path) -> tuple[Path, Path]:
+    """The int4 base of a model and its bundle with training graphs, beside it; made where they are missing."""
+    base, bundle = model.with_name("int4"), model.with_name("bundle")
+    edgetune = [sys.executable, "-m", "edgetune"]
+    log = model.with_name("bundle.log")
+    if not base.exists():
+        watch([*edgetune, "quantize", model, "--grid=int4", f"--out={base}"], log)
+    if not bundle.exists():
+        watch([*edgetune, "export", base, f"--out={bundle}", "--with-training"], log)
+    return base, bundle
+
+
+def run_engine(verb: str, source: Path, subject: Subject, folder: Path) -> dict[str, Any]:
+    """One training by `edgetune train` or `edgetune personalize`."""
+    case, out = subject.case, folder / verb
+    shutil.rmtree(out, ignore_errors=True)
+    command = [
+        sys.executable, "-m", "edgetune", verb, source, "--device=host", f"--data={subject.rows}", f"--out={out}",
+        f"--max-seq-length={case.tokens}", "--batch-size=1", "--gradient-accumulation-steps=1", f"--r={RANK}",
+        f"--target-modules={ALL}", "--optimizer=adamw", "--eval-fraction=0", f"--max-steps={case.steps}",
+    ]  # fmt: skip
+    peak = watch(command, folder / f"{verb}.log", out / "metrics.jsonl", case.warmup_steps)
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    return {
+        "peak_bytes": max(peak, summary["measured_peak_bytes"]), "train_loss": summary["train_loss"],
+        **speed(case, out / "metrics.jsonl"),
+    }  # fmt: skip
+
+
+def measure(tokens: int, work: Path, turns: int, layers: int | None) -> dict[str, Any]:
+    """A row: the three by turns."""
+    case = Case("smollm2-135m", {}, tokens=tokens)
+    subject = make_subject(case, work, layers)
+    folder = subject.rows.parent
+    base, bundle = make_bundle(make_model(case.shape, work, layers))
+    runs: dict[str, list[dict[str, Any]]] = {"peft": [], "torch": [], "ort": []}
+    for turn in range(turns):
+        found = {
+            "peft": run_peft(subject, folder), "torch": run_engine("train", base, subject, folder),
+            "ort": run_engine("personalize", bundle, subject, folder),
+        }  # fmt: skip
+        for name, run in found.items():
+            say_run(f"{tokens} tokens, turn {turn + 1} of {turns}: {name}", run)
+            runs[name].append(run)
+
+    def ratio(figure: str, peer: str) -> float:
+        return statistics.median(a[figure] / b[figure] for a, b in zip(runs["ort"], runs[peer], strict=True))
+
+    row: dict[str, Any] = {name: medians(of) for name, of in runs.items()}
+    row |= {
+        "peak_by_peft": ratio("peak_bytes", "peft"), "peak_by_torch": ratio("peak_bytes", "torch"),
+        "speed_by_torch": ratio("tokens_per_second", "torch"), "speed_by_peft": ratio("tokens_per_second", "peft"),
+        "loss_by_torch": ratio("train_loss", "torch"),
+    }  # fmt: skip
+    if tokens == 128:
+        row["met"] = {"peak": row["ort"]["peak_bytes"] <= MOST_PEAK_MIB << 20}
+    if tokens == 256:
+        row["met"] = {
+            "peak_by_peft": row["peak_by_peft"] <= MOST_PEAK_RATIO,
+            "speed_by_torch": row["speed_by_torch"] >= LEAST_SPEED_RATIO,
+        }
+    shutil.rmtree(folder)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--num-hidden-layers", type=int, help="fewer layers than the shape has: a quick look")
+    parser.add_argument("--work", type=Path, help="keep the models here for the next time")
+    flags = parser.parse_args()
+    prepare_environment()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = (flags.work or Path(temporary)).absolute()
+        work.mkdir(parents=True, exist_ok=True)
+        rows: dict[int, Any] = {}
+        for tokens in flags.tokens:
+            try:
+                rows[tokens] = measure(tokens, work, flags.turns, flags.num_hidden_layers)
+            except FailedError as error:
+                rows[tokens] = {"error": str(error)}
+    print(json.dumps({"tokens": rows, "num_hidden_layers": flags.num_hidden_layers, **about()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
