@@ -5,6 +5,9 @@ processes of their own and by turns: PEFT with gradient checkpointing on an nf4 
 with the host's own budget, `edgetune personalize` on the bundle of that base. Figures are medians, ratios are medians
 over the turns. Peak is anonymous + swap memory of the whole process, from its start to its end.
 
+`sample` is the packaged sample as `edgetune demo` trains it, by both engines: onnxruntime in a cgroup of exactly the
+watch's budget, Python included. Accuracy is of whole answers, on phrasings that training does not hold.
+
 Run on an idle machine: python benchmarks/personalize.py [--tokens 128 256] [--turns 3] [--work FOLDER]
 """
 
@@ -14,6 +17,7 @@ import argparse
 import json
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -35,6 +39,11 @@ from memory_vs_peft import (
     watch,
 )
 from plan_accuracy import ALL
+
+from edgetune import demo, sample
+from edgetune.data.prompts import read_examples
+from edgetune.runtime.evaluate import exact_match
+from edgetune.tokenizer import load_tokenizer
 
 MOST_PEAK_MIB, MOST_PEAK_RATIO, LEAST_SPEED_RATIO = 170, 0.2, 0.8
 
@@ -104,10 +113,47 @@ def measure(tokens: int, work: Path, turns: int, layers: int | None) -> dict[str
     return row
 
 
+def run_sample(work: Path, steps: int) -> dict[str, Any]:
+    """The sample by both engines, and the exact answers of each on held-out rows."""
+    folder = Path(tempfile.mkdtemp(prefix="sample-", dir=work))
+    base, bundle, tuned = (folder / name for name in ("base", "bundle", "tuned"))
+    settings = [f"--device={demo.DEVICE}", f"--data={sample.PERSONAL_TRAIN}", f"--max-steps={steps}"]
+    settings += [f"--{name}={value}" for name, value in demo.TRAINING.items()]
+    verb("quantize", sample.BASE, "--grid=int4", f"--out={base}")
+    verb("export", base, f"--out={bundle}", "--with-training")
+    torch = verb("train", base, *settings, f"--out={folder / 'run'}")
+    verb("export", folder / "run", f"--out={tuned}")
+    same = [f"--{name.replace('_', '-')}={torch[name]}" for name in ("max_seq_length", "gradient_accumulation_steps")]
+    same += [f"--optimizer={torch['optimizer']}", "--enforce=cgroup"]
+    ort = verb("personalize", bundle, *settings, *same, f"--out={folder / 'personal'}")
+    examples = read_examples(sample.PERSONAL_EVAL, load_tokenizer(bundle))
+    rows = {}
+    for name, summary, judged in (("torch", torch, tuned), ("ort", ort, bundle)):
+        correct = exact_match(judged, examples, max_new_tokens=demo.MAX_NEW_TOKENS)["correct"]
+        figures = ("budget_bytes", "enforcement", "tokens_per_second", "eval_loss", "cgroup_peak_bytes")
+        rows[name] = {key: summary[key] for key in figures} | {
+            "peak_bytes": summary["measured_peak_bytes"], "correct": correct, "accuracy": correct / len(examples),
+        }  # fmt: skip
+    points = 100 * (rows["ort"]["accuracy"] - rows["torch"]["accuracy"])
+    shutil.rmtree(folder)
+    return {"steps": steps, "rows": len(examples), **rows, "points": points, "met": points >= -1}
+
+
+def verb(name: str, *words: str | Path) -> dict[str, Any]:
+    """The JSON that a verb prints."""
+    command = [sys.executable, "-m", "edgetune", name, *map(str, words), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise FailedError(f"edgetune {name} ended with code {done.returncode}: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[128, 256])
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--sample-steps", type=int, default=demo.MAX_STEPS, help="0 leaves the sample out")
     parser.add_argument("--num-hidden-layers", type=int, help="fewer layers than the shape has: a quick look")
     parser.add_argument("--work", type=Path, help="keep the models here for the next time")
     flags = parser.parse_args()
@@ -115,13 +161,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = (flags.work or Path(temporary)).absolute()
         work.mkdir(parents=True, exist_ok=True)
-        rows: dict[int, Any] = {}
+        rows: dict[int | str, Any] = {}
         for tokens in flags.tokens:
             try:
                 rows[tokens] = measure(tokens, work, flags.turns, flags.num_hidden_layers)
             except FailedError as error:
                 rows[tokens] = {"error": str(error)}
-    print(json.dumps({"tokens": rows, "num_hidden_layers": flags.num_hidden_layers, **about()}, indent=1))
+        if flags.sample_steps:
+            rows["sample"] = run_sample(work, flags.sample_steps)
+    print(json.dumps({"cases": rows, "num_hidden_layers": flags.num_hidden_layers, **about()}, indent=1))
 
 
 if __name__ == "__main__":
