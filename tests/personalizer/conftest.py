@@ -18,10 +18,9 @@ def describe(base: Path, folder: Path) -> Description:
     folder.mkdir()
     source = BaseWeights(open_base(base))
     config, head = source.config, head_name(source.config)
-    builder = decoder_graph(source, data_file="model.onnx.data", context_length=CONTEXT, slots=True)
+    builder = decoder_graph(source, data_file="model.onnx.data", context_length=CONTEXT, slots=())
     builder.save(folder, "model.onnx")
-    named = {"embedding": "model.embed_tokens", "head": head, "blocks": next(iter(config.linears()))}
-    graphs = training_graphs(config, {part: source.format_of(module) for part, module in named.items()}, CONTEXT)
+    graphs = training_graphs(config, source.format_of, CONTEXT)
     for name, graph in graphs.items():
         graph.save_graph(folder / f"{name}.onnx")
     tensors = {name: Tensor(**value | {"shape": tuple(value["shape"])}) for name, value in builder.described().items()}

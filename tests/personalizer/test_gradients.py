@@ -162,11 +162,11 @@ def test_graphs_hold_no_weights_and_no_constant_nodes(tmp_path: Path) -> None:
 
 
 def test_a_weight_exists_while_it_is_multiplied(tmp_path: Path) -> None:
-    """Onnxruntime merges none of the 13 dequantizations of a backward pass: forward's are not kept for it."""
+    """Onnxruntime merges none of the 7 dequantizations of a backward pass: forward's are not kept for it."""
     description = describe(make_base(tmp_path, "llama", "int4"), tmp_path / "graphs")
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
     onnxruntime.InferenceSession(description.files["backward"], options, providers=["CPUExecutionProvider"])
     nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
-    assert sum(node.op_type == "GatherBlockQuantized" for node in nodes) == 6 + 7
+    assert sum(node.op_type == "GatherBlockQuantized" for node in nodes) == 3 + 4

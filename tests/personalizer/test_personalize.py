@@ -104,8 +104,8 @@ def test_what_a_personalization_leaves(made: Path, whole: Run) -> None:
     assert lora.r == 3 and summary["trainable_parameters"] == sum(value.size for value in tensors.values())
     bundle = load_bundle(whole.folder.parent / "bundle")
     assert bundle.default_adapter == "run"
-    fed = bundle.adapter_tensors()["model.layers.1.mlp.up_proj.lora_B"]
-    np.testing.assert_array_equal(fed, tensors["model.layers.1.mlp.up_proj.lora_B"].T * np.float32(lora.scaling))
+    fed = bundle.adapter_tensors()["model.layers.1.mlp.down_proj.lora_B"]
+    np.testing.assert_array_equal(fed, tensors["model.layers.1.mlp.down_proj.lora_B"].T * np.float32(lora.scaling))
 
 
 def test_the_inference_graph_has_the_loss_that_training_saw(made: Path, whole: Run) -> None:
@@ -296,11 +296,11 @@ def test_the_weights_are_in_the_bundle_once(made: Path) -> None:
     assert data == (made / "plain" / "model.onnx.data").read_bytes()
     assert sum(file.stat().st_size for file in (made / "bundle" / "training").iterdir()) < 200_000
     assert "training/training.json" not in plain.manifest["files"]
-    codes = described["tensors"]["model.layers.1.mlp.up_proj.weight.codes"]
+    codes = described["tensors"]["model.layers.1.mlp.down_proj.weight.codes"]
     found = np.frombuffer(data, codes["dtype"], math.prod(codes["shape"]), codes["offset"]).reshape(codes["shape"])
-    np.testing.assert_array_equal(found, open_base(made / "base").codes("model.layers.1.mlp.up_proj")["codes"])
+    np.testing.assert_array_equal(found, open_base(made / "base").codes("model.layers.1.mlp.down_proj")["codes"])
     inputs = {value["name"] for value in described["graphs"]["backward"]["inputs"]}
-    assert {"mlp.up_proj.weight.codes", "mlp.up_proj.lora_A", "input_layernorm.weight", "dy", "scaling"} <= inputs
+    assert {"mlp.gate_up_proj.weight.codes", "mlp.up_proj.lora_A", "input_layernorm.weight", "dy", "scaling"} <= inputs
 
 
 def test_what_cannot_have_training_graphs(made: Path, tmp_path: Path) -> None:
