@@ -9,44 +9,53 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 from edgetune import host
-from edgetune.adapters.lora import LoraConfig
+from edgetune.bundle import load_bundle
 from edgetune.cli.console import answer, exit_code, fail, tell
 from edgetune.errors import EdgetuneError
 from edgetune.memory import format_mib
-from edgetune.personalizer import personalize
-from edgetune.planner.plans import TrainConfig
+from edgetune.personalizer import run_plan
+from edgetune.personalizer.job import make_plan, old_plan
+from edgetune.planner.plans import Plan
 from edgetune.training.progress import show_progress
 from edgetune.training.run import Run
 
+VERB = "personalize"
 
-def start(bundle: Path, *, adapter: LoraConfig, config: TrainConfig, **job: Any) -> NoReturn:
-    """Become the process that trains; the arguments are those of `personalize`."""
-    paths = {name: str(value) if isinstance(value, Path) else value for name, value in job.items()}
-    text = json.dumps({"bundle": str(bundle), "adapter": asdict(adapter), "config": asdict(config), **paths})
+
+def start(
+    bundle: Path, out: Path, wishes: dict[str, Any], rows: dict[str, Any], *, supervise: bool, **options: Any
+) -> NoReturn:
+    """Plan, then become the process that trains, or its supervisor.
+
+    `wishes` are those of `make_plan` beside the `rows` (data, eval_data, skip_bad), `options` those of `run_plan`.
+
+    Raises:
+        EdgetuneError: what `make_plan` and `old_plan` raise.
+    """
+    plan = old_plan(out) if options["resume"] else make_plan(load_bundle(bundle), **rows, **wishes)
+    job = {"verb": VERB, "plan": plan.to_dict(), "bundle": bundle, "out": out, **rows, **options}
+    text = json.dumps(job, default=str)
     sys.stdout.flush()
     sys.stderr.flush()
-    environment = {**host.THREAD_SETTINGS, **os.environ}
-    os.execve(sys.executable, [sys.executable, "-m", "edgetune.cli.personalizing", text], environment)
+    supervised = supervise or options["enforce"] == "cgroup"
+    words = ["edgetune.cli.supervisor" if supervised else "edgetune.cli.personalizing", text]
+    os.execve(sys.executable, [sys.executable, "-m", *words], {**host.THREAD_SETTINGS, **os.environ})
 
 
 def run_job(job: dict[str, Any]) -> int:
-    """Run the arguments of `personalize`, show the run, and return the exit code."""
-    as_json, bundle = job.pop("as_json"), job.pop("bundle")
-    wishes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in job.pop("adapter").items()}
-    adapter = LoraConfig(**wishes)
-    config = TrainConfig(**job.pop("config"))
+    """Run the arguments of `run_plan`, show the run, and return the exit code."""
+    as_json, _ = job.pop("as_json"), job.pop("verb")
     try:
         with show_progress() as show:
-            run = personalize(bundle, adapter=adapter, config=config, **job, on_progress=show)
+            run = run_plan(Plan.from_dict(job.pop("plan")), **job, on_progress=show)
     except EdgetuneError as error:
         fail(error, as_json)
         return 1
-    answer(run.summary, outcome(run, bundle), as_json)
+    answer(run.summary, outcome(run, job["bundle"]), as_json)
     return exit_code(run.summary)
 
 

@@ -70,7 +70,8 @@ class Child:
 
     def run(self, job: dict[str, Any], group: Cgroup | None) -> int:
         """Start it, in the group where there is one, and return its exit code: a negative one is the signal."""
-        command = [sys.executable, "-m", "edgetune.cli.launch", "train", json.dumps(job)]
+        words = ["edgetune.cli.personalizing"] if _personalizes(job) else ["edgetune.cli.launch", "train"]
+        command = [sys.executable, "-m", *words, json.dumps(job)]
         try:
             # A process group of its own: a terminal sends Ctrl-C to all of ours, and it would get that twice.
             process = subprocess.Popen(command, preexec_fn=None if group is None else group.enter, process_group=0)
@@ -119,6 +120,11 @@ def supervise(job: dict[str, Any], child: Child, group: Cgroup | None) -> int:
             return _cannot_hold(job, group, kills, by)
         tell(f"killed {by or 'from outside'}; going on from step {_step(job)}{_now(job) if gave_up else ''}")
     return 128 + child.asked
+
+
+def _personalizes(job: dict[str, Any]) -> bool:
+    """Whether the job is one of `personalizing.start`."""
+    return job.get("verb") == "personalize"
 
 
 def _plan_file(run: Path) -> int | None:
@@ -177,7 +183,8 @@ def _cannot_hold(job: dict[str, Any], group: Cgroup | None, kills: int, by: str 
     run, step = job["out"], _step(job)
     stands = f"its checkpoint of step {step} is kept" if job["resume"] else "nothing was written"
     how = f"{run} was killed {'' if kills == 1 else f'{kills} times, the last time '}{by or 'from outside'}; {stands}"
-    again = f"`edgetune train --resume {run}`" if job["resume"] else "the same command"
+    resume = "the same command and --resume" if _personalizes(job) else f"`edgetune train --resume {run}`"
+    again = resume if job["resume"] else "the same command"
     if by is None:
         raise EdgetuneError(f"{how}. Find out what kills it, then go on with {again}.")
     result = {

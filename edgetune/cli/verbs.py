@@ -516,6 +516,9 @@ def personalize(
     one_slice: Annotated[
         bool, typer.Option("--one-slice", help="Stop when the device's system would, to go on by --resume.")
     ] = False,
+    supervise: Annotated[
+        bool, typer.Option("--supervise", help="Go on from the last checkpoint if the system kills the run.")
+    ] = False,
     accept_worse: Annotated[
         bool, typer.Option("--accept-worse", help="Use the adapter even if the held-out loss got worse.")
     ] = False,
@@ -532,13 +535,16 @@ def personalize(
 
     Example: edgetune personalize bundle/ --data notes.jsonl --out p/
     """
+    from edgetune.cgroup import check_cgroup
     from edgetune.cli.personalizing import start
 
+    if enforce == "cgroup":
+        check_cgroup()
     lora, config = read_settings("lora", settings)
     start(
-        bundle, data=data, out=out, eval_data=eval_data, adapter=lora, config=config, device=device,
-        budget=read_budget(budget), enforce=enforce, one_slice=one_slice, accept_worse=accept_worse, resume=resume,
-        force=force, skip_bad=skip_bad, as_json=as_json,
+        bundle, out, {"adapter": lora, "config": config, "device": device, "budget": read_budget(budget)},
+        {"data": data, "eval_data": eval_data, "skip_bad": skip_bad}, supervise=supervise, enforce=enforce,
+        one_slice=one_slice, accept_worse=accept_worse, resume=resume, force=force, as_json=as_json,
     )  # fmt: skip
 
 

@@ -10,7 +10,6 @@ Left out: a prediction of the peak, which is the planner's to make, and dropout.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,8 @@ from typing import Any
 from edgetune.adapter_file import is_name
 from edgetune.adapters.lora import LoraConfig
 from edgetune.bundle import Bundle, load_bundle
-from edgetune.checkpoint import PLAN
-from edgetune.errors import CheckpointError, ConfigError
 from edgetune.memory import trim_allocator
-from edgetune.personalizer.graphs import read_description
-from edgetune.personalizer.job import ENGINE, make_plan
+from edgetune.personalizer.job import make_plan, old_plan
 from edgetune.personalizer.trainer import OrtTrainer
 from edgetune.planner.plans import Plan, TrainConfig
 from edgetune.runtime.adapters import add_adapter
@@ -81,37 +77,37 @@ def personalize(
         AdapterError: what was trained changes nothing.
     """
     trim_allocator()
-    bundle, folder = bundle if isinstance(bundle, Bundle) else load_bundle(bundle), Path(out)
-    data, eval_data = Path(data), None if eval_data is None else Path(eval_data)
-    description = read_description(bundle)
-    if resume:
-        plan = _old_plan(folder)
-    else:
-        plan = make_plan(
-            bundle, description, data=data, eval_data=eval_data, adapter=adapter, config=config, device=device,
-            budget=budget, skip_bad=skip_bad,
-        )  # fmt: skip
+    bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    plan = old_plan(out) if resume else make_plan(
+        bundle, data=data, eval_data=eval_data, adapter=adapter, config=config, device=device, budget=budget,
+        skip_bad=skip_bad,
+    )  # fmt: skip
+    return run_plan(
+        plan, bundle, data=data, out=out, eval_data=eval_data, enforce=enforce, one_slice=one_slice,
+        accept_worse=accept_worse, resume=resume, force=force, skip_bad=skip_bad, on_progress=on_progress,
+    )  # fmt: skip
+
+
+def run_plan(
+    plan: Plan, bundle: Bundle | str | Path, *, data: str | Path, out: str | Path, eval_data: str | Path | None,
+    enforce: str, one_slice: bool, accept_worse: bool, resume: bool, force: bool, skip_bad: bool,
+    on_progress: Callable[[Progress], None] | None,
+) -> Run:  # fmt: skip
+    """`personalize` from its plan on: for a process that holds nothing else."""
+    trim_allocator()
+    bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
 
     def read() -> Inputs:
-        return read_inputs(plan, bundle.folder, bundle.manifest["base_sha256"], data, eval_data, skip_bad)
+        rows = Path(data), None if eval_data is None else Path(eval_data)
+        return read_inputs(plan, bundle.folder, bundle.manifest["base_sha256"], *rows, skip_bad)
 
     run = conduct_run(
-        plan, folder, read, OrtTrainer, resume=resume, force=force, enforce=enforce, one_slice=one_slice,
+        plan, Path(out), read, OrtTrainer, resume=resume, force=force, enforce=enforce, one_slice=one_slice,
         on_progress=on_progress,
     )  # fmt: skip
     if run.stopped == "done" and run.summary["adopted"] is None:
         _adopt(bundle, run, accept_worse=accept_worse)
     return run
-
-
-def _old_plan(folder: Path) -> Plan:
-    try:
-        plan = Plan.from_dict(json.loads((folder / PLAN).read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{folder} cannot be resumed: {error}. Give the folder that --out named.") from error
-    if plan.engine != ENGINE:
-        raise ConfigError(f"{folder} was trained by the {plan.engine} engine. Go on with `edgetune train --resume`.")
-    return plan
 
 
 def _adopt(bundle: Bundle, run: Run, *, accept_worse: bool) -> None:

@@ -6,18 +6,20 @@ are zero, and null in the summary.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 from edgetune import __version__, host
 from edgetune.adapters.lora import LoraConfig
 from edgetune.bundle import Bundle
+from edgetune.checkpoint import PLAN
 from edgetune.data import read_rows, split_eval
 from edgetune.device import load_device
-from edgetune.errors import ConfigError
+from edgetune.errors import CheckpointError, ConfigError
 from edgetune.memory import MIB, give_back
 from edgetune.optimizers import OPTIMIZERS
-from edgetune.personalizer.graphs import Description
+from edgetune.personalizer.graphs import Description, read_description
 from edgetune.planner import DEFAULT_EPOCHS, METHOD, read_budget
 from edgetune.planner.plans import FORMAT_VERSION, Plan, TrainConfig
 from edgetune.planner.wishes import DEFAULT_BATCH_SIZE, RowFacts, Wishes
@@ -31,10 +33,14 @@ UNPREDICTED = (
 
 
 def make_plan(
-    bundle: Bundle, description: Description, *, data: Path, eval_data: Path | None, adapter: LoraConfig | None,
+    bundle: Bundle, *, data: str | Path, eval_data: str | Path | None, adapter: LoraConfig | None,
     config: TrainConfig | None, device: str | Path, budget: str | int, skip_bad: bool,
 ) -> Plan:  # fmt: skip
-    """The plan of a personalization. Raises ConfigError for what graphs cannot train, and as `planner.plan`."""
+    """The plan of a personalization.
+
+    Raises ConfigError for what graphs cannot train, BundleError where there are none, and as `planner.plan`.
+    """
+    description = read_description(bundle)
     profile = load_device(device)
     budget_name, budget_bytes = read_budget(budget, profile)
     if budget_bytes is None:
@@ -71,6 +77,17 @@ def make_plan(
     )  # fmt: skip
 
 
+def old_plan(run: str | Path) -> Plan:
+    """The plan of a run that goes on. Raises CheckpointError where there is none, ConfigError of another engine's."""
+    try:
+        plan = Plan.from_dict(json.loads((Path(run) / PLAN).read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{run} cannot be resumed: {error}. Give the folder that --out named.") from error
+    if plan.engine != ENGINE:
+        raise ConfigError(f"{run} was trained by the {plan.engine} engine. Go on with `edgetune train --resume`.")
+    return plan
+
+
 def _check_supported(adapter: LoraConfig, config: TrainConfig, description: Description) -> None:
     """Raises ConfigError for settings that the graphs do not have."""
     wanted = {
@@ -92,7 +109,7 @@ def _check_supported(adapter: LoraConfig, config: TrainConfig, description: Desc
 
 
 def _facts(
-    bundle: Bundle, data: Path, eval_data: Path | None, config: TrainConfig, most: int, skip_bad: bool
+    bundle: Bundle, data: str | Path, eval_data: str | Path | None, config: TrainConfig, most: int, skip_bad: bool
 ) -> RowFacts:
     """The rows, divided as training will divide them."""
     tokenizer, length = load_tokenizer(bundle.folder), config.max_seq_length or most

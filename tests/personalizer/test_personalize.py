@@ -29,7 +29,6 @@ from edgetune.exporter import export
 from edgetune.models import load_config
 from edgetune.personalizer import job as jobs
 from edgetune.personalizer import personalize
-from edgetune.personalizer.graphs import read_description
 from edgetune.personalizer.trainer import Backprop
 from edgetune.planner.plans import TrainConfig
 from edgetune.quantizer import quantize
@@ -245,7 +244,7 @@ def test_resuming_what_is_no_such_run(made: Path, tmp_path: Path) -> None:
     shutil.copytree(write_run(tmp_path / "torch", made / "base"), tmp_path / "run")
     bundle = load_bundle(made / "bundle")
     plan = jobs.make_plan(
-        bundle, read_description(bundle), data=made / "rows.jsonl", eval_data=None, adapter=None,
+        bundle, data=made / "rows.jsonl", eval_data=None, adapter=None,
         config=CONFIG, device="host", budget="foreground", skip_bad=False,
     )  # fmt: skip
     (tmp_path / "run" / "plan.json").write_text(json.dumps(replace(plan, engine="torch").to_dict()))
