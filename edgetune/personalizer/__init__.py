@@ -14,10 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgetune.adapter_file import is_name
+import numpy as np
+
+from edgetune.adapter_file import by_linear, is_name
 from edgetune.adapters.lora import LoraConfig
 from edgetune.bundle import Bundle, load_bundle
 from edgetune.memory import trim_allocator
+from edgetune.personalizer.graphs import Adapter, TrainingGraphs, read_description
 from edgetune.personalizer.job import make_plan, old_plan
 from edgetune.personalizer.trainer import OrtTrainer
 from edgetune.planner.plans import Plan, TrainConfig
@@ -117,7 +120,14 @@ def _adopt(bundle: Bundle, run: Run, *, accept_worse: bool) -> None:
     if not accept_worse and (before is None or after is None or after > before):
         return
     name = _free_name(bundle, run.folder.resolve().name.lower())
-    add_adapter(bundle.folder, run, name=name, default=True)
+    graphs = TrainingGraphs(read_description(bundle), summary["threads"], summary["optimizer"])
+
+    def probe_change(tensors: dict[str, np.ndarray]) -> float:
+        """Without the inference graph, which packs its weights anew: it may not fit beside what trained."""
+        adapter = Adapter(graphs.model, by_linear(tensors, bundle.slots), 1.0)
+        return graphs.probe_change(bundle.probe_rows, adapter)
+
+    add_adapter(bundle.folder, run, name=name, default=True, probe_change=probe_change)
     write_json(run.folder / SUMMARY, summary | {"adopted": name})
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from edgetune.bundle import DATA, TRAINING, TRAINING_MANIFEST, Bundle
 from edgetune.data import IGNORED
 from edgetune.errors import BundleError
-from edgetune.grids import row_tiles
+from edgetune.grids import int4, row_tiles
 from edgetune.models.config import DecoderConfig
 from edgetune.runtime.native import load_part
 from edgetune.schema import Reader
@@ -140,6 +140,31 @@ class TrainingGraphs:
         for rows in row_tiles((self.model.vocab_size, self.model.hidden_size), HEAD_TILE_WEIGHTS):
             tile = {name: part[rows].reshape(-1, *graph.shapes[name][1:]) for name, part in parts.items()}
             yield {"first_row": np.array([rows.start], np.int64), **tile}
+
+    def logits(self, ids: np.ndarray, adapter: Adapter) -> Iterator[np.ndarray]:
+        """Of every token of a text [n], for one range of the vocabulary after the other: float32 [n, rows]."""
+        positions = np.arange(len(ids))
+        batch = {"input_ids": ids[None], "position_ids": positions[None], "segment_ids": np.zeros_like(positions)[None]}
+        x, _ = self._forward(batch, adapter, lambda: None, self.model.num_hidden_layers)
+        hidden = self.graphs["head_start"]({**self.outer["head_start"], "x": x, "labels": ids})["hidden"]
+        for tile in self.tiles:
+            parts = {name.removeprefix("head."): value for name, value in tile.items()}
+            if "codes" in parts:
+                shape = (len(parts["codes"]), self.model.hidden_size)
+                weight = int4.dequantize({"codes": parts["codes"], "scales": parts["scales"][..., 0]}, shape)
+            else:
+                weight = parts["head"]
+            yield hidden @ weight.T
+
+    def probe_change(self, rows: list[np.ndarray], adapter: Adapter) -> float:
+        """As `Session.probe_change`: the largest change of a logit on probe rows by the largest logit."""
+        change, largest, base = 0.0, 0.0, Adapter(self.model, {}, 1.0)
+        for ids in rows:
+            for before, after in zip(self.logits(ids, base), self.logits(ids, adapter), strict=True):
+                with np.errstate(invalid="ignore"):  # of infinite logits: no number, which the caller refuses
+                    found = np.abs(after - before).max(), np.abs(before).max()
+                change, largest = np.maximum((change, largest), found)
+        return float(change / largest)
 
     def loss_sum(self, batch: Batch, adapter: Adapter, check: Check) -> float:
         """Sum of the loss over the supervised tokens of a micro-batch, in nats."""

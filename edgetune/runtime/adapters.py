@@ -15,10 +15,12 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from edgetune.adapter_file import (
     SUFFIXES,
@@ -67,8 +69,9 @@ def list_adapters(bundle: AnyBundle[Any] | str | Path) -> dict[str, Any]:
 
 
 def add_adapter(
-    bundle: AnyBundle[Any] | str | Path, source: Any, *, name: str | None = None, default: bool = False
-) -> Bundle | EncoderBundle:
+    bundle: AnyBundle[Any] | str | Path, source: Any, *, name: str | None = None, default: bool = False,
+    probe_change: Callable[[dict[str, np.ndarray]], float] | None = None,
+) -> Bundle | EncoderBundle:  # fmt: skip
     """Add an adapter to a bundle; the bundle as it is then.
 
     An EdgetuneWarning says where the bundle's weights were rounded after the adapter was trained around them.
@@ -78,6 +81,7 @@ def add_adapter(
         source: a run (`Run` or its folder), a PEFT folder, or a `.safetensors` file that a bundle carries.
         name: what it is called in the bundle; None takes it from the source.
         default: use it where none is named. The first adapter of a bundle always becomes the default.
+        probe_change: measures what `Session.probe_change` does; None loads the inference graph for that.
 
     Raises:
         AdapterError: it does not fit the bundle, changes nothing, or its name is taken or no name.
@@ -89,8 +93,8 @@ def add_adapter(
         name = _new_name(bundle, source, name)
         adapter = _read_source(bundle, source)
         check_adapter(bundle, adapter, origin=str(source))
-        session = _open(bundle)
-        entry = AdapterEntry(adapter.binding, session.probe_change(adapter.tensors))
+        measure = probe_change or _open(bundle).probe_change
+        entry = AdapterEntry(adapter.binding, measure(adapter.tensors))
         check_probe_change(entry.probe_change, origin=str(source))
         manifest = bundle.manifest | {"adapters": bundle.manifest["adapters"] | {name: asdict(entry)}}
         if default or not bundle.adapters:

@@ -32,7 +32,7 @@ from edgetune.personalizer import personalize
 from edgetune.personalizer.trainer import Backprop
 from edgetune.planner.plans import TrainConfig
 from edgetune.quantizer import quantize
-from edgetune.runtime.adapters import list_adapters, set_default_adapter
+from edgetune.runtime.adapters import check_adapters, list_adapters, set_default_adapter
 from edgetune.runtime.evaluate import mean_nll
 from edgetune.tokenizer import load_tokenizer
 from edgetune.training.progress import Progress
@@ -103,6 +103,8 @@ def test_what_a_personalization_leaves(made: Path, whole: Run) -> None:
     assert lora.r == 3 and summary["trainable_parameters"] == sum(value.size for value in tensors.values())
     bundle = load_bundle(whole.folder.parent / "bundle")
     assert bundle.default_adapter == "run"
+    probed = check_adapters(bundle)["adapters"]["run"]["probe_change"]
+    assert bundle.adapters["run"].probe_change == pytest.approx(probed, rel=1e-4), "the training graphs' logits"
     fed = bundle.adapter_tensors()["model.layers.1.mlp.down_proj.lora_B"]
     np.testing.assert_array_equal(fed, tensors["model.layers.1.mlp.down_proj.lora_B"].T * np.float32(lora.scaling))
 
