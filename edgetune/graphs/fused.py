@@ -7,8 +7,8 @@ At one token most of what a small linear costs is the call, and an adapter adds 
 up are one weight each, with the bytes of their parts, and one adapter slot (`AdapterSlot` says how the parts' adapters
 make its own). The names are those that other runtimes give these matrices.
 
-A group stays apart where its parts are stored in different formats, where not all of them have a bias, or where the
-format has no bytes of its own for a part (an nf4 block that would cross from one to the next).
+A group stays apart where its parts are stored in different formats, or where the format has no bytes of its own for a
+part (an nf4 block that would cross from one to the next). A family gives a bias to all parts of a group or to none.
 """
 
 from __future__ import annotations
@@ -80,8 +80,7 @@ def _groups(config: DecoderConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
 def _is_one(config: DecoderConfig, format_of: FormatOf, parts: tuple[str, ...]) -> bool:
     """Whether a graph can hold these matrices as one."""
     formats = {format_of(part) for part in parts}
-    biases = {config.has_bias(part.split(".", 3)[3]) for part in parts}
-    if len(formats) > 1 or len(biases) > 1:
+    if len(formats) > 1:
         return False
     shapes = [config.linears()[part] for part in parts]
     *starts, rows = accumulate(shape[0] for shape in shapes)
