@@ -206,7 +206,8 @@ def compare(
     from edgetune.models.decoder import load_decoder
     from edgetune.training.backprop import Path as Walk
     from edgetune.training.backprop import loss_and_gradients
-    from edgetune.training.optimizer import Optimizer, clip_gradients, learning_rate
+    from edgetune.training.optimizer import Optimizer, clip_gradients
+    from edgetune.training.schedule import learning_rate
 
     decoder = load_decoder(folder)
     resolved = (config or LoraConfig(r=8)).resolved(decoder.config)

@@ -32,7 +32,7 @@ from edgetune.models.decoder import load_decoder
 from edgetune.tokenizer import load_tokenizer
 from edgetune.training.batches import Batches, in_batches
 from edgetune.training.forward import evaluate
-from edgetune.training.optimizer import learning_rate
+from edgetune.training.schedule import learning_rate
 
 TRAINING_CHARACTERS, PIECE_CHARACTERS, CONTEXT = 1_000_000, 480, 512
 

@@ -80,7 +80,7 @@ def test_what_people_read(known: dict[str, Any], tmp_path: Path, monkeypatch: py
         "150 MiB",
     ):
         assert part in text
-    assert text.endswith(f"--device {tmp_path / 'host.toml'}")
+    assert text.startswith(f"{tmp_path / 'host.toml'}: this machine with ")
     assert "not installed" not in text and "Something else" not in text
     known["library"] = "numpy 9.9"
     monkeypatch.setattr(os, "getloadavg", lambda: (1.5, 0.0, 0.0))

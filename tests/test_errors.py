@@ -80,11 +80,11 @@ def edited(path: Path, **values: object) -> Path:
     return path.parent
 
 
-def train(at: Path, **changes: object) -> et.Run:
+def train(at: Path, *, enforce: str = "governor", **changes: object) -> et.Run:
     folder = base(at)
     plan = et.plan(folder, "host", data=rows(at), config=et.TrainConfig(max_steps=1))
     plan = dataclasses.replace(plan, **changes)
-    return et.train(plan, folder, data=at / "rows.jsonl", out=at / "run")
+    return et.train(plan, folder, data=at / "rows.jsonl", out=at / "run", enforce=enforce)
 
 
 def train_in_use(at: Path) -> object:
@@ -218,9 +218,9 @@ CASES: dict[str, tuple[Action, type[errors.EdgetuneError], str]] = {
         "99.*Upgrade edgetune",
     ),
     "unknown enforcement": (
-        lambda at: et.train(None, at, data=at, out=at, enforce="hope"),
+        lambda at: train(at, enforce="hope"),
         et.ConfigError,
-        "'hope'; choose from none, governor",  # type: ignore[arg-type]
+        "'hope'; choose from none, governor",
     ),
     "base on another grid than the plan": (
         lambda at: train(at, grid="nf4"),

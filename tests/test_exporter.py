@@ -314,8 +314,8 @@ def test_an_adapter_that_has_hardly_learned_is_told_to_train_longer(
 ) -> None:
     run = weaker(write_run(tmp_path / "run", bases["nf4"]), 0.01)
     message = (
-        r"Keep --weights nf4, which is exact, or train longer or with a larger --learning-rate, which changed a matrix "
-        r"by only 0\.1\d% so far, or train again on an int4 base"
+        r"Keep --weights nf4, which is exact, or train longer or with a larger --learning-rate, for a matrix has "
+        r"changed by only 0\.1\d%, or train again on an int4 base"
     )
     with pytest.raises(ExportError, match=message):  # int8 is no way out: it would be refused next
         export(run, out=tmp_path / "bundle", weights=weights)

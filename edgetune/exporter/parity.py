@@ -434,9 +434,7 @@ def check_rounding(figures: Mapping[str, Any], stored: str, weights: str, *, alp
     change = figures["least_relative_change"]
     tiny = bool(above) and change < _INT8_ERROR
     if tiny and alpha in (None, 1):
-        ways.append(
-            f"train longer or with a larger --learning-rate, which changed a matrix by only {change:.2%} so far"
-        )
+        ways.append(f"train longer or with a larger --learning-rate, for a matrix has changed by only {change:.2%}")
     if weights != "int8" and not tiny:
         ways.append("take --weights int8, which is near lossless")
     if stored == "nf4" and weights != "nf4":

@@ -114,11 +114,11 @@ def _rounded(bundle: AnyBundle[Any], source: Path) -> str | None:
         return None
     error = manifest["rounding"].get("mean_relative_error")
     by = f" by {error:.2%} on average" if isinstance(error, (int, float)) else ""
-    grid, weights = manifest["grid"] or "dense", manifest["weights"]
+    grid, weights = manifest["grid"], manifest["weights"]
     return (
-        f"{source} was trained around {grid} weights, and those of {bundle.folder} were rounded to {weights}{by}. What "
-        f"that costs this adapter was not measured: `edgetune export` of its run with --weights {weights} does, and "
-        f"{f'--weights {grid}' if manifest['grid'] else 'fp32'} is exact"
+        f"{source} was trained around {grid or 'dense'} weights, and those of {bundle.folder} were rounded to "
+        f"{weights}{by}. What that costs this adapter was not measured: `edgetune export` of its run with --weights "
+        f"{weights} does, and --weights {grid or 'fp32'} is exact"
     )
 
 
