@@ -19,7 +19,7 @@ import numpy as np
 from edgetune.adapter_file import by_linear, is_name
 from edgetune.adapters.lora import LoraConfig
 from edgetune.bundle import Bundle, load_bundle
-from edgetune.memory import trim_allocator
+from edgetune.memory import Meter, trim_allocator
 from edgetune.personalizer.graphs import Adapter, TrainingGraphs, read_description
 from edgetune.personalizer.job import make_plan, old_plan
 from edgetune.personalizer.trainer import OrtTrainer
@@ -121,14 +121,22 @@ def _adopt(bundle: Bundle, run: Run, *, accept_worse: bool) -> None:
         return
     name = _free_name(bundle, run.folder.resolve().name.lower())
     graphs = TrainingGraphs(read_description(bundle), summary["threads"], summary["optimizer"])
+    graphs.give_back()
 
     def probe_change(tensors: dict[str, np.ndarray]) -> float:
         """Without the inference graph, which packs its weights anew: it may not fit beside what trained."""
         adapter = Adapter(graphs.model, by_linear(tensors, bundle.slots), 1.0)
-        return graphs.probe_change(bundle.probe_rows, adapter)
+        found = graphs.probe_change(bundle.probe_rows, adapter)
+        graphs.give_back()
+        return found
 
-    add_adapter(bundle.folder, run, name=name, default=True, probe_change=probe_change)
-    write_json(run.folder / SUMMARY, summary | {"adopted": name})
+    with Meter() as meter:
+        add_adapter(bundle.folder, run, name=name, default=True, probe_change=probe_change)
+    peaks = {
+        "measured_peak_bytes": max(summary["measured_peak_bytes"], meter.peak_bytes),
+        "measured_peak_rss_bytes": max(summary["measured_peak_rss_bytes"], meter.peak_rss_bytes),
+    }
+    write_json(run.folder / SUMMARY, summary | peaks | {"adopted": name})
 
 
 def _free_name(bundle: Bundle, wanted: str) -> str:

@@ -13,11 +13,13 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 
 from edgetune.bundle import DATA, TRAINING, TRAINING_MANIFEST, Bundle
 from edgetune.data import IGNORED
 from edgetune.errors import BundleError
 from edgetune.grids import int4, row_tiles
+from edgetune.memory import give_back
 from edgetune.models.config import DecoderConfig
 from edgetune.runtime.native import load_part
 from edgetune.schema import Reader
@@ -113,6 +115,13 @@ class Graph:
         names = self.outputs if outputs is None else outputs
         return dict(zip(names, self._native.run(names, feeds), strict=True))
 
+    def give_back(self, values: Mapping[str, np.ndarray]) -> None:
+        """Run, and let the arena that all graphs share return to the system what nothing uses."""
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._native.run(None, {name: values[name] for name in self.shapes}, options)
+        give_back()
+
     def weights(self, weights: Mapping[str, np.ndarray], prefix: str = "") -> Arrays:
         """Those that this graph takes, in the shapes of its inputs, which are named without the prefix."""
         found = {name: weights[prefix + name] for name in self.shapes if prefix + name in weights}
@@ -140,6 +149,10 @@ class TrainingGraphs:
         for rows in row_tiles((self.model.vocab_size, self.model.hidden_size), HEAD_TILE_WEIGHTS):
             tile = {name: part[rows].reshape(-1, *graph.shapes[name][1:]) for name, part in parts.items()}
             yield {"first_row": np.array([rows.start], np.int64), **tile}
+
+    def give_back(self) -> None:
+        """Return to the system what graphs hold for the next call."""
+        self.graphs["loss_end"].give_back(dict.fromkeys(self.graphs["loss_end"].shapes, np.ones((1, 1), np.float32)))
 
     def logits(self, ids: np.ndarray, adapter: Adapter) -> Iterator[np.ndarray]:
         """Of every token of a text [n], for one range of the vocabulary after the other: float32 [n, rows]."""

@@ -21,7 +21,6 @@ from edgetune.adapters.lora import LoraConfig
 from edgetune.bundle import load_bundle
 from edgetune.data import IGNORED
 from edgetune.errors import AdapterError
-from edgetune.memory import give_back
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.personalizer.graphs import Adapter, Arrays, Batch, Check, TrainingGraphs, read_description
 from edgetune.personalizer.job import UNPREDICTED
@@ -155,7 +154,7 @@ class OrtTrainer(Trainer):
 
     def release(self) -> None:
         self.rule.drop()
-        give_back()
+        self.rule.graphs.give_back()
 
     def versions(self) -> dict[str, str]:
         return super().versions() | {"onnxruntime": onnxruntime.__version__}
