@@ -136,7 +136,7 @@ class OrtTrainer(Trainer):
     def summary(self, stopped: str, enforcement: Mapping[str, Any]) -> dict[str, Any]:
         """The certificate, and what decides whether the adapter is used."""
         return {
-            **super().summary(stopped, enforcement), **dict.fromkeys(UNPREDICTED),
+            **super().summary(stopped, enforcement), **dict.fromkeys(UNPREDICTED), "grid": self.bundle.manifest["grid"],
             "active_adapter": self.bundle.default_adapter, "active_loss": self.active_loss, "adopted": None,
         }  # fmt: skip
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -35,13 +34,12 @@ from edgetune.quantizer import quantize
 from edgetune.runtime.adapters import check_adapters, list_adapters, set_default_adapter
 from edgetune.runtime.evaluate import mean_nll
 from edgetune.tokenizer import load_tokenizer
-from edgetune.training.progress import Progress
 from edgetune.training.run import Run
 from edgetune.weights import sha256_file
 from tests.conftest import tiny_config, write_model
 from tests.tiny_encoder import encoder_hf, write_encoder
 from tests.tiny_run import write_run
-from tests.training.conftest import make_base, write_rows
+from tests.training.conftest import at_step, interrupt, make_base, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = TrainConfig(max_steps=8, learning_rate=2e-2, max_seq_length=48, gradient_accumulation_steps=2, seed=3)
@@ -75,22 +73,6 @@ def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def run(bundle: Path, made: Path, out: Path, config: TrainConfig = CONFIG, **options: Any) -> Run:
     rows = {"data": made / "rows.jsonl", "eval_data": made / "held_out.jsonl"}
     return personalize(bundle, **rows | {"out": out, "config": config, "adapter": LoraConfig(r=3)} | options)
-
-
-def at_step(step: int, action: Callable[[], object]) -> Callable[[Progress], None]:
-    done = False
-
-    def callback(progress: Progress) -> None:
-        nonlocal done
-        if progress.step == step and not done:
-            done = True
-            action()
-
-    return callback
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_what_a_personalization_leaves(made: Path, whole: Run) -> None:
@@ -136,6 +118,12 @@ def test_without_held_out_rows_nothing_speaks_for_it(made: Path, bundle: Path, t
     found = run(bundle, made, tmp_path / "run", replace(CONFIG, max_steps=2, eval_fraction=0.0), eval_data=None)
     assert found.summary["active_loss"] is None and found.summary["adopted"] is None
     assert load_bundle(bundle).default_adapter is None
+
+
+def test_the_bundle_of_a_dense_base(made: Path, tmp_path: Path) -> None:
+    bundle = export(made / "model", out=tmp_path / "bundle", with_training=True)
+    found = run(bundle.folder, made, tmp_path / "run", replace(CONFIG, max_steps=2)).summary
+    assert (bundle.manifest["weights"], found["grid"], found["adopted"]) == ("fp32", None, "run")
 
 
 @pytest.mark.parametrize("step", [1, 5])

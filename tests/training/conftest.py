@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from edgetune.base import open_base
 from edgetune.models import load_config
 from edgetune.planner.plans import Plan
 from edgetune.quantizer import quantize
+from edgetune.training.progress import Progress
 from tests.conftest import tiny_config, write_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -68,3 +72,20 @@ def make_plan(base: Path, **overrides: Any) -> Plan:
         "slice_seconds": 86400, "grace_seconds": 5.0, "num_slices": None,
     }  # fmt: skip
     return Plan(**(values | overrides))
+
+
+def at_step(step: int, action: Callable[[], object]) -> Callable[[Progress], None]:
+    """A progress callback that does something once, after this step."""
+    done = False
+
+    def callback(progress: Progress) -> None:
+        nonlocal done
+        if progress.step == step and not done:
+            done = True
+            action()
+
+    return callback
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -32,10 +32,9 @@ from edgetune.planner.plans import Plan
 from edgetune.training import backprop, conduct, loop, torch_trainer, trainer
 from edgetune.training.loop import Run, train
 from edgetune.training.optimizer import Optimizer
-from edgetune.training.progress import Progress
 from edgetune.training.stop import Guard, NearBudget, Stopped, is_out_of_memory
 from edgetune.weights import Weights
-from tests.training.conftest import make_base, make_plan, write_rows
+from tests.training.conftest import at_step, interrupt, make_base, make_plan, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,23 +51,6 @@ def whole(job: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> R
     """The run that was never stopped."""
     base, data = job
     return train(make_plan(base), base, data=data, out=tmp_path_factory.mktemp("whole") / "run")
-
-
-def at_step(step: int, action: Callable[[], object]) -> Callable[[Progress], None]:
-    """A progress callback that does something once, after this step."""
-    done = False
-
-    def callback(progress: Progress) -> None:
-        nonlocal done
-        if progress.step == step and not done:
-            done = True
-            action()
-
-    return callback
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def lines(run: Run) -> list[dict[str, Any]]:
