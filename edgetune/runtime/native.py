@@ -69,6 +69,9 @@ def load_part(path: Path, threads: int) -> onnxruntime.InferenceSession:
     _share_arena()
     options.enable_cpu_mem_arena = True
     options.add_session_config_entry("session.use_env_allocators", "1")
+    # Threads that wait awake would do so on the cores that the next part needs. One pool for all parts is no way: a
+    # process that has one can make no session with threads of its own any more.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return _session(path, options)
 
 
