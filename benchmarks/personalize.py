@@ -1,9 +1,10 @@
 """Training on onnxruntime alone beside the torch engine and beside QLoRA in PEFT: peak memory and speed, in one run.
 
 All three train the SmolLM2-135M shape (random weights) on the same windows, a LoRA of r=8 on all linears, batch 1, in
-processes of their own and by turns: PEFT with gradient checkpointing on an nf4 base, `edgetune train` on an int4 base
-with the host's own budget, `edgetune personalize` on the bundle of that base. Figures are medians, ratios are medians
-over the turns. Peak is anonymous + swap memory of the whole process, from its start to its end.
+processes of their own and by turns: PEFT with gradient checkpointing on an nf4 base (and without, `peft_whole`),
+`edgetune train` on an int4 base with the host's own budget, `edgetune personalize` on the bundle of that base. Figures
+are medians, ratios are medians over the turns. Peak is anonymous + swap memory of the whole process, from its start to
+its end.
 
 `sample` is the packaged sample as `edgetune demo` trains it, by both engines: onnxruntime in a cgroup of exactly the
 watch's budget, Python included. Accuracy is of whole answers, on phrasings that training does not hold.
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +85,12 @@ def measure(tokens: int, work: Path, turns: int, layers: int | None) -> dict[str
     subject = make_subject(case, work, layers)
     folder = subject.rows.parent
     base, bundle = make_bundle(make_model(case.shape, work, layers))
-    runs: dict[str, list[dict[str, Any]]] = {"peft": [], "torch": [], "ort": []}
+    whole = replace(subject, case=replace(case, checkpointing=False))
+    runs: dict[str, list[dict[str, Any]]] = {"peft": [], "peft_whole": [], "torch": [], "ort": []}
     for turn in range(turns):
         found = {
-            "peft": run_peft(subject, folder), "torch": run_engine("train", base, subject, folder),
+            "peft": run_peft(subject, folder), "peft_whole": run_peft(whole, folder),
+            "torch": run_engine("train", base, subject, folder),
             "ort": run_engine("personalize", bundle, subject, folder),
         }  # fmt: skip
         for name, run in found.items():
@@ -100,6 +104,8 @@ def measure(tokens: int, work: Path, turns: int, layers: int | None) -> dict[str
     row |= {
         "peak_by_peft": ratio("peak_bytes", "peft"), "peak_by_torch": ratio("peak_bytes", "torch"),
         "speed_by_torch": ratio("tokens_per_second", "torch"), "speed_by_peft": ratio("tokens_per_second", "peft"),
+        "peak_by_peft_whole": ratio("peak_bytes", "peft_whole"),
+        "speed_by_peft_whole": ratio("tokens_per_second", "peft_whole"),
         "loss_by_torch": ratio("train_loss", "torch"),
     }  # fmt: skip
     if tokens == 128:
