@@ -18,7 +18,7 @@ from edgetune.cli.console import answer, exit_code, fail, tell
 from edgetune.errors import EdgetuneError
 from edgetune.memory import format_mib
 from edgetune.personalizer import run_plan
-from edgetune.personalizer.job import make_plan, old_plan
+from edgetune.personalizer.job import make_plan, old_plan, sliced
 from edgetune.planner.plans import Plan
 from edgetune.training.progress import show_progress
 from edgetune.training.run import Run
@@ -27,8 +27,9 @@ VERB = "personalize"
 
 
 def start(
-    bundle: Path, out: Path, wishes: dict[str, Any], rows: dict[str, Any], *, supervise: bool, **options: Any
-) -> NoReturn:
+    bundle: Path, out: Path, wishes: dict[str, Any], rows: dict[str, Any], *, supervise: bool,
+    slice_s: int | None, grace_s: float | None, **options: Any,
+) -> NoReturn:  # fmt: skip
     """Plan, then become the process that trains, or its supervisor.
 
     `wishes` are those of `make_plan` beside the `rows` (data, eval_data, skip_bad), `options` those of `run_plan`.
@@ -37,6 +38,7 @@ def start(
         EdgetuneError: what `make_plan` and `old_plan` raise.
     """
     plan = old_plan(out) if options["resume"] else make_plan(load_bundle(bundle), **rows, **wishes)
+    plan, options["one_slice"] = sliced(plan, slice_s, grace_s), options["one_slice"] or slice_s is not None
     job = {"verb": VERB, "plan": plan.to_dict(), "bundle": bundle, "out": out, **rows, **options}
     text = json.dumps(job, default=str)
     sys.stdout.flush()

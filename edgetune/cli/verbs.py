@@ -516,6 +516,18 @@ def personalize(
     one_slice: Annotated[
         bool, typer.Option("--one-slice", help="Stop when the device's system would, to go on by --resume.")
     ] = False,
+    slice_s: Annotated[
+        int | None,
+        typer.Option(
+            "--slice-s", help="As --one-slice, of so many seconds. (default: the profile's)", show_default=False
+        ),
+    ] = None,
+    grace_s: Annotated[
+        float | None,
+        typer.Option(
+            "--grace-s", help="Seconds from a slice's end to the kill. (default: the profile's)", show_default=False
+        ),
+    ] = None,
     supervise: Annotated[
         bool, typer.Option("--supervise", help="Go on from the last checkpoint if the system kills the run.")
     ] = False,
@@ -544,7 +556,8 @@ def personalize(
     start(
         bundle, out, {"adapter": lora, "config": config, "device": device, "budget": read_budget(budget)},
         {"data": data, "eval_data": eval_data, "skip_bad": skip_bad}, supervise=supervise, enforce=enforce,
-        one_slice=one_slice, accept_worse=accept_worse, resume=resume, force=force, as_json=as_json,
+        one_slice=one_slice, slice_s=slice_s, grace_s=grace_s, accept_worse=accept_worse, resume=resume, force=force,
+        as_json=as_json,
     )  # fmt: skip
 
 

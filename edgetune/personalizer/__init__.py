@@ -21,7 +21,7 @@ from edgetune.adapters.lora import LoraConfig
 from edgetune.bundle import Bundle, load_bundle
 from edgetune.memory import Meter, trim_allocator
 from edgetune.personalizer.graphs import Adapter, TrainingGraphs, read_description
-from edgetune.personalizer.job import make_plan, old_plan
+from edgetune.personalizer.job import make_plan, old_plan, sliced
 from edgetune.personalizer.trainer import OrtTrainer
 from edgetune.planner.plans import Plan, TrainConfig
 from edgetune.runtime.adapters import add_adapter
@@ -45,6 +45,8 @@ def personalize(
     budget: str | int = "foreground",
     enforce: str = "governor",
     one_slice: bool = False,
+    slice_seconds: int | None = None,
+    grace_seconds: float | None = None,
     accept_worse: bool = False,
     resume: bool = False,
     force: bool = False,
@@ -64,6 +66,8 @@ def personalize(
         budget: "foreground", "background", or MiB as an int.
         enforce: as for `train`.
         one_slice: stop at the end of the device's longest uninterrupted run; `resume` goes on.
+        slice_seconds: such a run is that long; implies `one_slice`. None is the profile's.
+        grace_seconds: from its end to the kill, in which checkpoint and adapter are written. None is the profile's.
         accept_worse: use the adapter even if the held-out loss is worse than before, or was not measured.
         resume: go on where the folder's last checkpoint stands, as it was planned.
         force: replace what an earlier run left in the folder.
@@ -86,7 +90,8 @@ def personalize(
         skip_bad=skip_bad,
     )  # fmt: skip
     return run_plan(
-        plan, bundle, data=data, out=out, eval_data=eval_data, enforce=enforce, one_slice=one_slice,
+        sliced(plan, slice_seconds, grace_seconds), bundle, data=data, out=out, eval_data=eval_data, enforce=enforce,
+        one_slice=one_slice or slice_seconds is not None,
         accept_worse=accept_worse, resume=resume, force=force, skip_bad=skip_bad, on_progress=on_progress,
     )  # fmt: skip
 

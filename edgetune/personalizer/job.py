@@ -7,6 +7,7 @@ are zero, and null in the summary.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,18 @@ def old_plan(run: str | Path) -> Plan:
     if plan.engine != ENGINE:
         raise ConfigError(f"{run} was trained by the {plan.engine} engine. Go on with `edgetune train --resume`.")
     return plan
+
+
+def sliced(plan: Plan, slice_seconds: int | None, grace_seconds: float | None) -> Plan:
+    """The plan with another slice of time and grace, where given. Raises ConfigError where they are none."""
+    for name, value in (("slice_seconds", slice_seconds), ("grace_seconds", grace_seconds)):
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{name} = {value}; a number of seconds above 0 was expected.")
+    return replace(
+        plan,
+        slice_seconds=plan.slice_seconds if slice_seconds is None else slice_seconds,
+        grace_seconds=plan.grace_seconds if grace_seconds is None else grace_seconds,
+    )
 
 
 def _check_supported(adapter: LoraConfig, config: TrainConfig, description: Description) -> None:

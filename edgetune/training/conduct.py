@@ -22,6 +22,12 @@ from edgetune.training.trainer import Trainer
 ENFORCEMENTS = ("none", "governor", "rlimit", "cgroup")
 
 
+def check_enforcement(enforce: str) -> None:
+    """Raises ConfigError for what nothing enforces."""
+    if enforce not in ENFORCEMENTS:
+        raise ConfigError(f"enforce = {enforce!r}; choose from {', '.join(ENFORCEMENTS)}.")
+
+
 def conduct_run(
     plan: Plan,
     folder: Path,
@@ -40,8 +46,7 @@ def conduct_run(
 
     `clean_up` is told how the run stopped, before its end is written; "failed" where it raises.
     """
-    if enforce not in ENFORCEMENTS:
-        raise ConfigError(f"enforce = {enforce!r}; choose from {', '.join(ENFORCEMENTS)}.")
+    check_enforcement(enforce)
     pace = Pace(plan, emulate=emulate, one_slice=one_slice)
     group = holding_cgroup(plan.budget_bytes) if enforce == "cgroup" else None
     # The kernel would kill a little earlier: it counts what it needs itself. The plan left room for that.

@@ -15,7 +15,7 @@ from edgetune.errors import ConfigError, ModelError
 from edgetune.planner.plans import Plan
 from edgetune.quantizer import read_manifest
 from edgetune.training import features
-from edgetune.training.conduct import conduct_run
+from edgetune.training.conduct import check_enforcement, conduct_run
 from edgetune.training.crew import using
 from edgetune.training.inputs import Inputs, read_inputs
 from edgetune.training.progress import Progress
@@ -76,6 +76,7 @@ def train(
         CheckpointError: the folder is in use, a checkpoint cannot be written, or what is resumed differs from the
             arguments.
     """
+    check_enforcement(enforce)
     base, folder = Path(base), Path(out)
 
     def clean_up(stopped: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import math
 import os
@@ -34,6 +36,7 @@ from edgetune.quantizer import quantize
 from edgetune.runtime.adapters import check_adapters, list_adapters, set_default_adapter
 from edgetune.runtime.evaluate import mean_nll
 from edgetune.tokenizer import load_tokenizer
+from edgetune.training import conduct
 from edgetune.training.run import Run
 from edgetune.weights import sha256_file
 from tests.conftest import tiny_config, write_model
@@ -134,6 +137,19 @@ def test_stopped_and_resumed_to_the_same_bytes(made: Path, bundle: Path, whole: 
     assert resumed.summary["adapter_sha256"] == whole.summary["adapter_sha256"]
     assert resumed.summary["adopted"] == "run"
     assert run(bundle, made, tmp_path / "run", resume=True).summary == resumed.summary, "it is done"
+
+
+def test_a_slice_of_time(made: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at the clock is a second later here."""
+    clock = functools.partial(next, itertools.count())
+    with monkeypatch.context() as patch:
+        patch.setattr(conduct, "Pace", functools.partial(conduct.Pace, clock=clock))
+        found = run(bundle, made, tmp_path / "run", slice_seconds=150, grace_seconds=2.5).summary
+    assert found["stopped"] == "slice" and 0 < found["steps"] < 8 and found["adopted"] is None
+    assert (found["slice_seconds"], found["grace_seconds"]) == (150, 2.5)
+    assert run(bundle, made, tmp_path / "run", resume=True).stopped == "done"
+    with pytest.raises(ConfigError, match="slice_seconds = 0; a number of seconds above 0"):
+        run(bundle, made, tmp_path / "other", slice_seconds=0)
 
 
 def command(made: Path, bundle: Path, out: Path, *words: str) -> list[str]:
