@@ -31,7 +31,7 @@ LOOP = {
         f"Map {DATA}. `tensors` says where each lies in it: dtype, shape, offset and bytes. A graph's inputs have the "
         "tensor's name; those of forward and backward without `model.layers.i.`. Where an input has more dimensions "
         "than the tensor, give it the input's shape: the bytes are the same.",
-        "Feed every input that is not optional. An adapter tensor that is left out has rank 0 and changes nothing.",
+        "Feed every input. A linear without an adapter gets one of rank 0, [in_features, 0] and [0, out_features].",
     ],
     "adapter": [
         "lora_A [in_features, r] begins uniform in -1/sqrt(in_features) .. 1/sqrt(in_features), lora_B "

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from edgetune.graphs import FORMATS, backward, fused, ops
@@ -83,8 +82,8 @@ class Block:
     def _adapter(self, linear: str, scaling: ir.Value) -> Lora:
         rows, columns = self.config.linear_shapes[linear]
         rank = f"{linear}.r"
-        a = self.b.optional_input(f"{linear}.lora_A", [columns, rank], np.zeros((columns, 0), np.float32))
-        b = self.b.optional_input(f"{linear}.lora_B", [rank, rows], np.zeros((0, rows), np.float32))
+        a = self.b.input(f"{linear}.lora_A", "float32", [columns, rank])
+        b = self.b.input(f"{linear}.lora_B", "float32", [rank, rows])
         return Lora(a, b, scaling)
 
     def forward(self, *, to_output: bool = True) -> ir.Value:

@@ -100,9 +100,9 @@ class Builder:
         }
 
     def signature(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The graph's inputs and outputs as JSON: name, dtype, shape, and for inputs whether they may be left out."""
-        inputs = [_described(value) | {"optional": value.name in self._initializers} for value in self._inputs]
-        return inputs, [_described(value) for value in self._outputs]
+        """The graph's inputs and outputs as JSON: name, dtype and shape."""
+        inputs, outputs = ([_described(value) for value in values] for values in (self._inputs, self._outputs))
+        return inputs, outputs
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """A small initializer inside the model file. The same name gives the same value again."""

@@ -16,8 +16,8 @@ are kept; in one graph with the forward, onnxruntime would merge the two and kee
 over the head of `objectives.sft`: a tile dequantizes one range of rows, so neither the logits nor the head exist whole.
 
 Adapter tensors have the names and the layout of the inference graph, but B without the scaling, so that the optimizer
-sees PEFT's parameters. What is left out of a call has rank 0 and changes nothing. Left out: dropout, and grids whose
-weights no operator dequantizes alone (nf4).
+sees PEFT's parameters. A linear without an adapter is fed one of rank 0, which changes nothing: to onnxruntime-web
+inputs with a default are none. Left out: dropout, and grids whose weights no operator dequantizes alone (nf4).
 """
 
 from __future__ import annotations

@@ -105,13 +105,11 @@ class Graph:
     def __init__(self, path: Path, threads: int) -> None:
         self._native = load_part(path, threads)
         self.shapes = {value.name: value.shape for value in self._native.get_inputs()}
-        self.optional = [value.name for value in self._native.get_overridable_initializers()]
         self.outputs = [value.name for value in self._native.get_outputs()]
 
     def __call__(self, values: Mapping[str, np.ndarray], outputs: list[str] | None = None) -> Arrays:
         """The outputs by name, or those that are asked for; `values` may have more than the graph takes."""
         feeds = {name: values[name] for name in self.shapes}
-        feeds |= {name: values[name] for name in self.optional if name in values}
         names = self.outputs if outputs is None else outputs
         return dict(zip(names, self._native.run(names, feeds), strict=True))
 
@@ -239,10 +237,9 @@ class TrainingGraphs:
         """The gradients of the adapter's tensors, from the last block down to the first that was kept."""
         while kept:
             index, taken = kept.pop()
-            tensors = adapter.of_block(index)
-            names = [name for name in self.graphs["backward"].optional if name in tensors]
-            values = {**taken, "dy": d, **self.blocks[index], **tensors}
-            made = self.graphs["backward"](values, ["dx", *(f"{name}.gradient" for name in names)])
+            values = {**taken, "dy": d, **self.blocks[index], **adapter.of_block(index)}
+            wanted = [f"{name}.gradient" for name in adapter.names_of_block(index)]
+            made = self.graphs["backward"](values, ["dx", *wanted])
             d = made.pop("dx")
             yield {f"{self.model.block(index)}.{k.removesuffix('.gradient')}": value for k, value in made.items()}
             check()
@@ -253,12 +250,21 @@ class Adapter:
 
     def __init__(self, model: DecoderConfig, tensors: Arrays, scaling: float) -> None:
         self.tensors = tensors
-        by_block: list[Arrays] = [{} for _ in range(model.num_hidden_layers)]
+        self._own: list[Arrays] = [{} for _ in range(model.num_hidden_layers)]
         for name, value in tensors.items():
             _, _, index, short = name.split(".", 3)
-            by_block[int(index)][short] = value
-        self._by_block = [block | {"scaling": np.array([scaling], np.float32)} for block in by_block]
+            self._own[int(index)][short] = value
+        self._others = {"scaling": np.array([scaling], np.float32)}
+        for linear, (rows, columns) in model.linear_shapes.items():
+            self._others |= {
+                f"{linear}.lora_A": np.zeros((columns, 0), np.float32),
+                f"{linear}.lora_B": np.zeros((0, rows), np.float32),
+            }
 
     def of_block(self, index: int) -> Arrays:
-        """Those of one block, under their names in it."""
-        return self._by_block[index]
+        """What a block's graphs take, under the names in it: of rank 0 where there is none."""
+        return self._others | self._own[index]
+
+    def names_of_block(self, index: int) -> list[str]:
+        """Those that there are."""
+        return list(self._own[index])
