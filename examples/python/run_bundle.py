@@ -40,14 +40,20 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
 
 
 def read_adapter(bundle: Path, manifest: dict[str, Any], name: str) -> dict[str, np.ndarray]:
-    """The graph inputs of an adapter: `<slot>.lora_A` [in, n] and `<slot>.lora_B` [n, out]. Ends where it does not fit.
+    """The graph inputs of an adapter of the bundle."""
+    if name not in manifest["adapters"]:
+        sys.exit(f"{bundle} has no adapter {name}; it has {', '.join(manifest['adapters']) or 'none'}")
+    return read_file(bundle / f"{name}.safetensors", manifest)[1]
+
+
+def read_file(path: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What an adapter is bound to, and its tensors `<slot>.lora_A` [in, n] and `<slot>.lora_B` [n, out].
+
+    Ends where it does not fit the bundle of this manifest.
 
     N is the rank for each adapted linear of the slot: q, k and v share one, gate and up another. A safetensors file is
     the length of its header in 8 bytes, the header as JSON, then the tensors.
     """
-    if name not in manifest["adapters"]:
-        sys.exit(f"{bundle} has no adapter {name}; it has {', '.join(manifest['adapters']) or 'none'}")
-    path = bundle / f"{name}.safetensors"
     raw = np.memmap(path, np.uint8, "r")
     start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
     header = json.loads(raw[8:start].tobytes())
@@ -63,9 +69,9 @@ def read_adapter(bundle: Path, manifest: dict[str, Any], name: str) -> dict[str,
         rank = found[0] if found and found[0] and found[0] % binding["r"] == 0 else binding["r"]
         expected |= {f"{slot}.lora_A": [rows, rank], f"{slot}.lora_B": [rank, columns]}
     if {key: info["shape"] for key, info in header.items()} != expected:
-        sys.exit(f"{path} does not have the tensors of its slots in {bundle}")
+        sys.exit(f"{path} does not have the tensors of its slots in the bundle")
     tensors = raw[start:]
-    return {
+    return binding, {
         key: tensors[slice(*info["data_offsets"])].view("<f4").reshape(info["shape"]) for key, info in header.items()
     }
 
