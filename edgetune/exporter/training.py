@@ -38,6 +38,9 @@ LOOP = {
         "[r, out_features] with zeros. scaling is lora_alpha / r.",
         "The inference graph takes lora_A, and lora_B times scaling. Where a slot of it (edgetune.json) has several "
         "modules, their lora_A stand side by side there, and their lora_B along the diagonal.",
+        "NAME.safetensors holds the tensors of the inference graph, float32, and in its metadata under the key "
+        "`edgetune` a JSON text: format_version 1; base_sha256, grid and tokenizer_sha256 of edgetune.json; r; "
+        "lora_alpha; slots, the names of those that it fills.",
     ],
     "micro_batch": [
         "input_ids, position_ids, segment_ids and labels are int64 [B, T]. Several rows may lie in a window: positions "
@@ -58,8 +61,11 @@ LOOP = {
         "Run all micro-batches. The step's loss is the sum of loss_sum times scale.",
         "grad_norm is the root of the sum of squares of all gradients. Where loss or grad_norm is not finite, leave "
         "the step out, and stop after 20 such steps in a row.",
+        "learning_rate of step s of n, counted from 0, where w is warmup_ratio * n, rounded: peak * (s + 1) / w while "
+        "s < w, then by lr_scheduler_type; cosine is peak * (1 + cos(pi * (s - w) / (n - w))) / 2.",
         "optimizer.<name> for each adapter tensor: moments begin with zeros; updates is the number of this update, "
-        "from 1; gradients are clipped to max_grad_norm inside.",
+        "from 1; gradients are clipped to max_grad_norm inside. What comes out takes the tensor's and the moments' "
+        "place.",
     ],
     "evaluation": [
         "As a micro-batch up to head_start; then loss_tile and loss_end, which give no gradient. The loss of held-out "
