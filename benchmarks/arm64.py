@@ -1,9 +1,10 @@
-"""The same bundle on aarch64: `examples/python/run_bundle.py` on emulated cores of three ages, against this machine.
+"""The same bundle on aarch64: the clients of `examples/python` on emulated cores of three ages, against this machine.
 
 Needs Debian's apt and qemu-user-static, and pip. The script unpacks Debian's arm64 Python and the aarch64 wheels of
 numpy and of this machine's onnxruntime into `--work`, trains an adapter on the packaged sample for some steps, and
-exports it with each kind of weights. It shows that the bundle computes the same on the instruction set. The speed of an
-emulated core says nothing about a real one, so none is printed.
+exports it with each kind of weights. It shows that the bundle computes the same on the instruction set, and that one
+with training graphs trains there with the same losses. The speed of an emulated core says nothing about a real one, so
+none is printed.
 
 qemu-user lets /proc/cpuinfo of this machine through, and onnxruntime from 1.28 on dies on it at import (its cpuinfo
 library finds no ARM core there). The unpacked system gets a cpuinfo of its own, which qemu prefers, as the core has it.
@@ -30,10 +31,11 @@ from machine import REPOSITORY, about
 
 import edgetune as et
 from edgetune import sample
+from edgetune.adapter_file import read_adapter
 from edgetune.data.prompts import read_examples
 from edgetune.tokenizer import load_tokenizer
 
-CLIENT = REPOSITORY / "examples" / "python" / "run_bundle.py"
+CLIENTS = REPOSITORY / "examples" / "python"
 QEMU = "qemu-aarch64-static"
 # A core of qemu, and its part number in /proc/cpuinfo. A53: neither dot products nor fp16 arithmetic (watches, small
 # boards). A76: both (phones from 2019 on, Raspberry Pi 5). max: all that qemu knows, i8mm and SVE too, called an A710.
@@ -42,6 +44,7 @@ WEIGHTS = ("int4", "int8", "int8-dynamic", "fp16", "fp32", "standard")  # what a
 PACKAGES = ("python3", "libstdc++6")
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64")
 MAX_NEW_TOKENS = 48
+LOSS_TOLERANCE = 1e-3
 
 
 def call(*command: str | Path) -> str:
@@ -119,7 +122,7 @@ def run_client(
     flags = ["--max-new-tokens", str(MAX_NEW_TOKENS), "--logits", file, *([] if adapter else ["--no-adapter"])]
     logits = []
     for prompt in prompts:
-        printed = json.loads(call(*python, CLIENT, bundle, *flags, "--ids", *map(str, prompt)))
+        printed = json.loads(call(*python, CLIENTS / "run_bundle.py", bundle, *flags, "--ids", *map(str, prompt)))
         assert (printed["machine"], printed["onnxruntime"]) == (machine, onnxruntime.__version__)
         logits.append(np.load(file))
         assert printed["tokens"] == logits[-1].argmax(1).tolist()
@@ -156,6 +159,41 @@ def make_bundles(work: Path, weights: list[str], steps: int) -> dict[str, Path]:
     return bundles
 
 
+def write_windows(work: Path, bundle: Path, length: int) -> Path:
+    """The sample's personal rows as the client that trains takes them."""
+    path = work / "windows.json"
+    flags = ["--max-seq-length", str(length), "--out", path]
+    call(sys.executable, CLIENTS / "write_windows.py", bundle, sample.PERSONAL_TRAIN, *flags)
+    return path
+
+
+def train_client(python: list[str | Path], bundle: Path, windows: Path, steps: int) -> tuple[list[float], np.ndarray]:
+    """The loss of each step, and every number of the adapter that it wrote."""
+    out = bundle.with_name("trained.safetensors")
+    flags = ["--out", out, "--steps", str(steps), "--learning-rate", "0.01", "--threads", "1"]
+    printed = call(*python, CLIENTS / "train_bundle.py", bundle, windows, *flags).splitlines()
+    tensors = read_adapter(out).tensors
+    return [json.loads(line)["loss"] for line in printed], np.concatenate([v.reshape(-1) for v in tensors.values()])
+
+
+def compare_training(work: Path, board: Board, cores: list[str], steps: int, length: int) -> list[dict[str, Any]]:
+    """A row for each core: a bundle of the sample's base, trained from the same adapter there and here."""
+    bundle = et.export(work / "base", out=work / "bundle-training", with_training=True, force=True).folder
+    windows = write_windows(work, bundle, length)
+    here, adapter = train_client([sys.executable], bundle, windows, steps)
+    rows = []
+    for core in cores:
+        losses, tensors = train_client(board.command(core), bundle, windows, steps)
+        rows.append({
+            "trained": "int4", "core": core, "steps": steps, "first_loss": here[0], "last_loss": here[-1],
+            "max_abs_loss_difference": float(np.abs(np.subtract(here, losses)).max()),
+            "max_abs_adapter_difference": float(np.abs(adapter - tensors).max()),
+            "max_abs_adapter": float(np.abs(adapter).max()),
+        })  # fmt: skip
+        print(json.dumps(rows[-1]), file=sys.stderr)
+    return rows
+
+
 def read_prompts(bundle: Path, count: int) -> list[list[int]]:
     """Held-out requests as the chat template puts them."""
     tokenizer = load_tokenizer(bundle)
@@ -170,6 +208,8 @@ def main() -> None:
     parser.add_argument("--cores", nargs="+", default=list(CORES), choices=CORES)
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--max-steps", type=int, default=60)
+    parser.add_argument("--train-steps", type=int, default=10, help="of the client that trains on each core")
+    parser.add_argument("--max-seq-length", type=int, default=96, help="tokens of its windows")
     flags = parser.parse_args()
     missing = [name for name in (QEMU, "apt-get", "dpkg") if shutil.which(name) is None]
     if missing:
@@ -188,10 +228,13 @@ def main() -> None:
                 there = run_client(board.command(core), "aarch64", bundle, prompts, adapter)
                 rows.append({"weights": kind, "core": core, "adapter": adapter, **compare(here, there)})
                 print(json.dumps(rows[-1]), file=sys.stderr)
+    trained = compare_training(work, board, flags.cores, flags.train_steps, flags.max_seq_length)
     qemu = call(QEMU, "--version").partition("\n")[0]
     result = {
         "claim": "correctness on the instruction set; an emulated core has no speed", "qemu": qemu, "rows": rows,
-        "pass": all(row["equal_tokens"] == row["tokens"] for row in rows),
+        "training": trained,
+        "pass": all(row["equal_tokens"] == row["tokens"] for row in rows)
+        and all(row["max_abs_loss_difference"] <= LOSS_TOLERANCE for row in trained),
     }  # fmt: skip
     print(json.dumps(result | about(), indent=1))
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from edgetune.data import pack, read_rows, stack
+from edgetune.errors import EdgetuneError
 from edgetune.tokenizer import load_tokenizer
 
 
@@ -24,7 +26,11 @@ def main() -> None:
     parser.add_argument("--max-seq-length", type=int, default=128)
     parser.add_argument("--out", type=Path, required=True)
     flags = parser.parse_args()
-    windows = pack(read_rows(flags.rows, load_tokenizer(flags.bundle), flags.max_seq_length), flags.max_seq_length)
+    try:
+        rows = read_rows(flags.rows, load_tokenizer(flags.bundle), flags.max_seq_length)
+    except EdgetuneError as error:
+        sys.exit(str(error))
+    windows = pack(rows, flags.max_seq_length)
     lists = [{key: value[0].tolist() for key, value in stack([window]).items()} for window in windows]
     flags.out.write_text(json.dumps(lists), encoding="utf-8")
     print(json.dumps({"windows": len(windows), "length": windows[0].length}))
