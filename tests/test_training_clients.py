@@ -135,6 +135,18 @@ def test_an_adapter_goes_on_from_its_file(made: Path, tmp_path: Path) -> None:
 
 
 @once
+def test_what_is_no_adapter_is_not_gone_on_from(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.safetensors").write_bytes(b"\x00" * 4)
+    shutil.copy(made / "base" / "model.safetensors", tmp_path / "model.safetensors")
+    for name in ("missing", "short", "model"):
+        out = tmp_path / "out.safetensors"
+        flags = ["--adapter", tmp_path / f"{name}.safetensors", "--steps", 1]
+        done = train(made / "bundle", made / "windows.json", out, *flags)
+        assert done.returncode == 1 and f"{name}.safetensors is no adapter of a bundle" in done.stderr
+        assert done.stderr.endswith("Go on from a file that this script wrote.\n") and not out.exists()
+
+
+@once
 def test_windows_are_those_of_edgetune(made: Path, tmp_path: Path) -> None:
     rows, out = write_rows(tmp_path / "rows.jsonl", 6), tmp_path / "windows.json"
     done = run("write_windows.py", made / "bundle", rows, "--max-seq-length", 48, "--out", out)
@@ -169,8 +181,9 @@ def window(**changes: Any) -> Any:
         (lambda folder: (folder / "windows.json").unlink(), "No such file or directory"),
         (lambda folder: (folder / "windows.json").write_text('[{"input_ids": [1]}]'), "KeyError('position_ids')"),
         (window(input_ids=[1, 2]), "has lists of several lengths, or none. All four are equally long."),
-        (window(position_ids=[256] * 11), "has a position beyond 256. Cut the rows into shorter ones."),
+        (window(position_ids=[256] * 11), "has a position beyond 256. Cut its rows into shorter ones."),
         (window(input_ids=[301] * 11), "has a token beyond 301. Use this bundle's tokenizer."),
+        (window(labels=[-1] * 11), "has a token beyond 301."),
         (window(labels=[-100] * 11), "has a label, so there is nothing to learn."),
     ],
 )

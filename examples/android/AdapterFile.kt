@@ -13,7 +13,7 @@ private class Values(val name: String, val shape: List<Int>, val values: FloatAr
 
 /**
  * Write the safetensors file of an adapter: a pair of tensors for each slot of the inference graph, bound to the base
- * of the bundle whose `edgetune.json` is given. `tensor` is lora_A [in, r] or lora_B [r, out] of a linear. Whole or not.
+ * of the bundle whose `edgetune.json` is given; whole or not at all. `tensor` is lora_A [in, r] or lora_B [r, out].
  */
 fun saveAdapter(file: File, manifest: JSONObject, rank: Int, alpha: Double, tensor: (String) -> FloatArray) {
     val slots = manifest.getJSONArray("slots").let { all -> (0 until all.length()).map(all::getJSONObject) }

@@ -41,6 +41,8 @@ def new_adapter(manifest: dict[str, Any], r: int, lora_alpha: float, seed: int) 
     """For every linear that the inference graph has a slot for; it changes nothing yet."""
     tensors: Arrays = {}
     linears = [(slot["in_features"], *item) for slot in manifest["slots"] for item in slot["modules"].items()]
+    if not linears:
+        sys.exit("The bundle has no slot for an adapter. Export it again with --slots all.")
     for index, (inputs, linear, outputs) in enumerate(linears):
         bound, rng = 1 / math.sqrt(inputs), np.random.default_rng([seed, index])
         a = rng.uniform(-bound, bound, (r, inputs)).astype(np.float32)
@@ -50,7 +52,10 @@ def new_adapter(manifest: dict[str, Any], r: int, lora_alpha: float, seed: int) 
 
 def load_adapter(path: Path, manifest: dict[str, Any]) -> Adapter:
     """One that `save_adapter` wrote, slot by slot taken apart into its linears."""
-    binding, stored = read_file(path, manifest)
+    try:
+        binding, stored = read_file(path, manifest)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"{path} is no adapter of a bundle ({error!r}). Go on from a file that this script wrote.")
     r, tensors = binding["r"], {}
     scaling = binding["lora_alpha"] / r
     for slot in manifest["slots"]:
@@ -91,9 +96,9 @@ def save_adapter(path: Path, adapter: Adapter, manifest: dict[str, Any]) -> None
     text += b" " * (-len(text) % 8)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
-        file.write(
-            len(text).to_bytes(8, "little") + text + b"".join(t.astype("<f4").tobytes() for t in stored.values())
-        )
+        file.write(len(text).to_bytes(8, "little") + text)
+        for value in stored.values():
+            file.write(value.astype("<f4").tobytes())
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -129,10 +129,10 @@ def train(graphs: Graphs, adapter: Adapter, windows: list[Arrays], steps: int, p
     moments = {kind: {n: np.zeros_like(t) for n, t in adapter.tensors.items()} for kind in kinds}
     updates = skipped = 0
     for step in range(steps):
-        taken = [windows[(step * per_step + i) % len(windows)] for i in range(per_step)]
-        scale = 1 / max(1, sum(int((window["labels"] != -100).sum()) for window in taken))
+        batches = [windows[(step * per_step + i) % len(windows)] for i in range(per_step)]
+        scale = 1 / max(1, sum(int((window["labels"] >= 0).sum()) for window in batches))
         gradients: Arrays = {}
-        loss = scale * sum(micro_batch(graphs, adapter, window, scale, gradients) for window in taken)
+        loss = scale * sum(micro_batch(graphs, adapter, window, scale, gradients) for window in batches)
         norm = math.sqrt(sum(float((g * g).sum()) for g in gradients.values()))
         rate = learning_rate(step, steps, peak, defaults)
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -150,9 +150,8 @@ def train(graphs: Graphs, adapter: Adapter, windows: list[Arrays], steps: int, p
         values["updates"] = np.array([updates])
         for name, gradient in gradients.items():
             state = {kind: moments[kind][name] for kind in kinds}
-            made = graphs.run(
-                f"optimizer.{optimizer}", values | state | {"parameter": adapter.tensors[name], "gradient": gradient}
-            )
+            taken = {**values, **state, "parameter": adapter.tensors[name], "gradient": gradient}
+            made = graphs.run(f"optimizer.{optimizer}", taken)
             adapter.tensors[name] = made["parameter.next"]
             for kind in kinds:
                 moments[kind][name] = made[f"{kind}.next"]
@@ -171,9 +170,10 @@ def read_windows(path: Path, model: dict[str, Any], context_length: int) -> list
             sys.exit(f"Window {number} of {path} has lists of several lengths, or none. All four are equally long.")
         if positions.min() < 0 or positions.max() >= context_length:
             sys.exit(
-                f"Window {number} of {path} has a position beyond {context_length}. Cut the rows into shorter ones."
+                f"Window {number} of {path} has a position beyond {context_length}. Cut its rows into shorter ones."
             )
-        if min(ids.min(), labels.min() + 100) < 0 or max(ids.max(), labels.max()) >= model["vocab_size"]:
+        tokens = np.concatenate([ids, labels[labels != -100]])
+        if tokens.min() < 0 or tokens.max() >= model["vocab_size"]:
             sys.exit(
                 f"Window {number} of {path} has a token beyond {model['vocab_size']}. Use this bundle's tokenizer."
             )
@@ -190,10 +190,8 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, help="go on from this one in place of a new one")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--windows-per-step", type=int, default=1)
-    parser.add_argument("--learning-rate", type=float, help="its peak, in place of what training.json says")
-    parser.add_argument(
-        "--r", type=int, help="rank of a new adapter, in place of what training.json says; alpha is 2 r"
-    )
+    parser.add_argument("--learning-rate", type=float, help="its peak, in place of training.json's")
+    parser.add_argument("--r", type=int, help="rank of a new adapter, in place of training.json's; lora_alpha is 2 r")
     parser.add_argument("--seed", type=int, default=0, help="of a new adapter")
     parser.add_argument("--threads", type=int, default=0, help="0: as many as onnxruntime likes")
     flags = parser.parse_args()
