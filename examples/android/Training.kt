@@ -250,10 +250,9 @@ class Trainer(bundle: File, threads: Int, seed: Int = 0) : AutoCloseable {
             val shape = input.getJSONArray("shape")
             input.getString("name") to (0 until shape.length()).map(shape::optInt)
         }
-        private val session =
-            environment.createSession(withoutDefaults(File(folder, said.getString("file")).readBytes()), options)
-        private val empty = signature.filter { it.getBoolean("optional") }.map { it.getString("name") }
-            .associateWith { floats(FloatArray(0), *inputs.getValue(it).toIntArray()) }
+        private val session = environment.createSession(File(folder, said.getString("file")).path, options)
+        private val empty = inputs.filterKeys { ".lora_" in it }
+            .mapValues { (_, shape) -> floats(FloatArray(0), *shape.toIntArray()) }
 
         fun run(values: Map<String, OnnxTensor>, outputs: Set<String> = session.outputNames): Map<String, OnnxTensor> {
             val feeds = inputs.keys.associateWith { values[it] ?: empty[it] ?: error("$it is fed by nothing") }

@@ -48,7 +48,6 @@ class Graphs:
         }
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # every optional input, which an adapter's tensor is, would be a warning
         options.enable_cpu_mem_arena = False  # or each graph keeps what it needed once
         self.sessions = {
             name: onnxruntime.InferenceSession(path.parent / graph["file"], options, ["CPUExecutionProvider"])
@@ -72,9 +71,9 @@ class Graphs:
             yield {"first_row": np.array([first]), **tile}
 
     def run(self, graph: str, values: Arrays, outputs: list[str] | None = None) -> Arrays:
-        """The outputs by name; of `values` a graph is fed what it takes. What is optional and not there is left out."""
+        """The outputs by name; of `values` a graph is fed what it takes."""
         signature = self.said["graphs"][graph]
-        wanted = [i["name"] for i in signature["inputs"] if i["name"] in values or not i["optional"]]
+        wanted = [i["name"] for i in signature["inputs"]]
         names = outputs or [o["name"] for o in signature["outputs"]]
         return dict(zip(names, self.sessions[graph].run(names, {n: values[n] for n in wanted}), strict=True))
 
