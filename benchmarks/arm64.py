@@ -170,7 +170,7 @@ def write_windows(work: Path, bundle: Path, length: int) -> Path:
 def train_client(python: list[str | Path], bundle: Path, windows: Path, steps: int) -> tuple[list[float], np.ndarray]:
     """The loss of each step, and every number of the adapter that it wrote."""
     out = bundle.with_name("trained.safetensors")
-    flags = ["--out", out, "--steps", str(steps), "--learning-rate", "0.01", "--threads", "1"]
+    flags = ["--out", out, "--steps", str(steps), "--learning-rate", "0.003", "--threads", "1"]
     printed = call(*python, CLIENTS / "train_bundle.py", bundle, windows, *flags).splitlines()
     tensors = read_adapter(out).tensors
     return [json.loads(line)["loss"] for line in printed], np.concatenate([v.reshape(-1) for v in tensors.values()])
