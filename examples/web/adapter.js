@@ -2,6 +2,7 @@
 // another base with the same shapes would run without an error and answer nonsense.
 import { AdapterError } from "./errors.js";
 
+const FORMAT_VERSION = 1;
 const MAX_HEADER_BYTES = 2 ** 20;
 const MIN_PROBE_CHANGE = 1e-6; // of the largest logit; less cannot be told from the rounding of float32
 
@@ -22,11 +23,62 @@ export function readAdapter(bytes, manifest, name) {
   }
   const problems = [...tensorProblems(tensors, binding, manifest.slots)];
   if (problems.length) throw new AdapterError(`adapter ${name} does not fit the bundle: ${problems.join("; ")}`);
-  if (!(manifest.adapters[name].probe_change > MIN_PROBE_CHANGE)) {
-    throw new AdapterError(`adapter ${name} changes nothing: on the probe rows no logit moves. Train it longer`);
-  }
   return tensors;
 }
+
+/** Refuse an adapter that a bundle lists by what it did to the bundle's probe rows when it was added. */
+export function checkProbeChange({ probe_change: change }, name) {
+  if (!(change > MIN_PROBE_CHANGE)) {
+    throw new AdapterError(`adapter ${name} changes nothing: on the probe rows no logit moves. Train it longer`);
+  }
+}
+
+/**
+ * The file of an adapter, as `readAdapter` and `edgetune adapter add` take it.
+ * @param {Map<string, {shape: number[], data: Float32Array}>} tensors for each linear `NAME.lora_A` [in, r], and
+ *   `.lora_B` [r, out] times its scaling
+ * @param {{r: number, lora_alpha: number}} settings
+ * @param {object} manifest edgetune.json of the bundle that it was trained on
+ * @returns {Uint8Array} .safetensors
+ */
+export function writeAdapter(tensors, { r, lora_alpha }, manifest) {
+  const { base_sha256, grid, tokenizer_sha256 } = manifest;
+  const slots = manifest.slots.filter(({ modules }) => adapted(modules, tensors).length);
+  const binding = { base_sha256, grid, tokenizer_sha256, r, lora_alpha, slots: slots.map(({ name }) => name) };
+  return writeSafetensors(new Map(slots.flatMap((slot) => bySlot(tensors, slot))), {
+    edgetune: JSON.stringify({ format_version: FORMAT_VERSION, ...binding }),
+  });
+}
+
+/**
+ * The two tensors of a slot, whose linears have their outputs side by side: lora_A side by side, lora_B along the
+ * diagonal. y = [x Wq, x Wk, x Wv] + x [Aq, Ak, Av] diag(Bq, Bk, Bv)
+ */
+function bySlot(tensors, { name, in_features, out_features, modules }) {
+  const names = adapted(modules, tensors);
+  const rank = names.reduce((sum, module) => sum + tensors.get(`${module}.lora_A`).shape[1], 0);
+  const a = new Float32Array(in_features * rank);
+  const b = new Float32Array(rank * out_features);
+  let [row, start] = [0, 0];
+  for (const [module, outputs] of Object.entries(modules)) {
+    if (names.includes(module)) {
+      const [from, to] = ["lora_A", "lora_B"].map((kind) => tensors.get(`${module}.${kind}`));
+      const r = from.shape[1];
+      for (let i = 0; i < in_features; i++) a.set(from.data.subarray(i * r, (i + 1) * r), i * rank + row);
+      for (let i = 0; i < r; i++) {
+        b.set(to.data.subarray(i * outputs, (i + 1) * outputs), (row + i) * out_features + start);
+      }
+      row += r;
+    }
+    start += outputs;
+  }
+  return [
+    [`${name}.lora_A`, { shape: [in_features, rank], data: a }],
+    [`${name}.lora_B`, { shape: [rank, out_features], data: b }],
+  ];
+}
+
+const adapted = (modules, tensors) => Object.keys(modules).filter((module) => tensors.has(`${module}.lora_A`));
 
 /** What stands in for an adapter where there is none: rank 0, which computes the base exactly. */
 export function emptyAdapter(slots) {
@@ -80,4 +132,23 @@ function readSafetensors(bytes, name) {
     tensors.set(key, { shape, data: new Float32Array(bytes.buffer.slice(data + start, data + end)) });
   }
   return { metadata, tensors };
+}
+
+function writeSafetensors(tensors, metadata) {
+  const header = { __metadata__: metadata };
+  let end = 0;
+  for (const [key, { shape, data }] of tensors) {
+    header[key] = { dtype: "F32", shape, data_offsets: [end, (end += data.byteLength)] };
+  }
+  const text = JSON.stringify(header);
+  const encoded = new TextEncoder().encode(text.padEnd(text.length + ((8 - (text.length % 8)) % 8)));
+  const bytes = new Uint8Array(8 + encoded.length + end);
+  new DataView(bytes.buffer).setBigUint64(0, BigInt(encoded.length), true);
+  bytes.set(encoded, 8);
+  let at = 8 + encoded.length;
+  for (const { data } of tensors.values()) {
+    bytes.set(new Uint8Array(data.buffer, data.byteOffset, data.byteLength), at);
+    at += data.byteLength;
+  }
+  return bytes;
 }

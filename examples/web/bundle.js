@@ -4,7 +4,7 @@
 //   const bundle = await openBundle(fromUrl("bundles/notes/"));
 //   await bundle.useAdapter("adapter");                      // or null: the base alone
 //   const answer = await bundle.answer([{ role: "user", content: "Good morning" }], { onText: console.log });
-import { emptyAdapter, readAdapter } from "./adapter.js";
+import { checkProbeChange, emptyAdapter, readAdapter } from "./adapter.js";
 import { AdapterError, BundleError } from "./errors.js";
 import { withoutInitializers } from "./graph.js";
 import { ort } from "./libraries.js";
@@ -84,6 +84,7 @@ export class Bundle {
   #past; // feeds of the cache, by the names of the graph's inputs
   #length = 0; // tokens in the cache
   #adapter; // feeds of the adapter
+  #added = new Map(); // files of adapters that the bundle does not list
 
   constructor(source, manifest, tokenizer, session) {
     this.#source = source;
@@ -94,14 +95,33 @@ export class Bundle {
     this.adapter = null;
   }
 
-  /** The names of the bundle's adapters. */
+  /** The names of the bundle's adapters, and of those that were added. */
   get adapters() {
-    return Object.keys(this.manifest.adapters);
+    return [...Object.keys(this.manifest.adapters), ...this.#added.keys()];
   }
 
   /** The most tokens that prompt and answer may have together. */
   get contextLength() {
     return this.manifest.model.max_position_embeddings;
+  }
+
+  /**
+   * Add an adapter for as long as the bundle is open; one that was added under this name is replaced.
+   * @param {string} name none of the bundle's own
+   * @param {Uint8Array} bytes its .safetensors file
+   */
+  addAdapter(name, bytes) {
+    if (name in this.manifest.adapters) throw new AdapterError(`the bundle has an adapter ${name} of its own`);
+    readAdapter(bytes, this.manifest, name);
+    this.#added.set(name, bytes);
+  }
+
+  /**
+   * A file of the bundle.
+   * @throws {BundleError} there is none of that name, or it is damaged
+   */
+  async read(name) {
+    return readChecked(this.#source, this.manifest, name);
   }
 
   /**
@@ -114,7 +134,8 @@ export class Bundle {
       if (!this.adapters.includes(name)) {
         throw new AdapterError(`the bundle has no adapter ${name}; it has ${this.adapters.join(", ") || "none"}`);
       }
-      const bytes = await readChecked(this.#source, this.manifest, `${name}.safetensors`);
+      if (name in this.manifest.adapters) checkProbeChange(this.manifest.adapters[name], name);
+      const bytes = this.#added.get(name) ?? (await this.read(`${name}.safetensors`));
       for (const [key, tensor] of readAdapter(bytes, this.manifest, name)) tensors.set(key, tensor);
     }
     this.#adapter = Object.fromEntries(

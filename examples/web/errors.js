@@ -7,3 +7,8 @@ export class BundleError extends Error {
 export class AdapterError extends Error {
   name = "AdapterError";
 }
+
+/** A line of a file of rows cannot be learned from. The message begins with its number. */
+export class RowError extends Error {
+  name = "RowError";
+}
