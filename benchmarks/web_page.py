@@ -63,11 +63,40 @@ class Browser:
             self._page(f"$('adapter').value = {json.dumps(adapter)}; $('adapter').dispatchEvent(new Event('change'))")
             self._wait()
             for text in texts:
-                self._page(f"$('prompt').value = {json.dumps(text)}; $('composer').requestSubmit()")
-                self._wait()
+                self.ask(text)
         figures = {name: self._page(f"return $('{name}').textContent") for name in ("load", "memory", "first", "speed")}
         answers = "return [...document.querySelectorAll('.assistant p')].map((each) => each.textContent)"
         return figures | {"answers": self._page(answers)}
+
+    def personalize(self, bundle: str, rows: str, steps: int, learning_rate: float) -> dict[str, Any]:
+        """Train on rows in the page: the losses that its curve shows, and the adapter's file; chats go on from there.
+
+        Raises RuntimeError with what it says where it did not train.
+        """
+        self.chromium.open(serve.address(self.server, bundle))
+        self._wait()
+        self._page(
+            f"const files = new DataTransfer(); files.items.add(new File([{json.dumps(rows)}], 'rows.jsonl'));"
+            f"$('personalize').open = true; $('rows').files = files.files; $('steps').value = {steps};"
+            f"$('rate').value = {learning_rate}; $('training').requestSubmit()"
+        )
+        self._wait()
+        if self._page("return $('download').hidden"):
+            raise RuntimeError(self._page("return $('trained').textContent"))
+        losses = "[...$('curve').querySelectorAll('title')].map((each) => Number(each.textContent.split(': ')[1]))"
+        file = "fetch($('download').href).then((file) => file.bytes()).then((bytes) => Array.from(bytes))"
+        return {
+            "losses": self._page(f"return {losses}"),
+            "file": bytes(self._page(f"return {file}")),
+            "memory": self._page("return $('memory').textContent"),
+        }
+
+    def ask(self, text: str) -> str:
+        """What the page answers to a prompt, with the adapter that is chosen."""
+        self._page(f"$('prompt').value = {json.dumps(text)}; $('composer').requestSubmit()")
+        self._wait()
+        answer: str = self._page("return [...document.querySelectorAll('.assistant p')].at(-1).textContent")
+        return answer
 
     def take_pictures(self, folder: Path) -> None:
         """What the page shows now: light.png, dark.png, phone.png."""

@@ -1,17 +1,20 @@
 // The page: what is typed goes to the worker, what it says is shown. ?bundle=ADDRESS/ names the bundle's folder.
+import { drawCurve } from "./curve.js";
 
 const folder = new URL(new URLSearchParams(location.search).get("bundle") ?? "bundle/", location.href);
 const element = (id) => document.getElementById(id);
-const [adapter, chat, prompt, send] = ["adapter", "chat", "prompt", "send"].map(element);
+const [adapter, chat, prompt, send, train] = ["adapter", "chat", "prompt", "send", "train"].map(element);
 const MIB = 2 ** 20;
 const name = folder.pathname.split("/").filter(Boolean).at(-1);
 
 const worker = new Worker("worker.js", { type: "module" });
 const waiting = new Map();
 let onText = () => {};
+let onStep = () => {};
 worker.addEventListener("message", ({ data }) => {
   if ("progress" in data) element("progress").value = data.progress;
   else if ("text" in data) onText(data.text);
+  else if ("step" in data) onStep(data.step);
   else {
     const { resolve, reject } = waiting.get(data.id);
     waiting.delete(data.id);
@@ -43,7 +46,7 @@ function show(kind, text) {
 
 let isChat = false; // whether the bundle has a chat template
 let messages = [];
-let answering = false;
+let busy = null; // what the worker is at: the button that stops it, or the list of adapters
 
 function restart() {
   messages = [];
@@ -74,39 +77,80 @@ async function answer(text) {
   shown.classList.remove("writing");
 }
 
-function setBusy(busy) {
-  answering = busy;
-  send.textContent = busy ? "Stop" : "Send";
-  for (const id of ["adapter", "clear"]) element(id).disabled = busy;
+function setBusy(by) {
+  busy = by;
+  send.textContent = by === send ? "Stop" : "Send";
+  train.textContent = by === train ? "Stop" : "Train";
+  for (const button of [send, train]) button.disabled = by !== null && by !== button;
+  for (const id of ["adapter", "clear"]) element(id).disabled = by !== null;
 }
 
 element("composer").addEventListener("submit", async (event) => {
   event.preventDefault();
-  if (answering) return call("stop");
+  if (busy) return call("stop");
   const text = prompt.value.trim();
   if (!text) return;
   prompt.value = "";
-  setBusy(true);
+  setBusy(send);
   await answer(text);
-  setBusy(false);
+  setBusy(null);
   prompt.focus();
 });
 
 prompt.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
-  if (!answering) element("composer").requestSubmit();
+  if (!busy) element("composer").requestSubmit();
 });
 
 adapter.addEventListener("change", async () => {
-  setBusy(true);
+  setBusy(adapter);
   try {
     await call("useAdapter", adapter.value || null);
     restart();
   } catch (error) {
     show("error", error.message);
   }
-  setBusy(false);
+  setBusy(null);
+});
+
+async function personalize() {
+  const [file] = element("rows").files;
+  const maxSteps = element("steps").valueAsNumber;
+  const losses = [];
+  element("curve").toggleAttribute("hidden", false);
+  element("trained").textContent = "Reading the rows";
+  onStep = ({ step, loss }) => {
+    losses.push(loss);
+    drawCurve(element("curve"), losses, maxSteps);
+    element("trained").textContent = `Step ${step} of ${maxSteps}: loss ${loss.toFixed(3)}.`;
+  };
+  const learningRate = element("rate").valueAsNumber;
+  const trained = await call("personalize", { text: await file.text(), maxSteps, learningRate });
+  if (![...adapter.options].some(({ value }) => value === trained.adapter)) adapter.append(new Option(trained.adapter));
+  adapter.value = trained.adapter;
+  URL.revokeObjectURL(element("download").href);
+  element("download").href = URL.createObjectURL(new Blob([trained.file]));
+  element("download").hidden = false;
+  restart();
+}
+
+element("training").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  if (busy) return call("stop");
+  setBusy(train);
+  try {
+    await personalize();
+  } catch (error) {
+    element("trained").textContent = `Not trained: ${error.message}.`;
+  }
+  setBusy(null);
+});
+
+element("personalize").addEventListener("dragover", (event) => event.preventDefault());
+element("personalize").addEventListener("drop", (event) => {
+  event.preventDefault();
+  element("rows").files = event.dataTransfer.files;
 });
 
 element("clear").addEventListener("click", () => {
@@ -123,8 +167,9 @@ async function start() {
   adapter.append(new Option("none (base)", ""), ...opened.adapters.map((each) => new Option(each)));
   adapter.value = opened.adapter ?? "";
   if (!isChat) prompt.placeholder = "Begin a text";
+  element("personalize").hidden = !opened.trains;
   for (const id of ["prompt", "send"]) element(id).disabled = false;
-  setBusy(false);
+  setBusy(null);
   restart();
   prompt.focus();
 }

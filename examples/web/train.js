@@ -28,8 +28,9 @@ const withUnderscores = (flags) =>
 
 async function train({ positionals: [folder, file], flags, settings }) {
   const bundle = await openBundle((name) => readFile(join(folder, name)), { threads: 1 });
-  const rows = readRows(await readFile(file, "utf8"), bundle.tokenizer, flags["max-seq-length"] ?? bundle.contextLength);
   const training = await openTraining(bundle, withUnderscores(settings));
+  const length = flags["max-seq-length"] ?? training.contextLength;
+  const rows = readRows(await readFile(file, "utf8"), bundle.tokenizer, length);
   const steps = training.train(rows, {
     maxSteps: flags["max-steps"],
     batchSize: flags["batch-size"],

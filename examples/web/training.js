@@ -80,6 +80,8 @@ export class Training {
     this.#random = random(settings.seed);
     /** What it trains with. */
     this.settings = settings;
+    /** The most tokens that a row may have. */
+    this.contextLength = description.context_length;
     /** The adapter's tensors by name, lora_A [in_features, r] and lora_B [r, out_features]. */
     this.tensors = this.#initial();
     const { moments } = description.optimizers[settings.optimizer];

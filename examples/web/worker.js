@@ -1,10 +1,13 @@
 // The bundle in a worker of its own, so that the page stays responsive while the model computes. A message is
-// {id, method, argument}, its answer {id, result} or {id, error}; {progress} and {text} come in between.
+// {id, method, argument}, its answer {id, result} or {id, error}; {progress}, {text} and {step} come in between.
 import { memoryBytes } from "./memory.js"; // first: it has to see the runtime's memory made
 import { fromUrl, openBundle } from "./bundle.js";
+import { readRows } from "./rows.js";
+import { openTraining } from "./training.js";
 
 const MAX_NEW_TOKENS = 256;
-const METHODS = { open, useAdapter, answer, stop };
+const TRAINED = "trained-here"; // the adapter's name
+const METHODS = { open, useAdapter, answer, personalize, stop };
 
 let bundle;
 let stopping;
@@ -23,7 +26,8 @@ async function open(folder) {
   const { adapters, adapter, manifest } = bundle;
   const nbytes = Object.values(manifest.files).reduce((sum, file) => sum + file.bytes, 0);
   const chat = bundle.tokenizer.template !== null;
-  return { adapters, adapter, weights: manifest.weights, nbytes, chat, loadMs: performance.now() - start };
+  const trains = "training/training.json" in manifest.files;
+  return { adapters, adapter, weights: manifest.weights, nbytes, chat, trains, loadMs: performance.now() - start };
 }
 
 async function useAdapter(name) {
@@ -37,6 +41,26 @@ async function answer(prompt) {
     return messagesCome();
   };
   return bundle.answer(prompt, { maxNewTokens: MAX_NEW_TOKENS, onText, signal: stopping.signal });
+}
+
+/** Trains on the rows of a file, up to `stop` or the last step, and uses the new adapter. */
+async function personalize({ text, maxSteps, learningRate }) {
+  stopping = new AbortController();
+  const training = await openTraining(bundle, learningRate ? { learning_rate: learningRate } : {});
+  try {
+    const rows = readRows(text, bundle.tokenizer, training.contextLength);
+    for await (const step of training.train(rows, { maxSteps })) {
+      postMessage({ step });
+      await messagesCome();
+      if (stopping.signal.aborted) break;
+    }
+    const file = training.adapter();
+    bundle.addAdapter(TRAINED, file);
+    await bundle.useAdapter(TRAINED);
+    return { adapter: TRAINED, file };
+  } finally {
+    await training.close();
+  }
 }
 
 function stop() {
