@@ -1,6 +1,6 @@
 // The loss curve: an SVG with a point for each step, which says its loss where the pointer is on it.
 
-const [LEFT, RIGHT, TOP, BOTTOM] = [34, 590, 10, 130]; // of what is drawn, in a view of 600 x 150
+const [LEFT, RIGHT, TOP, BOTTOM] = [36, 592, 10, 128]; // of what is drawn, in a view of 600 x 150
 
 /** Draw losses; the axis has room for `maxSteps` of them, and begins at a loss of zero. */
 export function drawCurve(svg, losses, maxSteps) {
@@ -12,8 +12,8 @@ export function drawCurve(svg, losses, maxSteps) {
     made("path", { d: `M${LEFT} ${TOP}V${BOTTOM}H${RIGHT}` }),
     made("text", { x: LEFT - 4, y: TOP + 8, "text-anchor": "end" }, highest.toPrecision(2)),
     made("text", { x: LEFT - 4, y: BOTTOM, "text-anchor": "end" }, "0"),
-    made("text", { x: LEFT, y: BOTTOM + 14 }, "step 1"),
-    made("text", { x: RIGHT, y: BOTTOM + 14, "text-anchor": "end" }, String(maxSteps)),
+    made("text", { x: LEFT, y: BOTTOM + 16 }, "step 1"),
+    made("text", { x: RIGHT, y: BOTTOM + 16, "text-anchor": "end" }, String(maxSteps)),
     made("polyline", { points: points.map((point) => `${point.x},${point.y}`).join(" ") }),
     ...points.map(({ loss, step, ...at }) => {
       const circle = made("circle", { cx: at.x, cy: at.y, r: 4 });

@@ -46,17 +46,19 @@ export function stackRows(rows) {
 }
 
 function encodeRow(row, tokenizer, maxLength) {
-  if (typeof row?.text === "string") return cutText(ended(tokenizer.encode(row.text), tokenizer), maxLength);
+  if (isText(row?.text)) return cutText(ended(tokenizer.encode(row.text), tokenizer), maxLength);
   let made;
-  if (typeof row?.prompt === "string" && typeof row.completion === "string") {
+  if (typeof row?.prompt === "string" && isText(row.completion)) {
     made = [encodePair(row.prompt, row.completion, tokenizer, true)];
   } else if (Array.isArray(row?.messages)) made = encodeTurns(row.messages, tokenizer);
-  else throw new Error('expected an object with "text", with "prompt" and "completion", or with "messages"');
+  else throw new Error('expected an object with a "text", with "prompt" and "completion", or with "messages"');
   for (const { ids } of made) {
     if (ids.length > maxLength) throw new Error(`has ${ids.length} tokens, expected at most ${maxLength}`);
   }
   return made;
 }
+
+const isText = (value) => typeof value === "string" && value.trim() !== "";
 
 /** A long text in windows; a last one of a single token, which predicts nothing, gets one more from that before. */
 function cutText(ids, maxLength) {

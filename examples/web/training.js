@@ -16,7 +16,7 @@ const FORMAT_VERSION = 1;
 const FOLDER = "training/";
 const GRAPHS = ["start", "forward", "backward", "head_start", "head_tile", "head_end"];
 const ARRAYS = { float32: Float32Array, uint8: Uint8Array };
-const HEAD_TILE_WEIGHTS = 2 ** 21; // 8 MiB of float32 at once
+const HEAD_TILE_WEIGHTS = 2 ** 18; // 1 MiB of float32 at once: the memory of WebAssembly never shrinks
 const MAX_SKIPPED_IN_A_ROW = 20;
 
 // From the share of the steps after the warm-up that lie behind, 0..1, to a factor of the learning rate.

@@ -1,0 +1,284 @@
+"""The training of the JavaScript example, in Node and in Chromium, against the loop of `personalizer`.
+
+Both begin with the same adapter and see the same rows in the same order: what the example draws from its generator of
+random numbers is drawn here a second time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgetune import sample
+from edgetune.adapter_file import by_slot, read_adapter
+from edgetune.adapters.lora import LoraConfig, onnx_tensors, slots
+from edgetune.bundle import load_bundle
+from edgetune.data import Row, Window, read_rows, stack
+from edgetune.exporter import export
+from edgetune.personalizer.graphs import Arrays, TrainingGraphs, read_description
+from edgetune.personalizer.trainer import Backprop
+from edgetune.planner.plans import Plan
+from edgetune.quantizer import quantize
+from edgetune.runtime.adapters import add_adapter
+from edgetune.runtime.generate import Sampling, complete
+from edgetune.runtime.session import open_session
+from edgetune.tokenizer import load_tokenizer
+from edgetune.training.schedule import learning_rate
+from tests.training.conftest import make_base, make_plan, write_rows
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+EXAMPLE = REPOSITORY / "examples" / "web"
+
+pytestmark = pytest.mark.skipif(
+    not (EXAMPLE / "node_modules").is_dir(),
+    reason="the npm packages are not there: npm ci --ignore-scripts --prefix examples/web",
+)
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="there is no node command")
+
+
+def mulberry32(seed: int) -> Callable[[], float]:
+    """Numbers in 0..1 that follow from a seed, as the example draws them."""
+    state, whole = seed, 0xFFFFFFFF
+
+    def draw() -> float:
+        nonlocal state
+        state = (state + 0x6D2B79F5) & whole
+        t = (state ^ (state >> 15)) * (1 | state) & whole
+        t = ((t + ((t ^ (t >> 7)) * (61 | t) & whole)) & whole) ^ t
+        return (t ^ (t >> 14)) / 2**32
+
+    return draw
+
+
+def initial(config: LoraConfig, plan: Plan, draw: Callable[[], float]) -> Arrays:
+    tensors: Arrays = {}
+    for slot in slots(config, plan.model_config):
+        bound = 1 / math.sqrt(slot.in_features)
+        a = [bound * (2 * draw() - 1) for _ in range(slot.in_features * config.rank)]
+        tensors[f"{slot.linear}.lora_A"] = np.array(a, np.float32).reshape(slot.in_features, config.rank)
+        tensors[f"{slot.linear}.lora_B"] = np.zeros((config.rank, slot.out_features), np.float32)
+    return tensors
+
+
+def endless(rows: list[Row], draw: Callable[[], float]) -> Iterator[Row]:
+    while True:
+        order = list(range(len(rows)))
+        for i in range(len(order) - 1, 0, -1):
+            j = math.floor(draw() * (i + 1))
+            order[i], order[j] = order[j], order[i]
+        yield from (rows[index] for index in order)
+
+
+def batch_of(rows: list[Row]) -> dict[str, np.ndarray]:
+    return stack([Window((row,), max(map(len, rows))) for row in rows])
+
+
+def personalize(bundle: Path, data: Path, plan: Plan) -> tuple[list[float], Arrays]:
+    """The loss of every step and the tensors that a bundle takes: the loop in Python, each row a window of its own."""
+    opened, draw = load_bundle(bundle), mulberry32(plan.seed)
+    parameters = initial(plan.adapter, plan, draw)
+    graphs = TrainingGraphs(read_description(opened), 1, plan.optimizer)
+    rule = Backprop(graphs, parameters, plan.adapter, plan)
+    order = endless(list(read_rows(data, load_tokenizer(bundle), plan.max_seq_length)), draw)
+    steps, losses = plan.max_steps or 0, []
+    for step in range(steps):
+        batches = [
+            batch_of([next(order) for _ in range(plan.batch_size)]) for _ in range(plan.gradient_accumulation_steps)
+        ]
+        losses.append(rule.gradient(batches, (0, step), lambda: None)[0])
+        warmup = round(plan.warmup_ratio * steps)
+        schedule = {"warmup_steps": warmup, "max_steps": steps, "schedule": plan.lr_scheduler_type}
+        rule.update(learning_rate(step, peak=plan.learning_rate, **schedule))
+    tensors = onnx_tensors(plan.adapter, {name: value.T for name, value in parameters.items()})
+    return losses, by_slot(tensors, opened.slots)
+
+
+def train(bundle: Path, rows: Path, *flags: object) -> subprocess.CompletedProcess[str]:
+    command = ["node", EXAMPLE / "train.js", bundle, rows, *flags]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=600)
+
+
+def flags_of(plan: Plan) -> list[object]:
+    """The settings of a plan that the example takes."""
+    values = {"r": plan.adapter.rank, "lora_alpha": plan.adapter.lora_alpha}
+    names = (
+        "optimizer", "max_steps", "batch_size", "gradient_accumulation_steps", "max_seq_length", "learning_rate",
+        "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "seed",
+    )  # fmt: skip
+    values |= {name: getattr(plan, name) for name in names}
+    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", value)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, a bundle with training graphs, and rows."""
+    folder = tmp_path_factory.mktemp("tiny")
+    base = make_base(folder, "gemma3_text", "int4")
+    export(base, out=folder / "bundle", with_training=True)
+    write_rows(folder / "rows.jsonl", 17)
+    return folder
+
+
+@needs_node
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 2, "weight_decay": 0.1, "warmup_ratio": 0.25, "learning_rate": 2e-2},
+        {"optimizer": "sgd", "lr_scheduler_type": "linear", "batch_size": 3, "learning_rate": 2.0, "seed": 5},
+    ],
+    ids=["adamw", "sgd"],
+)
+def test_node_trains_as_python_does(settings: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+    """Two kinds of attention, linears that share an input, shapes that are no multiple of the grid's block."""
+    adapter = LoraConfig(r=3, lora_alpha=5)
+    values = {"gradient_accumulation_steps": 1, "max_steps": 10, "adapter": adapter} | settings
+    plan = make_plan(tiny / "base", **values)
+    losses, tensors = personalize(tiny / "bundle", tiny / "rows.jsonl", plan)
+    done = train(tiny / "bundle", tiny / "rows.jsonl", *flags_of(plan), "--out", tmp_path / "web.safetensors")
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [step["loss"] for step in steps] == pytest.approx(losses, abs=1e-4)
+    assert not any(step["skipped"] for step in steps) and losses[-1] < losses[0] - 0.5, "nothing was learned"
+    written = read_adapter(tmp_path / "web.safetensors").tensors
+    assert written.keys() == tensors.keys()
+    for name, value in tensors.items():
+        np.testing.assert_allclose(written[name], value, atol=1e-3 * np.abs(value).max(), err_msg=name)
+    added = add_adapter(shutil.copytree(tiny / "bundle", tmp_path / "bundle"), tmp_path / "web.safetensors")
+    assert added.default_adapter == "web" and added.adapters["web"].binding.lora_alpha == 5
+
+
+_ROWS_JS = """
+import { existsSync, readFileSync } from "node:fs";
+import { readRows, stackRows } from "EXAMPLE/rows.js";
+import { BundleTokenizer } from "EXAMPLE/tokenizer.js";
+const [folder, length, texts] = JSON.parse(readFileSync(0, "utf8"));
+const names = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"];
+const there = names.filter((name) => existsSync(`${folder}/${name}`));
+const tokenizer = new BundleTokenizer(new Map(there.map((name) => [name, readFileSync(`${folder}/${name}`, "utf8")])));
+const made = texts.map((text) => {
+  try {
+    const rows = readRows(text, tokenizer, length);
+    return { rows, batch: stackRows(rows) };
+  } catch (error) {
+    return { error: `${error.name}: ${error.message}` };
+  }
+});
+const plain = (_, value) => (value instanceof BigInt64Array ? Array.from(value, Number) : value);
+console.log(JSON.stringify(made, plain));
+"""
+
+
+def rows_of(folder: Path, length: int, *texts: str) -> list[dict[str, Any]]:
+    """What the example's rows.js makes of files, or says of them."""
+    script = _ROWS_JS.replace("EXAMPLE", EXAMPLE.as_uri())
+    done = subprocess.run(
+        ["node", "--input-type=module", "-e", script], input=json.dumps([str(folder), length, texts]),
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made: list[dict[str, Any]] = json.loads(done.stdout)
+    return made
+
+
+def jsonl(*rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+CHAT = [{"role": "user", "content": "Zoë?"}, {"role": "assistant", "content": "so — now\n"}]
+PAIRS = [("Dear diary,", " all is well"), ("a\n", "b</s>"), ("", "so"), ("x", " y ")]
+ROWS = {
+    "text": jsonl(*({"text": text} for text in ("abc" * 40, "d" * 64, "é", "so — what now? </s>"))),
+    "prompt": jsonl(*({"prompt": prompt, "completion": completion} for prompt, completion in PAIRS)),
+    "chat": jsonl({"messages": CHAT}, {"messages": [{"role": "system", "content": "Be brief."}, *CHAT]}),
+}
+
+
+@needs_node
+@pytest.mark.parametrize("kind", ["sample", *ROWS])
+def test_rows_become_what_edgetune_makes_of_them(kind: str, tiny: Path, tmp_path: Path) -> None:
+    folder, length = (sample.BASE, 256) if kind == "sample" else (tiny / "bundle", 64)
+    text = ROWS.get(kind) or "".join(sample.PERSONAL_TRAIN.read_text(encoding="utf-8").splitlines(True)[::20])
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    (found,) = rows_of(folder, length, text)
+    rows = list(read_rows(tmp_path / "rows.jsonl", load_tokenizer(folder), length))
+    assert found["rows"] == [{"ids": row.input_ids.tolist(), "labels": row.labels.tolist()} for row in rows]
+    batch = {name: value.ravel().tolist() for name, value in batch_of(rows).items()}
+    assert found["batch"] == batch | {"shape": [len(rows), max(map(len, rows))]}
+
+
+@needs_node
+def test_rows_that_cannot_be_learned_from_are_named(tiny: Path) -> None:
+    good = jsonl({"text": "so"})
+    cases = {
+        " \n": "the file has no rows; expected one JSON object in each line",
+        good + jsonl({"text": 1}): 'line 2: expected an object with a "text", with "prompt" and "completion", or with',
+        good + "{\n" + good: "line 2: Expected property name or '}' in JSON",
+        good + jsonl({"prompt": "so", "completion": " "}): "line 2: expected an object",
+        jsonl({"prompt": "so", "completion": "a" * 62}): "line 1: has 65 tokens, expected at most 64",
+        jsonl({"messages": CHAT[:1]}): "line 1: has no message of the assistant to learn",
+        jsonl({"text": "</s>"}): "line 1: has a single token, so that nothing can be predicted",
+    }
+    found = rows_of(tiny / "bundle", 64, *cases)
+    for made, message in zip(found, cases.values(), strict=True):
+        assert made.get("error", "").startswith(f"RowError: {message}"), (made, message)
+
+
+@needs_node
+def test_node_stops_where_nothing_is_finite(tiny: Path) -> None:
+    done = train(tiny / "bundle", tiny / "rows.jsonl", "--max-steps", 60, "--batch-size", 1, "--learning-rate", 1e30)
+    assert done.returncode == 1
+    assert "RangeError: loss or gradients were not finite in 20 steps. Take a lower learning rate" in done.stderr
+    steps = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [step["skipped"] for step in steps][-20:] == [False, *[True] * 19]
+
+
+@needs_node
+def test_node_says_how_it_trains_and_with_what(tiny: Path, tmp_path: Path) -> None:
+    done = train(tiny / "bundle", tiny / "rows.jsonl", "--steps", 3)
+    assert done.returncode == 2 and done.stderr.startswith("usage: node train.js BUNDLE ROWS --max-steps N")
+    export(tiny / "base", out=tmp_path / "plain")
+    done = train(tmp_path / "plain", tiny / "rows.jsonl", "--max-steps", 1)
+    assert "BundleError: the bundle has no training graphs. Export it with --with-training" in done.stderr
+
+
+@pytest.mark.debian
+def test_the_page_personalizes_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses of its curve are Python's, and what it answers then is what the adapter's file gives here."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    from web_page import missing, open_browser
+
+    if missing():
+        pytest.skip(missing())
+    base, steps, prompt = quantize(sample.BASE, "int4", tmp_path / "base"), 12, "phone the vet"
+    bundle = export(base, out=tmp_path / "bundle", with_training=True)
+    lines = sample.PERSONAL_TRAIN.read_text(encoding="utf-8").splitlines(keepends=True)[:120]
+    (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    with open_browser({"sample": bundle.folder}) as browser:
+        trained = browser.personalize("sample", "".join(lines), steps, 3e-3)
+        answer = browser.ask(prompt)
+        with pytest.raises(RuntimeError, match="Not trained: line 1: "):
+            browser.personalize("sample", "so", steps, 3e-3)
+    plan = make_plan(
+        base, adapter=LoraConfig(r=8, lora_alpha=16), max_steps=steps, batch_size=8, gradient_accumulation_steps=1,
+        max_seq_length=256, learning_rate=3e-3, warmup_ratio=0.03, weight_decay=0.0, seed=0,
+    )  # fmt: skip
+    losses, _ = personalize(bundle.folder, tmp_path / "rows.jsonl", plan)
+    assert trained["losses"] == pytest.approx(losses, abs=1e-3) and len(losses) == steps
+    assert losses[-1] < losses[0] - 1, "nothing was learned"
+    (tmp_path / "page.safetensors").write_bytes(trained["file"])
+    tokenizer = load_tokenizer(bundle.folder)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    answers = []
+    for adapter in (tmp_path / "page.safetensors", False):
+        session = open_session(bundle, adapter=adapter, fp32_compute=True)
+        answers.append(complete(session, tokenizer, ids, Sampling(64)).text)
+    assert answer == answers[0] != answers[1]
