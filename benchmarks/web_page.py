@@ -57,8 +57,7 @@ class Browser:
 
         Raises RuntimeError with an error that it shows instead.
         """
-        self.chromium.open(serve.address(self.server, bundle))
-        self._wait()
+        self.open(bundle)
         for adapter, texts in prompts.items():
             self._page(f"$('adapter').value = {json.dumps(adapter)}; $('adapter').dispatchEvent(new Event('change'))")
             self._wait()
@@ -68,27 +67,32 @@ class Browser:
         answers = "return [...document.querySelectorAll('.assistant p')].map((each) => each.textContent)"
         return figures | {"answers": self._page(answers)}
 
-    def personalize(self, bundle: str, rows: str, steps: int, learning_rate: float) -> dict[str, Any]:
-        """Train on rows in the page: the losses that its curve shows, and the adapter's file; chats go on from there.
+    def open(self, bundle: str) -> None:
+        """Show the page with a bundle, and wait until it takes input."""
+        self.chromium.open(serve.address(self.server, bundle))
+        self._wait()
+
+    def personalize(self, rows: str, steps: int, learning_rate: float) -> dict[str, Any]:
+        """Train on rows in the page: the losses that its curve shows, the adapter's file, and what it says at the end.
 
         Raises RuntimeError with what it says where it did not train.
         """
-        self.chromium.open(serve.address(self.server, bundle))
-        self._wait()
         self._page(
             f"const files = new DataTransfer(); files.items.add(new File([{json.dumps(rows)}], 'rows.jsonl'));"
             f"$('personalize').open = true; $('rows').files = files.files; $('steps').value = {steps};"
             f"$('rate').value = {learning_rate}; $('training').requestSubmit()"
         )
         self._wait()
-        if self._page("return $('download').hidden"):
-            raise RuntimeError(self._page("return $('trained').textContent"))
+        says: str = self._page("return $('trained').textContent")
+        if says.startswith("Not trained"):
+            raise RuntimeError(says)
         losses = "[...$('curve').querySelectorAll('title')].map((each) => Number(each.textContent.split(': ')[1]))"
-        file = "fetch($('download').href).then((file) => file.bytes()).then((bytes) => Array.from(bytes))"
+        file = "fetch($('download').href).then((file) => file.arrayBuffer()).then((file) => [...new Uint8Array(file)])"
         return {
             "losses": self._page(f"return {losses}"),
             "file": bytes(self._page(f"return {file}")),
-            "memory": self._page("return $('memory').textContent"),
+            "says": says,
+            "adapter": self._page("return $('adapter').value"),
         }
 
     def ask(self, text: str) -> str:

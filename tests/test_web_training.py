@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from edgetune.bundle import load_bundle
 from edgetune.data import Row, Window, read_rows, stack
 from edgetune.exporter import export
 from edgetune.personalizer.graphs import Arrays, TrainingGraphs, read_description
-from edgetune.personalizer.trainer import Backprop
+from edgetune.personalizer.trainer import Backprop, mean_loss
 from edgetune.planner.plans import Plan
 from edgetune.quantizer import quantize
 from edgetune.runtime.adapters import add_adapter
@@ -68,37 +69,55 @@ def initial(config: LoraConfig, plan: Plan, draw: Callable[[], float]) -> Arrays
     return tensors
 
 
-def endless(rows: list[Row], draw: Callable[[], float]) -> Iterator[Row]:
+def shuffled(rows: Sequence[Row], draw: Callable[[], float]) -> list[Row]:
+    order = list(rows)
+    for i in range(len(order) - 1, 0, -1):
+        j = math.floor(draw() * (i + 1))
+        order[i], order[j] = order[j], order[i]
+    return order
+
+
+def endless(rows: Sequence[Row], draw: Callable[[], float]) -> Iterator[Row]:
     while True:
-        order = list(range(len(rows)))
-        for i in range(len(order) - 1, 0, -1):
-            j = math.floor(draw() * (i + 1))
-            order[i], order[j] = order[j], order[i]
-        yield from (rows[index] for index in order)
+        yield from shuffled(rows, draw)
 
 
 def batch_of(rows: list[Row]) -> dict[str, np.ndarray]:
     return stack([Window((row,), max(map(len, rows))) for row in rows])
 
 
-def personalize(bundle: Path, data: Path, plan: Plan) -> tuple[list[float], Arrays]:
-    """The loss of every step and the tensors that a bundle takes: the loop in Python, each row a window of its own."""
+class Trained(NamedTuple):
+    losses: list[float]  # of every step
+    eval_losses: tuple[float, float]  # of the held-out rows, before and after
+    tensors: Arrays  # as a bundle takes them
+
+
+def personalize(bundle: Path, data: Path, plan: Plan) -> Trained:
+    """The loop in Python, each row a window of its own."""
     opened, draw = load_bundle(bundle), mulberry32(plan.seed)
     parameters = initial(plan.adapter, plan, draw)
     graphs = TrainingGraphs(read_description(opened), 1, plan.optimizer)
     rule = Backprop(graphs, parameters, plan.adapter, plan)
-    order = endless(list(read_rows(data, load_tokenizer(bundle), plan.max_seq_length)), draw)
+    rows = list(read_rows(data, load_tokenizer(bundle), plan.max_seq_length))
+    order, count = shuffled(rows, draw), round(plan.eval_fraction * len(rows))
+    held_out, source = [batch_of(order[:count])], endless(order[count:], draw)
+    eval_losses = [mean_loss(graphs, held_out, rule.adapter, no_check)]
     steps, losses = plan.max_steps or 0, []
     for step in range(steps):
         batches = [
-            batch_of([next(order) for _ in range(plan.batch_size)]) for _ in range(plan.gradient_accumulation_steps)
+            batch_of([next(source) for _ in range(plan.batch_size)]) for _ in range(plan.gradient_accumulation_steps)
         ]
-        losses.append(rule.gradient(batches, (0, step), lambda: None)[0])
+        losses.append(rule.gradient(batches, (0, step), no_check)[0])
         warmup = round(plan.warmup_ratio * steps)
         schedule = {"warmup_steps": warmup, "max_steps": steps, "schedule": plan.lr_scheduler_type}
         rule.update(learning_rate(step, peak=plan.learning_rate, **schedule))
+    eval_losses.append(mean_loss(graphs, held_out, rule.adapter, no_check))
     tensors = onnx_tensors(plan.adapter, {name: value.T for name, value in parameters.items()})
-    return losses, by_slot(tensors, opened.slots)
+    return Trained(losses, (eval_losses[0], eval_losses[1]), by_slot(tensors, opened.slots))
+
+
+def no_check() -> None:
+    pass
 
 
 def train(bundle: Path, rows: Path, *flags: object) -> subprocess.CompletedProcess[str]:
@@ -111,7 +130,7 @@ def flags_of(plan: Plan) -> list[object]:
     values = {"r": plan.adapter.rank, "lora_alpha": plan.adapter.lora_alpha}
     names = (
         "optimizer", "max_steps", "batch_size", "gradient_accumulation_steps", "max_seq_length", "learning_rate",
-        "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "seed",
+        "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "eval_fraction", "seed",
     )  # fmt: skip
     values |= {name: getattr(plan, name) for name in names}
     return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", value)]
@@ -141,15 +160,17 @@ def test_node_trains_as_python_does(settings: dict[str, Any], tiny: Path, tmp_pa
     adapter = LoraConfig(r=3, lora_alpha=5)
     values = {"gradient_accumulation_steps": 1, "max_steps": 10, "adapter": adapter} | settings
     plan = make_plan(tiny / "base", **values)
-    losses, tensors = personalize(tiny / "bundle", tiny / "rows.jsonl", plan)
+    trained = personalize(tiny / "bundle", tiny / "rows.jsonl", plan)
     done = train(tiny / "bundle", tiny / "rows.jsonl", *flags_of(plan), "--out", tmp_path / "web.safetensors")
     assert done.returncode == 0, done.stderr
-    steps = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [step["loss"] for step in steps] == pytest.approx(losses, abs=1e-4)
-    assert not any(step["skipped"] for step in steps) and losses[-1] < losses[0] - 0.5, "nothing was learned"
+    before, *steps, after = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [step["loss"] for step in steps] == pytest.approx(trained.losses, abs=1e-4)
+    assert (before["evalLoss"], after["evalLoss"]) == pytest.approx(trained.eval_losses, abs=1e-4)
+    assert not any(step["skipped"] for step in steps) and after["memoryBytes"] > 0
+    assert after["evalLoss"] < before["evalLoss"] - 0.5, "nothing was learned"
     written = read_adapter(tmp_path / "web.safetensors").tensors
-    assert written.keys() == tensors.keys()
-    for name, value in tensors.items():
+    assert written.keys() == trained.tensors.keys()
+    for name, value in trained.tensors.items():
         np.testing.assert_allclose(written[name], value, atol=1e-3 * np.abs(value).max(), err_msg=name)
     added = add_adapter(shutil.copytree(tiny / "bundle", tmp_path / "bundle"), tmp_path / "web.safetensors")
     assert added.default_adapter == "web" and added.adapters["web"].binding.lora_alpha == 5
@@ -233,10 +254,21 @@ def test_rows_that_cannot_be_learned_from_are_named(tiny: Path) -> None:
 
 @needs_node
 def test_node_stops_where_nothing_is_finite(tiny: Path) -> None:
-    done = train(tiny / "bundle", tiny / "rows.jsonl", "--max-steps", 60, "--batch-size", 1, "--learning-rate", 1e30)
+    done = train(
+        tiny / "bundle",
+        tiny / "rows.jsonl",
+        "--max-steps",
+        60,
+        "--batch-size",
+        1,
+        "--eval-fraction",
+        0,
+        "--learning-rate",
+        1e30,
+    )
     assert done.returncode == 1
     assert "RangeError: loss or gradients were not finite in 20 steps. Take a lower learning rate" in done.stderr
-    steps = [json.loads(line) for line in done.stdout.splitlines()]
+    _, *steps = [json.loads(line) for line in done.stdout.splitlines()]
     assert [step["skipped"] for step in steps][-20:] == [False, *[True] * 19]
 
 
@@ -247,6 +279,15 @@ def test_node_says_how_it_trains_and_with_what(tiny: Path, tmp_path: Path) -> No
     export(tiny / "base", out=tmp_path / "plain")
     done = train(tmp_path / "plain", tiny / "rows.jsonl", "--max-steps", 1)
     assert "BundleError: the bundle has no training graphs. Export it with --with-training" in done.stderr
+    done = train(tiny / "bundle", tiny / "rows.jsonl", "--max-steps", 1, "--optimizer", "lion")
+    assert "RangeError: optimizer is lion, expected adamw, sgd" in done.stderr
+
+
+def held_out_losses(shown: dict[str, Any]) -> tuple[float, float]:
+    """Before and after, as the page says them."""
+    match = re.search(r"On held-out rows (\S+) before, (\S+) now\.", shown["says"])
+    assert match, shown["says"]
+    return float(match[1]), float(match[2])
 
 
 @pytest.mark.debian
@@ -262,17 +303,25 @@ def test_the_page_personalizes_the_sample(tmp_path: Path, monkeypatch: pytest.Mo
     lines = sample.PERSONAL_TRAIN.read_text(encoding="utf-8").splitlines(keepends=True)[:120]
     (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
     with open_browser({"sample": bundle.folder}) as browser:
-        trained = browser.personalize("sample", "".join(lines), steps, 3e-3)
+        browser.open("sample")
+        trained = browser.personalize("".join(lines), steps, 3e-3)
         answer = browser.ask(prompt)
+        worse = browser.personalize("".join(lines), 2, 0.3)
         with pytest.raises(RuntimeError, match="Not trained: line 1: "):
-            browser.personalize("sample", "so", steps, 3e-3)
+            browser.personalize("so", steps, 3e-3)
     plan = make_plan(
         base, adapter=LoraConfig(r=8, lora_alpha=16), max_steps=steps, batch_size=8, gradient_accumulation_steps=1,
-        max_seq_length=256, learning_rate=3e-3, warmup_ratio=0.03, weight_decay=0.0, seed=0,
+        max_seq_length=256, learning_rate=3e-3, warmup_ratio=0.03, weight_decay=0.0, eval_fraction=0.1, seed=0,
     )  # fmt: skip
-    losses, _ = personalize(bundle.folder, tmp_path / "rows.jsonl", plan)
-    assert trained["losses"] == pytest.approx(losses, abs=1e-3) and len(losses) == steps
-    assert losses[-1] < losses[0] - 1, "nothing was learned"
+    expected = personalize(bundle.folder, tmp_path / "rows.jsonl", plan)
+    assert trained["losses"] == pytest.approx(expected.losses, abs=1e-3) and len(expected.losses) == steps
+    assert held_out_losses(trained) == pytest.approx(expected.eval_losses, abs=1e-3)
+    assert expected.eval_losses[1] < expected.eval_losses[0] - 1, "nothing was learned"
+    assert trained["says"].endswith("trained-1 is used now.") and trained["adapter"] == "trained-1"
+    # The second one is held to the first, which its graphs compute linear by linear.
+    before, after = held_out_losses(worse)
+    assert before == pytest.approx(expected.eval_losses[1], abs=1e-3) and after > before
+    assert worse["says"].endswith("Choose trained-2 to try it all the same.") and worse["adapter"] == "trained-1"
     (tmp_path / "page.safetensors").write_bytes(trained["file"])
     tokenizer = load_tokenizer(bundle.folder)
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)

@@ -78,6 +78,28 @@ function bySlot(tensors, { name, in_features, out_features, modules }) {
   ];
 }
 
+/**
+ * An adapter of a bundle for each linear on its own, at the rank of its whole slot: the inverse of `bySlot` in effect.
+ * @param {Map<string, {shape: number[], data: Float32Array}>} tensors by slot, as `readAdapter` gives them
+ */
+export function byLinear(tensors, slots) {
+  const found = new Map();
+  for (const { name, out_features, modules } of slots) {
+    const [a, b] = ["lora_A", "lora_B"].map((kind) => tensors.get(`${name}.${kind}`));
+    let start = 0;
+    for (const [module, outputs] of Object.entries(modules)) {
+      const rank = b.shape[0];
+      const data = new Float32Array(rank * outputs);
+      for (let i = 0; i < rank; i++) {
+        data.set(b.data.subarray(i * out_features + start, i * out_features + start + outputs), i * outputs);
+      }
+      found.set(`${module}.lora_A`, a).set(`${module}.lora_B`, { shape: [rank, outputs], data });
+      start += outputs;
+    }
+  }
+  return found;
+}
+
 const adapted = (modules, tensors) => Object.keys(modules).filter((module) => tensors.has(`${module}.lora_A`));
 
 /** What stands in for an adapter where there is none: rank 0, which computes the base exactly. */

@@ -93,6 +93,8 @@ export class Bundle {
     this.tokenizer = tokenizer;
     /** The adapter in use, or null for the base alone. */
     this.adapter = null;
+    /** Its tensors by slot, of rank 0 for the base. */
+    this.adapterTensors = new Map();
   }
 
   /** The names of the bundle's adapters, and of those that were added. */
@@ -106,12 +108,13 @@ export class Bundle {
   }
 
   /**
-   * Add an adapter for as long as the bundle is open; one that was added under this name is replaced.
-   * @param {string} name none of the bundle's own
+   * Add an adapter for as long as the bundle is open.
+   * @param {string} name
    * @param {Uint8Array} bytes its .safetensors file
+   * @throws {AdapterError} the name is taken, or it does not fit the bundle
    */
   addAdapter(name, bytes) {
-    if (name in this.manifest.adapters) throw new AdapterError(`the bundle has an adapter ${name} of its own`);
+    if (this.adapters.includes(name)) throw new AdapterError(`the bundle has an adapter ${name} already`);
     readAdapter(bytes, this.manifest, name);
     this.#added.set(name, bytes);
   }
@@ -138,6 +141,7 @@ export class Bundle {
       const bytes = this.#added.get(name) ?? (await this.read(`${name}.safetensors`));
       for (const [key, tensor] of readAdapter(bytes, this.manifest, name)) tensors.set(key, tensor);
     }
+    this.adapterTensors = tensors;
     this.#adapter = Object.fromEntries(
       [...tensors].map(([key, { shape, data }]) => [key, new ort.Tensor("float32", data, shape)]),
     );

@@ -1,4 +1,5 @@
-// Trains an adapter from Node, one JSON object for each step: node train.js BUNDLE ROWS --max-steps N [--out FILE] …
+// Trains an adapter from Node, one JSON object for each step and around them for the held-out rows:
+//   node train.js BUNDLE ROWS --max-steps N [--out FILE] …
 // The other flags are those of `edgetune personalize`; what is left out is as training.json has it.
 import { readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -10,7 +11,7 @@ import { openTraining } from "./training.js";
 
 const SETTINGS = [
   "r", "lora-alpha", "optimizer", "learning-rate", "lr-scheduler-type", "warmup-ratio", "weight-decay", "max-grad-norm",
-  "seed",
+  "eval-fraction", "seed",
 ]; // prettier-ignore
 const FLAGS = ["max-steps", "batch-size", "gradient-accumulation-steps", "max-seq-length", "out", ...SETTINGS];
 
@@ -30,13 +31,15 @@ async function train({ positionals: [folder, file], flags, settings }) {
   const bundle = await openBundle((name) => readFile(join(folder, name)), { threads: 1 });
   const training = await openTraining(bundle, withUnderscores(settings));
   const length = flags["max-seq-length"] ?? training.contextLength;
-  const rows = readRows(await readFile(file, "utf8"), bundle.tokenizer, length);
+  const [rows, heldOut] = training.holdOut(readRows(await readFile(file, "utf8"), bundle.tokenizer, length));
+  console.log(JSON.stringify({ evalLoss: await training.meanLoss(heldOut) }));
   const steps = training.train(rows, {
     maxSteps: flags["max-steps"],
     batchSize: flags["batch-size"],
     gradientAccumulationSteps: flags["gradient-accumulation-steps"],
   });
-  for await (const step of steps) console.log(JSON.stringify({ ...step, memoryBytes: memoryBytes() }));
+  for await (const step of steps) console.log(JSON.stringify(step));
+  console.log(JSON.stringify({ evalLoss: await training.meanLoss(heldOut), memoryBytes: memoryBytes() }));
   if (flags.out) await writeFile(flags.out, training.adapter());
 }
 

@@ -3,7 +3,9 @@
 // JavaScript's memory, and the runtime holds those of the one graph that runs.
 //
 //   const training = await openTraining(bundle);
-//   for await (const { step, loss } of training.train(readRows(text, bundle.tokenizer, 128), { maxSteps: 100 })) …
+//   const [rows, heldOut] = training.holdOut(readRows(text, bundle.tokenizer, training.contextLength));
+//   for await (const { step, loss } of training.train(rows, { maxSteps: 100 })) console.log(step, loss);
+//   console.log(await training.meanLoss(heldOut));
 //   bundle.addAdapter("mine", training.adapter());
 //   await training.close();
 import { writeAdapter } from "./adapter.js";
@@ -14,7 +16,7 @@ import { stackRows } from "./rows.js";
 
 const FORMAT_VERSION = 1;
 const FOLDER = "training/";
-const GRAPHS = ["start", "forward", "backward", "head_start", "head_tile", "head_end"];
+const GRAPHS = ["start", "forward", "backward", "head_start", "head_tile", "head_end", "loss_tile", "loss_end"];
 const ARRAYS = { float32: Float32Array, uint8: Uint8Array };
 const HEAD_TILE_WEIGHTS = 2 ** 18; // 1 MiB of float32 at once: the memory of WebAssembly never shrinks
 const MAX_SKIPPED_IN_A_ROW = 20;
@@ -30,9 +32,10 @@ const SCHEDULES = {
  * Open the training graphs of a bundle, with a new adapter on every linear.
  * @param {Bundle} bundle
  * @param {object} settings what differs from the `defaults` of training.json: r, lora_alpha, optimizer, learning_rate,
- *   lr_scheduler_type, warmup_ratio, weight_decay, max_grad_norm, seed
+ *   lr_scheduler_type, warmup_ratio, weight_decay, max_grad_norm, eval_fraction, seed
  * @returns {Promise<Training>}
  * @throws {BundleError} the bundle has no training graphs, or they are damaged or of a newer format
+ * @throws {RangeError} there is no such optimizer or schedule
  */
 export async function openTraining(bundle, settings = {}) {
   if (!(`${FOLDER}training.json` in bundle.manifest.files)) {
@@ -43,6 +46,8 @@ export async function openTraining(bundle, settings = {}) {
     throw new BundleError(`training.json has format_version ${description.format_version}, expected ${FORMAT_VERSION}`);
   }
   const wanted = { ...description.defaults, ...settings };
+  checkKnown("optimizer", wanted.optimizer, description.optimizers);
+  checkKnown("lr_scheduler_type", wanted.lr_scheduler_type, SCHEDULES);
   wanted.learning_rate ??= description.optimizers[wanted.optimizer].learning_rate;
   const weights = readWeights(await bundle.read(description.data_file), description.tensors);
   const graphs = {};
@@ -90,6 +95,14 @@ export class Training {
     }
   }
 
+  /** Rows in two parts: those to learn from, and the share `eval_fraction`, at least one, to judge by. */
+  holdOut(rows) {
+    const { eval_fraction: share } = this.settings;
+    const count = share ? Math.min(Math.max(roundHalfEven(share * rows.length), 1), rows.length - 1) : 0;
+    const order = this.#shuffled(rows);
+    return [order.slice(count), order.slice(0, count)];
+  }
+
   /**
    * Train on rows, in an order that is new in each epoch. Leaving the loop early is fine: the adapter is as good as it
    * is then.
@@ -120,6 +133,26 @@ export class Training {
     }
   }
 
+  /**
+   * Loss of a learned token, in nats; NaN where there are no rows.
+   * @param {{ids: number[], labels: number[]}[]} rows
+   * @param {{tensors?: Map<string, {shape: number[], data: Float32Array}>, batchSize?: number}} options tensors: an
+   *   adapter by `byLinear` to judge in the place of this one, its scaling in lora_B
+   */
+  async meanLoss(rows, { tensors, batchSize = 8 } = {}) {
+    const adapter = tensors && new Map([...tensors].map(([name, { shape, data }]) => [name, floats(data, shape)]));
+    const scaling = tensors ? floats([1]) : this.#scaling;
+    let [lossSum, supervised] = [0, 0];
+    for (let start = 0; start < rows.length; start += batchSize) {
+      const batch = stackRows(rows.slice(start, start + batchSize));
+      const x = await this.#forward(batch, (prefix) => this.#adapterOf(prefix, adapter, scaling));
+      const sums = await this.#sums(x, batch.labels, "loss_tile");
+      lossSum += (await this.#graphs.loss_end.run(sums)).loss_sum.data[0];
+      supervised += count(batch);
+    }
+    return lossSum / supervised;
+  }
+
   /** The adapter as it is now, as a file that bundles of this base take: see `Bundle.addAdapter`. */
   adapter() {
     const scaling = this.#scaling.data[0];
@@ -137,13 +170,14 @@ export class Training {
 
   /** Loss, norm of the gradients and the gradients by tensor, of all micro-batches of a step. */
   async #gradient(batches) {
-    const supervised = batches.reduce((sum, { labels }) => sum + labels.filter((label) => label >= 0n).length, 0);
+    const supervised = batches.reduce((sum, batch) => sum + count(batch), 0); // every row has some
     const gradients = new Map();
     let lossSum = 0;
     for (const batch of batches) {
       const kept = [];
-      const x = await this.#forward(batch, kept);
-      const end = await this.#head(x, batch.labels, 1 / supervised);
+      const x = await this.#forward(batch, (prefix) => this.#adapterOf(prefix), kept);
+      const sums = await this.#sums(x, batch.labels, "head_tile");
+      const end = await this.#graphs.head_end.run({ ...this.#outer.head_end, ...sums, scale: floats([1 / supervised]) });
       lossSum += end.loss_sum.data[0];
       await this.#backward(end.dx, kept, gradients);
     }
@@ -153,7 +187,7 @@ export class Training {
   }
 
   /** The last block's output; what each block took goes into `kept`. */
-  async #forward({ shape, input_ids, position_ids, segment_ids }, kept) {
+  async #forward({ shape, input_ids, position_ids, segment_ids }, adapterOf, kept = []) {
     const ids = Object.entries({ input_ids, position_ids, segment_ids });
     const feeds = Object.fromEntries(ids.map(([name, data]) => [name, new ort.Tensor("int64", data, shape)]));
     const shared = await this.#graphs.start.run({ ...this.#outer.start, ...feeds });
@@ -162,23 +196,23 @@ export class Training {
       const attention = ["mask", "cos", "sin"].map((name) => [name, shared[`${name}.${kind}`]]);
       const taken = { x, ...Object.fromEntries(attention) };
       kept.push(taken);
-      x = (await this.#graphs.forward.run({ ...taken, ...weights, ...this.#adapterOf(prefix) })).y;
+      x = (await this.#graphs.forward.run({ ...taken, ...weights, ...adapterOf(prefix) })).y;
     }
     return x;
   }
 
-  /** The loss and its gradient, the vocabulary in ranges. */
-  async #head(x, data, scale) {
+  /** What the end of the loss takes: running sums over the vocabulary, which `tile` adds in ranges. */
+  async #sums(x, data, tile) {
     const labels = new ort.Tensor("int64", data, [data.length]);
     const { hidden, targets } = await this.#graphs.head_start.run({ ...this.#outer.head_start, x, labels });
-    const [count] = hidden.dims;
-    let sums = { highest: zeros([count, 1], -Infinity), total: zeros([count, 1]), of_target: zeros([count, 1]) };
-    sums.weighted = zeros(hidden.dims);
-    for (const tile of this.#tiles) {
-      const made = await this.#graphs.head_tile.run({ hidden, targets, ...sums, ...tile });
-      sums = Object.fromEntries(Object.keys(sums).map((name) => [name, made[`${name}.next`]]));
+    const column = [hidden.dims[0], 1];
+    const sums = { highest: zeros(column, -Infinity), total: zeros(column), of_target: zeros(column) };
+    sums.weighted = zeros(hidden.dims); // for the gradient
+    for (const rows of this.#tiles) {
+      const made = await this.#graphs[tile].run({ hidden, targets, ...sums, ...rows });
+      for (const [name, value] of Object.entries(made)) sums[name.replace(/\.next$/, "")] = value;
     }
-    return this.#graphs.head_end.run({ ...this.#outer.head_end, ...sums, x, labels, targets, scale: floats([scale]) });
+    return { x, labels, targets, ...sums };
   }
 
   /** Adds to the gradients, from the last block down. */
@@ -212,11 +246,13 @@ export class Training {
     }
   }
 
-  /** The adapter's tensors of a block, by the names of the graphs' inputs. */
-  #adapterOf(prefix) {
-    const names = this.#graphs.forward.optional.map(({ name }) => name);
-    const found = names.map((name) => [name, this.tensors.get(prefix + name)]);
-    return { scaling: this.#scaling, ...Object.fromEntries(found) };
+  /** The adapter's tensors of a block, by the names of the graphs' inputs; of rank 0 where it has none. */
+  #adapterOf(prefix, tensors = this.tensors, scaling = this.#scaling) {
+    const found = this.#graphs.forward.optional.map(({ name, shape }) => [
+      name,
+      tensors.get(prefix + name) ?? zeros(shape.map((size) => (Number.isInteger(size) ? size : 0))),
+    ]);
+    return { scaling, ...Object.fromEntries(found) };
   }
 
   /** lora_A uniform in ±1/sqrt(in_features), lora_B zero. */
@@ -234,14 +270,16 @@ export class Training {
   }
 
   *#endless(rows) {
-    for (;;) {
-      const order = [...rows.keys()];
-      for (let i = order.length - 1; i > 0; i--) {
-        const j = Math.floor(this.#random() * (i + 1));
-        [order[i], order[j]] = [order[j], order[i]];
-      }
-      for (const index of order) yield rows[index];
+    for (;;) yield* this.#shuffled(rows);
+  }
+
+  #shuffled(rows) {
+    const order = [...rows];
+    for (let i = order.length - 1; i > 0; i--) {
+      const j = Math.floor(this.#random() * (i + 1));
+      [order[i], order[j]] = [order[j], order[i]];
     }
+    return order;
   }
 
   /** The rate of step 0..maxSteps-1: it rises over the warm-up; neither the first nor the last is zero. */
@@ -297,12 +335,12 @@ function readWeights(data, tensors) {
 function* headTiles(graph, weights, head, step) {
   const parts = graph.inputs.filter(({ name }) => weights.has(name.replace(/^head/, head)));
   const widths = parts.map(({ shape }) => shape.slice(1).reduce((product, n) => product * n, 1));
-  const wholes_ = parts.map(({ name }) => weights.get(name.replace(/^head/, head)));
-  const count = wholes_[0].length / widths[0];
+  const matrices = parts.map(({ name }) => weights.get(name.replace(/^head/, head)));
+  const count = matrices[0].length / widths[0];
   for (let start = 0; start < count; start += step) {
     const end = Math.min(start + step, count);
     const rows = parts.map(({ name, dtype, shape }, i) => {
-      const data = wholes_[i].subarray(start * widths[i], end * widths[i]);
+      const data = matrices[i].subarray(start * widths[i], end * widths[i]);
       return [name, new ort.Tensor(dtype, data, [end - start, ...shape.slice(1)])];
     });
     yield { first_row: wholes([start]), ...Object.fromEntries(rows) };
@@ -313,6 +351,13 @@ const floats = (values, dims = [values.length]) => new ort.Tensor("float32", Flo
 const wholes = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [values.length]);
 const zeros = (dims, value = 0) =>
   new ort.Tensor("float32", new Float32Array(dims.reduce((product, n) => product * n, 1)).fill(value), dims);
+
+/** Positions of a micro-batch that have a label. */
+const count = ({ labels }) => labels.filter((label) => label >= 0n).length;
+
+function checkKnown(name, value, known) {
+  if (!(value in known)) throw new RangeError(`${name} is ${value}, expected ${Object.keys(known).join(", ")}`);
+}
 
 /** Python's `round`, so that a run here warms up for as many steps as there. */
 function roundHalfEven(value) {

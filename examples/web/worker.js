@@ -1,16 +1,17 @@
 // The bundle in a worker of its own, so that the page stays responsive while the model computes. A message is
 // {id, method, argument}, its answer {id, result} or {id, error}; {progress}, {text} and {step} come in between.
 import { memoryBytes } from "./memory.js"; // first: it has to see the runtime's memory made
+import { byLinear } from "./adapter.js";
 import { fromUrl, openBundle } from "./bundle.js";
 import { readRows } from "./rows.js";
 import { openTraining } from "./training.js";
 
 const MAX_NEW_TOKENS = 256;
-const TRAINED = "trained-here"; // the adapter's name
 const METHODS = { open, useAdapter, answer, personalize, stop };
 
 let bundle;
 let stopping;
+let trained = 0; // adapters, which are named by their number
 
 addEventListener("message", async ({ data: { id, method, argument } }) => {
   try {
@@ -43,21 +44,24 @@ async function answer(prompt) {
   return bundle.answer(prompt, { maxNewTokens: MAX_NEW_TOKENS, onText, signal: stopping.signal });
 }
 
-/** Trains on the rows of a file, up to `stop` or the last step, and uses the new adapter. */
+/** Trains on rows up to `stop` or the last step; uses the new adapter unless held-out rows speak for the old one. */
 async function personalize({ text, maxSteps, learningRate }) {
   stopping = new AbortController();
   const training = await openTraining(bundle, learningRate ? { learning_rate: learningRate } : {});
   try {
-    const rows = readRows(text, bundle.tokenizer, training.contextLength);
+    const [rows, heldOut] = training.holdOut(readRows(text, bundle.tokenizer, training.contextLength));
+    const tensors = byLinear(bundle.adapterTensors, bundle.manifest.slots);
+    const before = await training.meanLoss(heldOut, { tensors });
     for await (const step of training.train(rows, { maxSteps })) {
       postMessage({ step });
       await messagesCome();
       if (stopping.signal.aborted) break;
     }
-    const file = training.adapter();
-    bundle.addAdapter(TRAINED, file);
-    await bundle.useAdapter(TRAINED);
-    return { adapter: TRAINED, file };
+    const after = await training.meanLoss(heldOut);
+    const [name, file] = [`trained-${++trained}`, training.adapter()];
+    bundle.addAdapter(name, file);
+    if (!(after > before)) await bundle.useAdapter(name);
+    return { name, isUsed: bundle.adapter === name, file, before, after };
   } finally {
     await training.close();
   }
