@@ -33,6 +33,7 @@ from edgetune.runtime.generate import Sampling, complete
 from edgetune.runtime.session import open_session
 from edgetune.tokenizer import load_tokenizer
 from edgetune.training.schedule import learning_rate
+from tests.conftest import tiny_config, write_model
 from tests.training.conftest import make_base, make_plan, write_rows
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -138,30 +139,30 @@ def flags_of(plan: Plan) -> list[object]:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base, a bundle with training graphs, and rows."""
+    """A folder with bases, their bundles with training graphs, and rows."""
     folder = tmp_path_factory.mktemp("tiny")
-    base = make_base(folder, "gemma3_text", "int4")
-    export(base, out=folder / "bundle", with_training=True)
+    export(make_base(folder, "gemma3_text", "int4"), out=folder / "base-bundle", with_training=True)
+    dense = write_model(folder / "dense", tiny_config("qwen2"))
+    export(dense, out=folder / "dense-bundle", with_training=True)
     write_rows(folder / "rows.jsonl", 17)
     return folder
 
 
 @needs_node
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"gradient_accumulation_steps": 2, "weight_decay": 0.1, "warmup_ratio": 0.25, "learning_rate": 2e-2},
-        {"optimizer": "sgd", "lr_scheduler_type": "linear", "batch_size": 3, "learning_rate": 2.0, "seed": 5},
-    ],
-    ids=["adamw", "sgd"],
-)
-def test_node_trains_as_python_does(settings: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
-    """Two kinds of attention, linears that share an input, shapes that are no multiple of the grid's block."""
-    adapter = LoraConfig(r=3, lora_alpha=5)
-    values = {"gradient_accumulation_steps": 1, "max_steps": 10, "adapter": adapter} | settings
-    plan = make_plan(tiny / "base", **values)
-    trained = personalize(tiny / "bundle", tiny / "rows.jsonl", plan)
-    done = train(tiny / "bundle", tiny / "rows.jsonl", *flags_of(plan), "--out", tmp_path / "web.safetensors")
+@pytest.mark.parametrize("base", ["base", "dense"])
+def test_node_trains_as_python_does(base: str, tiny: Path, tmp_path: Path) -> None:
+    """AdamW on two kinds of attention and shapes that are no multiple of the grid's block; SGD on a head of its own."""
+    values: dict[str, Any] = {
+        "base": {"gradient_accumulation_steps": 2, "weight_decay": 0.1, "warmup_ratio": 0.25, "learning_rate": 2e-2},
+        "dense": {
+            "optimizer": "sgd", "lr_scheduler_type": "linear", "batch_size": 3, "gradient_accumulation_steps": 1,
+            "learning_rate": 2.0, "seed": 5,
+        },
+    }[base]  # fmt: skip
+    bundle = tiny / f"{base}-bundle"
+    plan = make_plan(tiny / base, adapter=LoraConfig(r=3, lora_alpha=5), max_steps=10, **values)
+    trained = personalize(bundle, tiny / "rows.jsonl", plan)
+    done = train(bundle, tiny / "rows.jsonl", *flags_of(plan), "--out", tmp_path / "web.safetensors")
     assert done.returncode == 0, done.stderr
     before, *steps, after = [json.loads(line) for line in done.stdout.splitlines()]
     assert [step["loss"] for step in steps] == pytest.approx(trained.losses, abs=1e-4)
@@ -172,7 +173,7 @@ def test_node_trains_as_python_does(settings: dict[str, Any], tiny: Path, tmp_pa
     assert written.keys() == trained.tensors.keys()
     for name, value in trained.tensors.items():
         np.testing.assert_allclose(written[name], value, atol=1e-3 * np.abs(value).max(), err_msg=name)
-    added = add_adapter(shutil.copytree(tiny / "bundle", tmp_path / "bundle"), tmp_path / "web.safetensors")
+    added = add_adapter(shutil.copytree(bundle, tmp_path / "bundle"), tmp_path / "web.safetensors")
     assert added.default_adapter == "web" and added.adapters["web"].binding.lora_alpha == 5
 
 
@@ -225,7 +226,7 @@ ROWS = {
 @needs_node
 @pytest.mark.parametrize("kind", ["sample", *ROWS])
 def test_rows_become_what_edgetune_makes_of_them(kind: str, tiny: Path, tmp_path: Path) -> None:
-    folder, length = (sample.BASE, 256) if kind == "sample" else (tiny / "bundle", 64)
+    folder, length = (sample.BASE, 256) if kind == "sample" else (tiny / "base-bundle", 64)
     text = ROWS.get(kind) or "".join(sample.PERSONAL_TRAIN.read_text(encoding="utf-8").splitlines(True)[::20])
     (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
     (found,) = rows_of(folder, length, text)
@@ -247,7 +248,7 @@ def test_rows_that_cannot_be_learned_from_are_named(tiny: Path) -> None:
         jsonl({"messages": CHAT[:1]}): "line 1: has no message of the assistant to learn",
         jsonl({"text": "</s>"}): "line 1: has a single token, so that nothing can be predicted",
     }
-    found = rows_of(tiny / "bundle", 64, *cases)
+    found = rows_of(tiny / "base-bundle", 64, *cases)
     for made, message in zip(found, cases.values(), strict=True):
         assert made.get("error", "").startswith(f"RowError: {message}"), (made, message)
 
@@ -255,7 +256,7 @@ def test_rows_that_cannot_be_learned_from_are_named(tiny: Path) -> None:
 @needs_node
 def test_node_stops_where_nothing_is_finite(tiny: Path) -> None:
     done = train(
-        tiny / "bundle",
+        tiny / "base-bundle",
         tiny / "rows.jsonl",
         "--max-steps",
         60,
@@ -274,12 +275,12 @@ def test_node_stops_where_nothing_is_finite(tiny: Path) -> None:
 
 @needs_node
 def test_node_says_how_it_trains_and_with_what(tiny: Path, tmp_path: Path) -> None:
-    done = train(tiny / "bundle", tiny / "rows.jsonl", "--steps", 3)
+    done = train(tiny / "base-bundle", tiny / "rows.jsonl", "--steps", 3)
     assert done.returncode == 2 and done.stderr.startswith("usage: node train.js BUNDLE ROWS --max-steps N")
     export(tiny / "base", out=tmp_path / "plain")
     done = train(tmp_path / "plain", tiny / "rows.jsonl", "--max-steps", 1)
     assert "BundleError: the bundle has no training graphs. Export it with --with-training" in done.stderr
-    done = train(tiny / "bundle", tiny / "rows.jsonl", "--max-steps", 1, "--optimizer", "lion")
+    done = train(tiny / "base-bundle", tiny / "rows.jsonl", "--max-steps", 1, "--optimizer", "lion")
     assert "RangeError: optimizer is lion, expected adamw, sgd" in done.stderr
 
 
@@ -298,7 +299,7 @@ def test_the_page_personalizes_the_sample(tmp_path: Path, monkeypatch: pytest.Mo
 
     if missing():
         pytest.skip(missing())
-    base, steps, prompt = quantize(sample.BASE, "int4", tmp_path / "base"), 12, "phone the vet"
+    base, steps, prompt = quantize(sample.BASE, "int4", tmp_path / "base"), 12, "video call my mum"
     bundle = export(base, out=tmp_path / "bundle", with_training=True)
     lines = sample.PERSONAL_TRAIN.read_text(encoding="utf-8").splitlines(keepends=True)[:120]
     (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
