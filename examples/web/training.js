@@ -10,7 +10,6 @@
 //   await training.close();
 import { writeAdapter } from "./adapter.js";
 import { BundleError } from "./errors.js";
-import { withoutInitializers } from "./graph.js";
 import { ort } from "./libraries.js";
 import { stackRows } from "./rows.js";
 
@@ -248,7 +247,7 @@ export class Training {
 
   /** The adapter's tensors of a block, by the names of the graphs' inputs; of rank 0 where it has none. */
   #adapterOf(prefix, tensors = this.tensors, scaling = this.#scaling) {
-    const found = this.#graphs.forward.optional.map(({ name, shape }) => [
+    const found = this.#graphs.forward.adapter.map(({ name, shape }) => [
       name,
       tensors.get(prefix + name) ?? zeros(shape.map((size) => (Number.isInteger(size) ? size : 0))),
     ]);
@@ -259,7 +258,7 @@ export class Training {
   #initial() {
     const tensors = new Map();
     for (const { prefix } of this.#blocks) {
-      for (const { name, shape } of this.#graphs.forward.optional) {
+      for (const { name, shape } of this.#graphs.forward.adapter) {
         const tensor = zeros(shape.map((size) => (Number.isInteger(size) ? size : this.settings.r)));
         const bound = name.endsWith("lora_A") ? 1 / Math.sqrt(shape[0]) : 0;
         if (bound) tensor.data.forEach((_, i, data) => (data[i] = bound * (2 * this.#random() - 1)));
@@ -290,19 +289,18 @@ export class Training {
   }
 }
 
-/** A session that takes the weights it is given; adapter tensors, which are optional, are made plain inputs. */
+/** A session that takes the weights it is given. */
 class Graph {
   static async open(bytes, inputs, outputs) {
-    const optional = inputs.filter((input) => input.optional);
-    const model = withoutInitializers(bytes, new Set(optional.map(({ name }) => name)));
-    const session = await ort.InferenceSession.create(model, { executionProviders: ["wasm"], logSeverityLevel: 3 });
-    return new Graph(session, inputs, optional, outputs);
+    const session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"], logSeverityLevel: 3 });
+    return new Graph(session, inputs, outputs);
   }
 
-  constructor(session, inputs, optional, outputs) {
+  constructor(session, inputs, outputs) {
     this.session = session;
     this.inputs = inputs;
-    this.optional = optional;
+    /** Those of the inputs that are an adapter's. */
+    this.adapter = inputs.filter(({ name }) => /\.lora_[AB]$/.test(name));
     this.outputs = outputs.map(({ name }) => name);
   }
 
