@@ -21,6 +21,7 @@ from edgetune.adapters.attach import attach
 from edgetune.adapters.base import load_adapter
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import AnyBase, Base, EncoderBase, open_any_base, weights_sha256
+from edgetune.bundle import MANIFEST
 from edgetune.data import Row, read_rows, split_eval
 from edgetune.device import DeviceProfile, load_device
 from edgetune.errors import DeviceError, EdgetuneWarning, ExportError
@@ -157,6 +158,11 @@ def read_job(
     if weights is not None and weights not in FORMATS:
         raise ExportError(f"weights = {weights!r}; choose from {', '.join(FORMATS)}.")
     run = _read_run(folder)
+    if run and (run["base"] / MANIFEST).is_file():
+        raise ExportError(
+            f"{folder} was trained in the bundle {run['base']}, which is one already. Put the adapter into another one "
+            f"with `edgetune adapter add BUNDLE {folder}`."
+        )
     base = open_any_base(run["base"] if run else folder)
     adapter = _read_adapter(folder, base) if run else None
     if merge and adapter is None:

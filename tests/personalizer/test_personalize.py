@@ -94,6 +94,11 @@ def test_what_a_personalization_leaves(made: Path, whole: Run) -> None:
     np.testing.assert_array_equal(fed, tensors["model.layers.1.mlp.down_proj.lora_B"].T * np.float32(lora.scaling))
 
 
+def test_a_run_of_a_bundle_is_added_and_not_exported(whole: Run, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"was trained in the bundle .*`edgetune adapter add BUNDLE .*run`"):
+        export(whole, out=tmp_path / "bundle")
+
+
 def test_the_inference_graph_has_the_loss_that_training_saw(made: Path, whole: Run) -> None:
     bundle = whole.folder.parent / "bundle"
     rows = read_rows(made / "held_out.jsonl", load_tokenizer(bundle), 48).rows
