@@ -72,8 +72,10 @@ class Browser:
         self.chromium.open(serve.address(self.server, bundle))
         self._wait()
 
-    def personalize(self, rows: str, steps: int, learning_rate: float) -> dict[str, Any]:
+    def personalize(self, rows: str, steps: int, learning_rate: float, *, stop: bool = False) -> dict[str, Any]:
         """Train on rows in the page: the losses that its curve shows, the adapter's file, and what it says at the end.
+
+        With `stop` the button is pressed again once the curve has a point.
 
         Raises RuntimeError with what it says where it did not train.
         """
@@ -82,6 +84,9 @@ class Browser:
             f"$('personalize').open = true; $('rows').files = files.files; $('steps').value = {steps};"
             f"$('rate').value = {learning_rate}; $('training').requestSubmit()"
         )
+        if stop:
+            self._wait("$('curve').querySelector('circle')")
+            self._page("$('training').requestSubmit()")
         self._wait()
         says: str = self._page("return $('trained').textContent")
         if says.startswith("Not trained"):
@@ -112,10 +117,10 @@ class Browser:
     def _page(self, script: str) -> Any:
         return self.chromium.evaluate(f"(($) => {{ {script} }})((id) => document.getElementById(id))")
 
-    def _wait(self) -> None:
-        """Wait until the page takes input."""
+    def _wait(self, condition: str = "!$('adapter').disabled") -> None:
+        """Wait until something holds; if nothing is said, until the page takes input."""
         deadline = time.monotonic() + TIMEOUT_S
-        while self._page("return $('adapter').disabled"):
+        while not self._page(f"return Boolean({condition})"):
             error = self._page("return document.querySelector('.error')?.textContent")
             if error or time.monotonic() > deadline:
                 raise RuntimeError(f"the page does not go on; it says {error!r}")

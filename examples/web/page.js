@@ -132,7 +132,7 @@ async function personalize() {
   if (isUsed) adapter.value = name;
   const judged = `On held-out rows ${before.toFixed(5)} before, ${after.toFixed(5)} now.`;
   const chosen = isUsed ? `${name} is used now.` : `Choose ${name} to try it all the same.`;
-  element("trained").textContent += ` ${Number.isFinite(after) ? judged : ""} ${chosen}`;
+  element("trained").textContent += ` ${Number.isNaN(before) ? "" : judged} ${chosen}`;
   URL.revokeObjectURL(element("download").href);
   element("download").href = URL.createObjectURL(new Blob([made]));
   element("download").download = `${name}.safetensors`;

@@ -44,7 +44,7 @@ async function answer(prompt) {
   return bundle.answer(prompt, { maxNewTokens: MAX_NEW_TOKENS, onText, signal: stopping.signal });
 }
 
-/** Trains on rows up to `stop` or the last step; uses the new adapter unless held-out rows speak for the old one. */
+/** Trains on rows up to `stop` or the last step; uses the new adapter where held-out rows do not speak for the old one. */
 async function personalize({ text, maxSteps, learningRate }) {
   stopping = new AbortController();
   const training = await openTraining(bundle, learningRate ? { learning_rate: learningRate } : {});
@@ -60,7 +60,7 @@ async function personalize({ text, maxSteps, learningRate }) {
     const after = await training.meanLoss(heldOut);
     const [name, file] = [`trained-${++trained}`, training.adapter()];
     bundle.addAdapter(name, file);
-    if (!(after > before)) await bundle.useAdapter(name);
+    if (!heldOut.length || after <= before) await bundle.useAdapter(name);
     return { name, isUsed: bundle.adapter === name, file, before, after };
   } finally {
     await training.close();
