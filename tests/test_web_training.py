@@ -280,9 +280,16 @@ def test_node_stops_where_nothing_is_finite(tiny: Path) -> None:
 def test_node_says_how_it_trains_and_with_what(tiny: Path, tmp_path: Path) -> None:
     done = train(tiny / "base-bundle", tiny / "rows.jsonl", "--steps", 3)
     assert done.returncode == 2 and done.stderr.startswith("usage: node train.js BUNDLE ROWS --max-steps N")
+    assert "Unknown option '--steps'" in done.stderr
     export(tiny / "base", out=tmp_path / "plain")
     done = train(tmp_path / "plain", tiny / "rows.jsonl", "--max-steps", 1)
     assert "BundleError: the bundle has no training graphs. Export it with --with-training" in done.stderr
+    shutil.copytree(tiny / "base-bundle", tmp_path / "bundle")
+    manifest = json.loads((tmp_path / "bundle" / "edgetune.json").read_text(encoding="utf-8"))
+    manifest["slots"] = manifest["slots"][1:]
+    (tmp_path / "bundle" / "edgetune.json").write_text(json.dumps(manifest), encoding="utf-8")
+    done = train(tmp_path / "bundle", tiny / "rows.jsonl", "--max-steps", 1)
+    assert "BundleError: the bundle has no slot for self_attn.q_proj. Export it without --slots adapter" in done.stderr
     done = train(tiny / "base-bundle", tiny / "rows.jsonl", "--max-steps", 1, "--optimizer", "lion")
     assert "RangeError: optimizer is lion, expected adamw, sgd" in done.stderr
 

@@ -7,7 +7,8 @@ export function drawCurve(svg, losses, maxSteps) {
   const highest = Math.max(...losses.filter(Number.isFinite), 0.1);
   const x = (step) => LEFT + ((RIGHT - LEFT) * step) / Math.max(maxSteps - 1, 1);
   const y = (loss) => BOTTOM - ((BOTTOM - TOP) * loss) / highest;
-  const points = losses.map((loss, step) => ({ loss, step, x: x(step), y: y(loss) })).filter((p) => Number.isFinite(p.y));
+  const all = losses.map((loss, step) => ({ loss, step, x: x(step), y: y(loss) }));
+  const points = all.filter((point) => Number.isFinite(point.y));
   svg.replaceChildren(
     made("path", { d: `M${LEFT} ${TOP}V${BOTTOM}H${RIGHT}` }),
     made("text", { x: LEFT - 4, y: TOP + 8, "text-anchor": "end" }, highest.toPrecision(2)),

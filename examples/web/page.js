@@ -119,7 +119,7 @@ async function personalize() {
   const maxSteps = element("steps").valueAsNumber;
   const losses = [];
   element("curve").toggleAttribute("hidden", false);
-  element("trained").textContent = "Reading the rows";
+  element("trained").textContent = "Reading the rows; a tenth is held out to judge by.";
   onStep = ({ step, loss }) => {
     losses.push(loss);
     drawCurve(element("curve"), losses, maxSteps);

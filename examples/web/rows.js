@@ -14,7 +14,7 @@ const IGNORED = -100; // the label of a position that is not learned
  * @throws {RowError} a line cannot be used
  */
 export function readRows(text, tokenizer, maxLength) {
-  if (!text.trim()) throw new RowError('the file has no rows; expected one JSON object in each line, such as {"text": "…"}');
+  if (!text.trim()) throw new RowError('the file has no rows; expected one JSON object in each line: {"text": "…"}');
   return text.trimEnd().split("\n").flatMap((line, index) => {
     try {
       return encodeRow(JSON.parse(line), tokenizer, maxLength);

@@ -9,10 +9,11 @@ import { openBundle } from "./bundle.js";
 import { readRows } from "./rows.js";
 import { openTraining } from "./training.js";
 
+// prettier-ignore
 const SETTINGS = [
   "r", "lora-alpha", "optimizer", "learning-rate", "lr-scheduler-type", "warmup-ratio", "weight-decay", "max-grad-norm",
   "eval-fraction", "seed",
-]; // prettier-ignore
+];
 const FLAGS = ["max-steps", "batch-size", "gradient-accumulation-steps", "max-seq-length", "out", ...SETTINGS];
 
 function readArguments() {
@@ -47,7 +48,7 @@ let given;
 try {
   given = readArguments();
 } catch (error) {
-  console.error(`usage: node train.js BUNDLE ROWS --max-steps N [--out FILE] [--learning-rate …]   (${error.message})`);
+  console.error(`usage: node train.js BUNDLE ROWS --max-steps N [--out FILE] [--learning-rate …]; ${error.message}`);
   process.exit(2);
 }
 try {

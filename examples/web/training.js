@@ -48,6 +48,7 @@ export async function openTraining(bundle, settings = {}) {
   checkKnown("optimizer", wanted.optimizer, description.optimizers);
   checkKnown("lr_scheduler_type", wanted.lr_scheduler_type, SCHEDULES);
   wanted.learning_rate ??= description.optimizers[wanted.optimizer].learning_rate;
+  checkSlots(description.graphs.forward, bundle.manifest.slots);
   const weights = readWeights(await bundle.read(description.data_file), description.tensors);
   const graphs = {};
   for (const name of [...GRAPHS, `optimizer.${wanted.optimizer}`]) {
@@ -75,8 +76,8 @@ export class Training {
     this.#graphs = graphs;
     this.#blocks = Array.from({ length: layers }, (_, i) => ({
       kind: kinds[i],
-      prefix: `model.layers.${i}.`,
-      weights: graphs.forward.weights(weights, `model.layers.${i}.`),
+      prefix: inBlock(i, ""),
+      weights: graphs.forward.weights(weights, inBlock(i, "")),
     }));
     this.#outer = Object.fromEntries(["start", "head_start", "head_end"].map((g) => [g, graphs[g].weights(weights)]));
     this.#tiles = [...headTiles(graphs.head_tile, weights, description.head, Math.floor(HEAD_TILE_WEIGHTS / width))];
@@ -323,7 +324,7 @@ function readWeights(data, tensors) {
   return new Map(
     Object.entries(tensors).map(([name, { dtype, offset, nbytes }]) => {
       const Array = ARRAYS[dtype];
-      if (!Array) throw new BundleError(`training.json: ${name} is ${dtype}, expected ${Object.keys(ARRAYS).join(" or ")}`);
+      if (!Array) throw new BundleError(`training.json: ${name} is ${dtype}, expected one of ${Object.keys(ARRAYS)}`);
       return [name, new Array(data.buffer, data.byteOffset + offset, nbytes / Array.BYTES_PER_ELEMENT)];
     }),
   );
@@ -352,6 +353,17 @@ const zeros = (dims, value = 0) =>
 
 /** Positions of a micro-batch that have a label. */
 const count = ({ labels }) => labels.filter((label) => label >= 0n).length;
+
+/** Every linear is trained, so each needs a place in the inference graph; `export --slots adapter` leaves some out. */
+function checkSlots({ inputs }, slots) {
+  const known = slots.flatMap(({ modules }) => Object.keys(modules));
+  const missing = inputs.find(({ name }) => name.endsWith(".lora_A") && !known.includes(inBlock(0, name.slice(0, -7))));
+  if (missing) {
+    throw new BundleError(`the bundle has no slot for ${missing.name.slice(0, -7)}. Export it without --slots adapter`);
+  }
+}
+
+const inBlock = (index, name) => `model.layers.${index}.${name}`;
 
 function checkKnown(name, value, known) {
   if (!(value in known)) throw new RangeError(`${name} is ${value}, expected ${Object.keys(known).join(", ")}`);

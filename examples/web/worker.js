@@ -11,7 +11,6 @@ const METHODS = { open, useAdapter, answer, personalize, stop };
 
 let bundle;
 let stopping;
-let trained = 0; // adapters, which are named by their number
 
 addEventListener("message", async ({ data: { id, method, argument } }) => {
   try {
@@ -44,7 +43,7 @@ async function answer(prompt) {
   return bundle.answer(prompt, { maxNewTokens: MAX_NEW_TOKENS, onText, signal: stopping.signal });
 }
 
-/** Trains on rows up to `stop` or the last step; uses the new adapter where held-out rows do not speak for the old one. */
+/** Trains on rows up to `stop` or the last step; uses the new adapter unless held-out rows speak for the old one. */
 async function personalize({ text, maxSteps, learningRate }) {
   stopping = new AbortController();
   const training = await openTraining(bundle, learningRate ? { learning_rate: learningRate } : {});
@@ -58,13 +57,20 @@ async function personalize({ text, maxSteps, learningRate }) {
       if (stopping.signal.aborted) break;
     }
     const after = await training.meanLoss(heldOut);
-    const [name, file] = [`trained-${++trained}`, training.adapter()];
+    const [name, file] = [freeName(), training.adapter()];
     bundle.addAdapter(name, file);
     if (!heldOut.length || after <= before) await bundle.useAdapter(name);
     return { name, isUsed: bundle.adapter === name, file, before, after };
   } finally {
     await training.close();
   }
+}
+
+/** trained-1, or with the next number that no adapter of the bundle has. */
+function freeName() {
+  let number = 1;
+  while (bundle.adapters.includes(`trained-${number}`)) number++;
+  return `trained-${number}`;
 }
 
 function stop() {
