@@ -339,8 +339,14 @@ def _madvise() -> Any:
 
 
 # Anonymous bytes after the imports of an engine and a first small step, before any model: what `measure_floor` gave on
-# x86-64 Linux, Python 3.11, torch 2.13 for CPUs. Stands in where the engine is not installed and cannot be measured.
-FLOOR_BYTES = {"torch": 150 * MIB}
+# x86-64 Linux, Python 3.11, torch 2.13 for CPUs, onnxruntime 1.31. Stands in where the engine is not installed and
+# cannot be measured.
+FLOOR_BYTES = {"torch": 150 * MIB, "ort": 32 * MIB}
+# What an engine needs to be importable, and what measures it there, after the imports of the command that trains.
+_FLOORS = {
+    "torch": ("torch", "edgetune.cli.launch, edgetune.cli.training, edgetune.training.floor"),
+    "ort": ("onnxruntime", "edgetune.cli.personalizing, edgetune.personalizer.floor"),
+}
 
 
 @functools.cache
@@ -349,15 +355,15 @@ def measure_floor(engine: str, threads: int = 1) -> int:
 
     Where the engine is not installed or does not start, what another machine measured (`FLOOR_BYTES`).
     """
-    if engine == "torch" and importlib.util.find_spec("torch") is not None:
-        code = f"import edgetune.cli.launch, edgetune.cli.training, edgetune.training.floor as f; f.main({threads})"
-        package = str(Path(__file__).parents[1])
-        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    package, modules = _FLOORS[engine]
+    if importlib.util.find_spec(package) is not None:
+        code = f"import {modules} as f; f.main({threads})"
+        paths = (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))
         child = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,
             text=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             check=False,
         )
         if child.returncode == 0:

@@ -694,9 +694,7 @@ def test_devices_lists_and_shows(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"^memory\.budget_mib +3686$", out, re.MULTILINE)
     assert "No engine trains" not in out
     assert call("devices", "apple-watch-10") == 0
-    assert (
-        capsys.readouterr().out.splitlines()[-1].startswith("No engine trains a model of usual size on apple-watch-10")
-    )
+    assert "No engine trains" not in capsys.readouterr().out  # the ort engine does
 
 
 def test_doctor_calibrates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

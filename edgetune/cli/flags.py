@@ -53,7 +53,14 @@ Grid = Annotated[
     str | None,
     typer.Option("--grid", help="int4 or nf4. (default: what the device's profile names)", show_default=False),
 ]
-Engine = Annotated[str, typer.Option("--engine", help="What runs the training; torch is the only one so far.")]
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        help="What trains: torch, or ort, which `edgetune personalize` is. (default: torch where it fits, else ort)",
+        show_default=False,
+    ),
+]
 Method = Annotated[str, typer.Option("--adapter", help="The adapter's method.")]
 Budget = Annotated[
     str,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -39,12 +40,25 @@ def new_run(
         BudgetError, ConfigError, DeviceError, ModelError, DataError: as `plan` and `quantize` raise them.
     """
     plan = planner.plan(model, device, data=data, eval_data=eval_data, config=config, **wishes)
+    if plan.engine != "torch":
+        raise ConfigError(
+            f"{model} fits {plan.device} by the {plan.engine} engine alone, which trains a bundle on the device. Next: "
+            f"edgetune {shlex.join(way_to_personalize(model))}, then edgetune personalize bundle/ --device "
+            f"{plan.device} --data {data} --out {out}. --engine torch says what that engine lacks."
+        )
     tell(brief(plan))
     folder = model_folder(model)
     if open_base(folder).grid is None:
         folder = _quantized(folder, plan.grid, out.with_name(f"{out.name}-base"))
         plan = replace(plan, model=str(folder))
     return {"plan": plan, "base": folder, "data": data, "out": out, "eval_data": eval_data}
+
+
+def way_to_personalize(model: str) -> list[str]:
+    """The words that come next where the device trains itself: its graphs need an int4 base."""
+    if open_base(model_folder(model)).grid is None:
+        return ["quantize", model, "--grid", "int4", "--out", "base/"]
+    return ["export", model, "--with-training", "--out", "bundle/"]
 
 
 def old_run(

@@ -154,7 +154,7 @@ def plan(
     data: Rows = None,
     eval_data: EvalRows = None,
     grid: Grid = None,
-    engine: Engine = "torch",
+    engine: Engine = None,
     adapter: Method = "lora",
     budget: Budget = "foreground",
     skip_bad: SkipBad = False,
@@ -178,7 +178,7 @@ def plan(
         made.to_dict(),
         made.explain() if explain else f"{launch.brief(made)}\n--explain shows where each MiB goes.",
         as_json,
-        following=_as_planned(context, data),
+        following=_as_planned(context, data) if made.engine == "torch" else launch.way_to_personalize(model),
     )
 
 
@@ -266,7 +266,7 @@ def train(
     ] = None,
     eval_data: EvalRows = None,
     grid: Grid = None,
-    engine: Engine = "torch",
+    engine: Engine = None,
     adapter: Method = "lora",
     budget: Budget = "foreground",
     enforce: Annotated[
@@ -508,7 +508,7 @@ def personalize(
         str, typer.Option("--device", metavar="ID", help="Whose budget counts: a profile's id or TOML file.")
     ] = "host",
     budget: Annotated[
-        str, typer.Option("--budget", help="Memory to stay inside: foreground, background, or a number of MiB.")
+        str, typer.Option("--budget", help="Memory to stay inside: foreground, background, a number of MiB, or min.")
     ] = "foreground",
     enforce: Annotated[
         str, typer.Option("--enforce", help="What holds the run to its budget: none, governor, rlimit or cgroup.")

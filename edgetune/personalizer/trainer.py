@@ -23,7 +23,6 @@ from edgetune.data import IGNORED
 from edgetune.errors import AdapterError
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.personalizer.graphs import Adapter, Arrays, Batch, Check, TrainingGraphs, read_description
-from edgetune.personalizer.job import UNPREDICTED
 from edgetune.planner.plans import Plan
 from edgetune.training.batches import in_batches
 from edgetune.training.inputs import Inputs
@@ -136,7 +135,7 @@ class OrtTrainer(Trainer):
     def summary(self, stopped: str, enforcement: Mapping[str, Any]) -> dict[str, Any]:
         """The certificate, and what decides whether the adapter is used."""
         return {
-            **super().summary(stopped, enforcement), **dict.fromkeys(UNPREDICTED), "grid": self.bundle.manifest["grid"],
+            **super().summary(stopped, enforcement), "grid": self.bundle.manifest["grid"],
             "active_adapter": self.bundle.default_adapter, "active_loss": self.active_loss, "adopted": None,
         }  # fmt: skip
 

@@ -6,7 +6,7 @@ down the ladder of concessions (`ladder`). What the user set is never conceded; 
 because it costs nothing but time; what is left then keeps weights dequantized, which saves a little more.
 
 Step time and energy follow from the profile by a roofline (`costs.step_work`): they are predictions for the device, not
-for the machine that plans. Left out: the `ort` engine.
+for the machine that plans; those of the `ort` engine are by the same work, and not calibrated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from edgetune.errors import BudgetError, ConfigError
 from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
 from edgetune.memory import FLOOR_BYTES, MIB, format_mib, give_back, measure_floor
+from edgetune.models.config import DecoderConfig
 from edgetune.optimizers import OPTIMIZERS
+from edgetune.planner import ort_parts
 from edgetune.planner.costs import (
     FREE_SHARE,
     Job,
@@ -38,12 +40,13 @@ from edgetune.planner.costs import (
 )
 from edgetune.planner.ladder import SETTINGS, Choice, descend
 from edgetune.planner.plans import FORMAT_VERSION, Concession, Plan, TrainConfig
-from edgetune.planner.wishes import RowFacts, Windows, Wishes
+from edgetune.planner.wishes import ORT_OPTIMIZERS, RowFacts, Windows, Wishes
 from edgetune.tokenizer import load_tokenizer
 
 __all__ = ["Concession", "Plan", "TrainConfig", "plan", "why_untrainable"]
 
-ENGINES = ("torch",)
+# Engine -> the parts of its peak.
+ENGINES = {"torch": peak_parts, "ort": ort_parts.peak_parts}
 METHOD = "lora"
 DEFAULT_EPOCHS = 3.0
 # The prediction may be off by this share of what lies above the floor, and by this share of the whole.
@@ -61,7 +64,7 @@ def plan(
     adapter: LoraConfig | None = None,
     config: TrainConfig | None = None,
     grid: str | None = None,
-    engine: str = "torch",
+    engine: str | None = None,
     budget: str | int = "foreground",
     skip_bad: bool = False,
 ) -> Plan:
@@ -75,7 +78,7 @@ def plan(
         adapter: the adapter that is wanted; what it leaves open may be conceded.
         config: the training that is wanted; what it leaves open may be conceded.
         grid: "int4" or "nf4"; None is that of a base/ folder, else the device's.
-        engine: "torch", the only one so far.
+        engine: "torch" or "ort"; None is torch, and ort where torch does not fit and its floor is the reason.
         budget: "foreground", "background", MiB as an int, or "min": the fewest MiB that this job fits.
         skip_bad: leave bad rows out, up to 1 %.
 
@@ -84,30 +87,98 @@ def plan(
         ConfigError: a setting is out of its range, or engine, grid or budget are unknown.
         DataError, DeviceError, ModelError: from reading rows, profile and model.
     """
-    if engine not in ENGINES:
-        raise ConfigError(f"engine = {engine!r}; edgetune {__version__} has {', '.join(ENGINES)} only. Leave it out.")
+    if engine not in (None, *ENGINES):
+        raise ConfigError(f"engine = {engine!r}; edgetune {__version__} has {', '.join(ENGINES)}.")
     profile = device if isinstance(device, DeviceProfile) else load_device(device)
     base = open_base(model_folder(model))
-    budget_name, budget_bytes = read_budget(budget, profile)
+    named_budget = read_budget(budget, profile)
     config = (config or TrainConfig()).checked()
     if eval_data is not None:  # then all of `data` is learned
         config = replace(config, eval_fraction=0.0)
-    facts = _facts(data, eval_data, base, config, skip_bad)
+    facts = read_facts(data, eval_data, base.folder, base.config, config, skip_bad)
     wishes = Wishes(base.config, adapter or LoraConfig(), config, facts)
-    threads = min(profile.compute.threads, host.threads())
-    floor, storage = measure_floor(engine, threads), profile.storage
-    costs = _Costs(_grid(grid, base, profile), threads, floor, base, facts, config, storage.free_mib * MIB)
 
+    def made(engine: str) -> Plan:
+        on_grid = _grid("int4" if engine == "ort" and grid is None and base.grid is None else grid, base, profile)
+        source = Source(str(model), base.folder, on_grid, stored_bytes(base, on_grid), copied_bytes(base))
+        return make(source, profile, replace(wishes, engine=engine), *named_budget)
+
+    try:
+        return made(engine or "torch")
+    except BudgetError as refusal:
+        floors = {name: measure_floor(name, _threads(profile)) for name in ENGINES}
+        if engine is not None or floors["ort"] >= floors["torch"]:
+            raise
+        try:
+            other = made("ort")
+        except (BudgetError, ConfigError):
+            raise refusal from None
+    floor, allowed = format_mib(floors["torch"]), format_mib(other.budget_bytes)
+    why = f"torch does not fit: its floor alone is {floor}, {allowed} are allowed"
+    return replace(other, concessions=(Concession("engine", "torch", "ort", why), *other.concessions))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is trained on: a base as it will be on its grid, or the bundle of one."""
+
+    name: str
+    folder: Path
+    """With the tokenizer."""
+    grid: str
+    file_backed_bytes: int
+    copied_bytes: int = 0
+    active_adapter_bytes: int = 0
+
+
+def make(source: Source, profile: DeviceProfile, wishes: Wishes, budget_name: str, budget_bytes: int | None) -> Plan:
+    """The plan for wishes whose rows are read; see `plan`. Bytes None is the smallest budget.
+
+    Raises:
+        BudgetError, ConfigError: as `plan`.
+    """
+    check_engine(wishes, source.grid)
+    threads = _threads(profile)
+    costs = _Costs(source, threads, measure_floor(wishes.engine, threads), wishes, profile.storage.free_mib * MIB)
     if budget_bytes is None:  # the least number of MiB; from here on as if that had been given
         *_, smallest = descend(wishes.start(), wishes.freedom)
         budget_bytes = -(-costs.needed_bytes(smallest) // MIB) * MIB
     walked = list(_walk(wishes, costs, budget_bytes))
     if costs.needed_bytes(walked[-1]) > budget_bytes:
-        raise BudgetError(_refusal(wishes, costs, budget_bytes, profile, budget_name, base.folder.name))
-    choice = _less_recomputation(wishes, costs, walked[-1], budget_bytes)
-    choice = _more_dequantized(costs, choice, budget_bytes)
+        raise BudgetError(_refusal(wishes, costs, budget_bytes, profile, budget_name, Path(source.name).name))
+    choice = walked[-1]
+    if wishes.engine == "torch":
+        choice = _less_recomputation(wishes, costs, choice, budget_bytes)
+        choice = _more_dequantized(costs, choice, budget_bytes)
     concessions = _concessions(walked, choice, costs, budget_name, budget_bytes)
-    return _made(str(model), base, profile, engine, wishes, costs, choice, budget_name, budget_bytes, concessions)
+    return _made(source, profile, wishes, costs, choice, budget_name, budget_bytes, concessions)
+
+
+def check_engine(wishes: Wishes, grid: str) -> None:
+    """Raises ConfigError for what the ort engine's graphs do not have."""
+    if wishes.engine != "ort":
+        return
+    adapter, config = wishes.adapter, wishes.config
+    wanted = {
+        "lora_dropout": bool(adapter.lora_dropout),
+        "step_rule": config.step_rule not in (None, "backprop"),
+        "recompute_layers": config.recompute_layers is not None,
+        "activation_offloading": bool(config.activation_offloading),
+    }
+    refused = [name for name, asked in wanted.items() if asked]
+    if refused:
+        raise ConfigError(
+            f"{', '.join(refused)} cannot be set here: training graphs have no dropout, and compute every block again. "
+            "Leave that out, or use `edgetune train`."
+        )
+    if config.optimizer not in (None, *ORT_OPTIMIZERS):
+        raise ConfigError(f"optimizer = {config.optimizer!r}; training graphs have {', '.join(ORT_OPTIMIZERS)}.")
+    if grid == "nf4":
+        raise ConfigError("grid = 'nf4'; no standard operator dequantizes it, so the ort engine takes int4 alone.")
+
+
+def _threads(profile: DeviceProfile) -> int:
+    return min(profile.compute.threads, host.threads())
 
 
 def _grid(grid: str | None, base: Base, profile: DeviceProfile) -> str:
@@ -152,18 +223,19 @@ def why_untrainable(profile: DeviceProfile) -> str | None:
     )
 
 
-def _facts(
-    data: str | Path | Rows | None, eval_data: str | Path | None, base: Base, config: TrainConfig, skip_bad: bool
-) -> RowFacts:
+def read_facts(
+    data: str | Path | Rows | None, eval_data: str | Path | None, folder: Path, model: DecoderConfig,
+    config: TrainConfig, skip_bad: bool,
+) -> RowFacts:  # fmt: skip
     """The rows to learn from and those held out, divided as training will divide them."""
     if data is None:
         return RowFacts()
-    length = config.max_seq_length or base.config.max_position_embeddings
+    length = config.max_seq_length or model.max_position_embeddings
 
     def read(file: str | Path | Rows) -> Rows:
         if isinstance(file, Rows):
             return file
-        return read_rows(file, load_tokenizer(base.folder), length, skip_bad=skip_bad)
+        return read_rows(file, load_tokenizer(folder), length, skip_bad=skip_bad)
 
     rows, held_out = split_eval(read(data), config.eval_fraction, config.seed)
     if eval_data is not None:
@@ -176,25 +248,23 @@ def _facts(
 class _Costs:
     """What a choice costs, everything else being given."""
 
-    grid: str
+    source: Source
     threads: int
     floor_bytes: int
-    base: Base
-    facts: RowFacts
-    config: TrainConfig
+    wishes: Wishes
     free_bytes: int
     """Storage that an app may expect on the device."""
 
     def job(self, choice: Choice) -> Job:
         """A choice as the cost model wants it."""
-        facts, length, tokenizer = self.facts, choice.max_seq_length, self.base.folder / "tokenizer.json"
+        facts, length, tokenizer = self.wishes.facts, choice.max_seq_length, self.source.folder / "tokenizer.json"
         windows = facts.windows(length) if facts.rows else None
         job = Job(
             model=choice.model,
             method=METHOD,
             adapter=choice.resolved,
             optimizer=choice.optimizer,
-            grid=self.grid,
+            grid=self.source.grid if self.source.grid in GRIDS else "int4",  # a dense bundle: its work is no other here
             batch_size=choice.batch_size,
             gradient_accumulation_steps=choice.gradient_accumulation_steps,
             max_seq_length=windows.length if windows else length,
@@ -208,23 +278,25 @@ class _Costs:
             num_tokens=facts.num_tokens,
             num_rows=len(facts.rows) + len(facts.held_out),
             tokenizer_file_bytes=tokenizer.stat().st_size if tokenizer.is_file() else 0,
-            base_copy_bytes=copied_bytes(self.base),
+            base_copy_bytes=self.source.copied_bytes,
+            active_adapter_bytes=self.source.active_adapter_bytes,
         )
         return replace(job, cached_windows=self._cached_windows(job, windows)) if windows else job
 
     def _cached_windows(self, job: Job, windows: Windows) -> int:
         """All windows, where the lowest blocks are frozen, rows are seen again and there is storage; else none."""
-        if not job.first_block:
+        if not job.first_block or self.wishes.engine == "ort":
             return 0
-        steps = self.config.max_steps
+        config = self.wishes.config
+        steps = config.max_steps
         per_step = job.batch_size * job.gradient_accumulation_steps
-        epochs = (self.config.num_epochs or DEFAULT_EPOCHS) if steps is None else steps * per_step / windows.learned
+        epochs = (config.num_epochs or DEFAULT_EPOCHS) if steps is None else steps * per_step / windows.learned
         count = windows.learned + windows.held_out
         return count if epochs > 1 and feature_bytes(job, count) <= FREE_SHARE * self.free_bytes else 0
 
     def parts(self, choice: Choice) -> tuple[str, dict[str, int]]:
         """The moment of the peak, and its parts."""
-        return peak_parts(self.job(choice), self.floor_bytes)
+        return ENGINES[self.wishes.engine](self.job(choice), self.floor_bytes)
 
     def needed_bytes(self, choice: Choice) -> int:
         """The smallest budget for a choice: the predicted peak, and what the prediction may be off by."""
@@ -291,7 +363,7 @@ def _concessions(
 
 
 def _made(
-    model: str, base: Base, profile: DeviceProfile, engine: str, wishes: Wishes, costs: _Costs, choice: Choice,
+    source: Source, profile: DeviceProfile, wishes: Wishes, costs: _Costs, choice: Choice,
     budget_name: str, budget_bytes: int, concessions: tuple[Concession, ...],
 ) -> Plan:  # fmt: skip
     """The plan for a choice, with what it predicts for the device."""
@@ -308,11 +380,11 @@ def _made(
         format_version=FORMAT_VERSION,
         edgetune_version=__version__,
         device=profile.id,
-        model=model,
-        model_config=base.config,
-        engine=engine,
-        simulated=profile.kind in ("phone", "watch", "glasses"),
-        grid=costs.grid,
+        model=source.name,
+        model_config=wishes.model,
+        engine=wishes.engine,
+        simulated=wishes.engine == "torch" and profile.kind in ("phone", "watch", "glasses"),
+        grid=source.grid,
         budget_name=budget_name,
         budget_bytes=budget_bytes,
         device_budget_bytes=profile.memory.budget_mib * MIB,
@@ -321,7 +393,7 @@ def _made(
         parts=parts,
         peak_moment=moment,
         predicted_peak_bytes=sum(parts.values()),
-        file_backed_bytes=stored_bytes(base, costs.grid),
+        file_backed_bytes=source.file_backed_bytes,
         fits=True,
         concessions=concessions,
         method=METHOD,

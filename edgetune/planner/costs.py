@@ -79,6 +79,7 @@ class Job:
     num_rows: int = 0
     tokenizer_file_bytes: int = 0
     base_copy_bytes: int = 0
+    active_adapter_bytes: int = 0  # to load and split that which the bundle uses; of the ort engine
     cached_windows: int = 0  # those whose way through the frozen lower blocks is cached: all, or none
 
     @property
@@ -141,7 +142,7 @@ def peak_parts(job: Job, floor_bytes: int) -> tuple[str, dict[str, int]]:
     shared = _shared(job, floor_bytes)
     reading = dict.fromkeys(shared, 0) | {
         "floor": floor_bytes,
-        "data": _row_bytes(job) + LEFT_BYTES + TOKENIZER_BYTES_PER_BYTE * job.tokenizer_file_bytes,
+        "data": row_bytes(job) + LEFT_BYTES + TOKENIZER_BYTES_PER_BYTE * job.tokenizer_file_bytes,
     }
     moments = {"reading": reading, "backward" if job.has_gradients else "forward": _at_step(job)}
     totals = {name: sum((shared | parts).values()) for name, parts in moments.items()}
@@ -212,10 +213,10 @@ def data_bytes(job: Job) -> int:
     """Rows as int32 ids and labels, the windows of a step as four int64 arrays, and what reading leaves behind."""
     step = 4 * 8 * job.tokens * job.gradient_accumulation_steps
     cached = FEATURE_OBJECT_BYTES * job.cached_windows
-    return _row_bytes(job) + step + cached + LEFT_BYTES + int(LEFT_BYTES_PER_BYTE * job.tokenizer_file_bytes)
+    return row_bytes(job) + step + cached + LEFT_BYTES + int(LEFT_BYTES_PER_BYTE * job.tokenizer_file_bytes)
 
 
-def _row_bytes(job: Job) -> int:
+def row_bytes(job: Job) -> int:
     return 2 * 4 * job.num_tokens + ROW_OBJECT_BYTES * job.num_rows
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 
 from edgetune.adapters.lora import LoraConfig
 from edgetune.models.config import DecoderConfig
+from edgetune.optimizers import OPTIMIZERS
 
 FEWER_TARGETS = ("q_proj", "v_proj")  # the pair that the LoRA paper settles on
 SMALLER_RANKS = (4, 2)
@@ -84,6 +85,8 @@ class Freedom:
     shortest_window: int
     rules: bool
     """Whether another rule may take the optimizer's or the step's place: not where a learning rate was set for one."""
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
+    """Those that the engine has."""
 
 
 def _smaller_batches(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
@@ -106,7 +109,8 @@ def _smaller_tiles(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
 
 
 def _quantized_moments(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
-    yield replace(choice, optimizer="adamw_8bit")
+    if "adamw_8bit" in freedom.optimizers:
+        yield replace(choice, optimizer="adamw_8bit")
 
 
 def _offloading(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
@@ -141,8 +145,9 @@ def _upper_layers(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
 
 def _fewer_moments(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
     if freedom.rules:
-        yield replace(choice, optimizer="lion_8bit")
-        yield replace(choice, optimizer="sgd")
+        for name in ("lion_8bit", "sgd"):
+            if name in freedom.optimizers:
+                yield replace(choice, optimizer=name)
 
 
 def _no_gradients(choice: Choice, freedom: Freedom) -> Iterator[Choice]:

@@ -15,9 +15,12 @@ from edgetune.planner.ladder import SETTINGS, Choice, Freedom
 from edgetune.planner.plans import TrainConfig
 
 DEFAULT_OPTIMIZER = "adamw"
+ORT_OPTIMIZERS = ("adamw", "sgd")  # those that training graphs are written for
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_WINDOW = 512  # for texts, which can be cut; other rows get the window that they need
 SHORTEST_WINDOW = 64
+# What the ort engine does in one way: every block runs again, a matrix is dequantized whole, inputs stay in memory.
+ORT_FIXED = frozenset({"recompute_layers", "tile_weights", "activation_offloading", "step_rule"})
 WINDOW_STEP = 16
 
 
@@ -75,6 +78,7 @@ class Wishes:
     adapter: LoraConfig
     config: TrainConfig
     facts: RowFacts
+    engine: str = "torch"
 
     @property
     def fixed(self) -> tuple[str, ...]:
@@ -98,6 +102,8 @@ class Wishes:
         free = frozenset(SETTINGS).difference(self.fixed)
         if self.config.step_rule == "mezo":
             free -= {"optimizer"}
+        if self.engine == "ort":
+            return Freedom(free - ORT_FIXED, accumulation, shortest, rules, ORT_OPTIMIZERS)
         return Freedom(free, accumulation, shortest, rules)
 
     def window(self) -> int:
@@ -121,10 +127,7 @@ class Wishes:
             raise ConfigError(f"max_seq_length = {length}; the model has {most} positions. Set it to at most that.")
         if config.step_rule == "mezo" and config.optimizer not in (None, "sgd"):
             raise ConfigError(f"optimizer = {config.optimizer!r}; mezo is an SGD. Leave one of the two out.")
-        steps = config.gradient_accumulation_steps or 1
-        batch = config.batch_size or max(1, DEFAULT_BATCH_SIZE // steps)
-        if config.batch_size is None and self.facts.rows:
-            batch = min(batch, self.facts.windows(length).learned)
+        batch, steps = self._batch(length)
         choice = Choice(
             model=model,
             adapter=self.adapter,
@@ -138,9 +141,21 @@ class Wishes:
             optimizer=config.optimizer or ("sgd" if config.step_rule == "mezo" else DEFAULT_OPTIMIZER),
             step_rule=config.step_rule or "backprop",
         )
+        if self.engine == "ort":
+            return replace(choice, recompute_layers=choice.path_layers)
         if choice.recompute_layers > choice.path_layers:
             raise ConfigError(
                 f"recompute_layers = {choice.recompute_layers}; the gradient passes {choice.path_layers} blocks. "
                 "Set it to at most that."
             )
         return choice
+
+    def _batch(self, length: int) -> tuple[int, int]:
+        """Windows of a micro-batch, and micro-batches of a step. The ort engine takes one window at a time."""
+        config, most = self.config, self.facts.windows(length).learned if self.facts.rows else DEFAULT_BATCH_SIZE
+        if self.engine == "ort":
+            batch = config.batch_size or 1
+            at_once = max(1, min(DEFAULT_BATCH_SIZE, most) // batch)
+            return batch, config.gradient_accumulation_steps or at_once
+        steps = config.gradient_accumulation_steps or 1
+        return config.batch_size or min(max(1, DEFAULT_BATCH_SIZE // steps), most), steps

@@ -25,11 +25,11 @@ from edgetune.base import open_base
 from edgetune.bundle import load_bundle
 from edgetune.data import read_rows
 from edgetune.device import load_device
-from edgetune.errors import BundleError, CheckpointError, ConfigError, ExportError
+from edgetune.errors import BudgetError, BundleError, CheckpointError, ConfigError, ExportError
 from edgetune.exporter import export
 from edgetune.models import load_config
 from edgetune.personalizer import job as jobs
-from edgetune.personalizer import personalize
+from edgetune.personalizer import personalize, run_plan
 from edgetune.personalizer.trainer import Backprop
 from edgetune.planner.plans import TrainConfig
 from edgetune.quantizer import quantize
@@ -82,7 +82,8 @@ def test_what_a_personalization_leaves(made: Path, whole: Run) -> None:
     summary, config = whole.summary, load_config(made / "base")
     assert (summary["stopped"], summary["steps"], summary["engine"], summary["grid"]) == ("done", 8, "ort", "int4")
     assert summary["eval_loss"] < summary["active_loss"] - 1 and summary["active_adapter"] is None
-    assert summary["adopted"] == "run" and summary["predicted_peak_bytes"] is None
+    assert summary["adopted"] == "run"
+    assert sum(summary["parts"].values()) == summary["predicted_peak_bytes"] > summary["floor_bytes"] > 0
     assert 20 << 20 < summary["measured_peak_bytes"] < summary["measured_peak_rss_bytes"]
     lora, tensors = load_adapter(whole.folder, config)
     assert lora.r == 3 and summary["trainable_parameters"] == sum(value.size for value in tensors.values())
@@ -214,7 +215,17 @@ def test_steps_that_are_not_finite(made: Path, bundle: Path, tmp_path: Path, mon
 
 
 def test_stopped_at_the_budget(made: Path, bundle: Path, tmp_path: Path) -> None:
-    stopped = run(bundle, made, tmp_path / "run", budget=1)
+    with pytest.raises(BudgetError, match=r"host allows 1\.0 MiB \(given\)(.|\n)*It fits with --budget \d+"):
+        run(bundle, made, tmp_path / "run", budget=1)
+    rows: dict[str, Any] = {"data": made / "rows.jsonl", "eval_data": made / "held_out.jsonl", "skip_bad": False}
+    plan = jobs.make_plan(
+        load_bundle(bundle), adapter=LoraConfig(r=3), config=CONFIG, device="host", budget="min", **rows
+    )
+    assert plan.budget_name == "min" and plan.predicted_peak_bytes < plan.budget_bytes
+    stopped = run_plan(
+        replace(plan, budget_bytes=1 << 20), bundle, out=tmp_path / "run", enforce="governor", one_slice=False,
+        accept_worse=False, resume=False, force=False, on_progress=None, **rows,
+    )  # fmt: skip
     assert stopped.stopped == "budget" and stopped.summary["adopted"] is None
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
@@ -232,10 +243,9 @@ def test_defaults_follow_the_rows_and_the_device(made: Path, bundle: Path, tmp_p
     [
         ({"lora_dropout": 0.1}, {}, {}, "lora_dropout cannot be set here: training graphs have no dropout"),
         ({}, {"step_rule": "mezo"}, {}, "step_rule cannot be set here"),
-        ({}, {"optimizer": "lion"}, {}, "optimizer = 'lion'; the bundle has graphs for adamw, sgd"),
+        ({}, {"optimizer": "lion"}, {}, "optimizer = 'lion'; training graphs have adamw, sgd"),
         ({}, {"max_seq_length": 257}, {}, "max_seq_length = 257; the model has 256 positions"),
         ({"r": 73}, {}, {}, "r = 73; an integer from 1 to the hidden size 72"),
-        ({}, {}, {"budget": "min"}, "budget = 'min': the smallest budget of this engine is not known"),
         ({}, {}, {"enforce": "hope"}, "enforce = 'hope'"),
     ],
 )
@@ -326,3 +336,16 @@ def test_what_cannot_have_training_graphs(made: Path, tmp_path: Path) -> None:
         with pytest.raises(ExportError, match=message):
             export(source, out=tmp_path / "bundle", with_training=True, **options)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_the_peak_of_a_real_run(made: Path, bundle: Path, tmp_path: Path) -> None:
+    """In a process of its own, where the measured peak is the run's alone."""
+    command = [
+        sys.executable, "-m", "edgetune", "personalize", str(bundle), "--data", str(made / "rows.jsonl"), "--json",
+        "--out", str(tmp_path / "run"), "--max-steps=2", "--max-seq-length=48", "--batch-size=16",
+        "--gradient-accumulation-steps=1", "--enforce=none",
+    ]  # fmt: skip
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    summary = json.loads(child.stdout.splitlines()[-1])
+    assert summary["predicted_peak_bytes"] == pytest.approx(summary["measured_peak_bytes"], rel=0.05)
