@@ -5,7 +5,7 @@ rows and windows, the same budget, checkpoints and exact resume, the same run fo
 the bundle, as the one that is used, where it does not do worse on the held-out rows than what was used before; that
 stays in the bundle and can be chosen again.
 
-Left out: a prediction of the peak, which is the planner's to make, and dropout.
+Left out: dropout.
 """
 
 from __future__ import annotations
