@@ -125,6 +125,7 @@ def test_a_newer_format_is_refused_by_name(copy: Path) -> None:
         (lambda m: m["model"].update(vocab_size=-1), "model: vocab_size is -1, expected no negative number"),
         (lambda m: m["model"].update(eos_token_ids=[2, "3"]), "model: eos_token_ids is .* expected no negative number"),
         (lambda m: m["slots"].append(3), r"slots\[8\] is 3, expected an object"),
+        (lambda m: m["slots"][0]["modules"].update(x=-1), r"slots\[0\]: modules is .*, expected no negative number"),
         (lambda m: m["slots"][0].update(extra=1), r"slots\[0\]: missing keys \[\], unknown keys \['extra'\]"),
         (lambda m: m["files"].pop("model.onnx"), "files does not list model.onnx"),
         (lambda m: m["files"].pop("model.onnx.data"), "files does not list model.onnx.data"),

@@ -822,6 +822,20 @@ def test_slots_for_the_adapter_alone(bases: dict[str, Path], tmp_path: Path) -> 
             export(run, out=tmp_path / "none", **options)
 
 
+def test_slots_are_those_of_the_weights_that_ship(tmp_path: Path) -> None:
+    """Of this shape nf4 has no bytes of its own for k, and int8 has."""
+    config = tiny_config("llama", hidden_size=36, num_attention_heads=3, num_key_value_heads=3, head_dim=4)
+    base = quantize(write_model(tmp_path / "model", config), "nf4", tmp_path / "base")
+    names = []
+    for weights in ("nf4", "int8"):
+        bundle = export(base, out=tmp_path / weights, weights=weights)
+        graph = onnx.load(bundle.model_path, load_external_data=False).graph
+        inputs = [value.name.removesuffix(".lora_A") for value in graph.input if value.name.endswith(".lora_A")]
+        assert [slot.name for slot in bundle.slots] == inputs
+        names.append(inputs[0].rpartition(".")[2])
+    assert names == ["q_proj", "qkv_proj"]
+
+
 def test_a_copied_run_keeps_its_base(bases: dict[str, Path], tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", bases["nf4"], base_sha256=sha256_file(bases["nf4"] / "model.safetensors"))
     moved = Path(shutil.copytree(run, tmp_path / "elsewhere" / "run"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from edgetune.checkpoint import lock_run, read_checkpoint
 from edgetune.linear import FrozenLinear
 from edgetune.memory import Meter, anonymous_bytes
 from edgetune.models import load_config
+from edgetune.models.rope import rope_tables
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.planner.plans import Plan
 from edgetune.training import backprop, conduct, loop, torch_trainer, trainer
@@ -407,6 +409,22 @@ def test_a_refused_allocation_is_the_budget(job: tuple[Path, Path], tmp_path: Pa
     assert process.returncode == 0, problems
     assert Run(tmp_path / "run").summary["stopped"] == "budget"
     assert Run(tmp_path / "run").summary["enforcement"] == "rlimit"
+
+
+def test_rotary_tables_are_made_before_allocations_are_limited(
+    job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ufunc that is refused its buffer ends the process: numpy sets that error without the GIL."""
+    before, seen = resource.getrlimit(resource.RLIMIT_DATA), []
+
+    def noting(*arguments: Any) -> Any:
+        seen.append(resource.getrlimit(resource.RLIMIT_DATA))
+        return rope_tables(*arguments)
+
+    monkeypatch.setattr("edgetune.models.decoder.rope_tables", noting)
+    plan = replace(make_plan(job[0], max_steps=1), budget_bytes=8 << 30)
+    assert train(plan, job[0], data=job[1], out=tmp_path / "run", enforce="rlimit").summary["enforcement"] == "rlimit"
+    assert seen and set(seen) == {before}
 
 
 def test_what_stops_a_run() -> None:
