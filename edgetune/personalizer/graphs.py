@@ -21,11 +21,11 @@ from edgetune.errors import BundleError
 from edgetune.grids import int4, row_tiles
 from edgetune.memory import give_back
 from edgetune.models.config import DecoderConfig
+from edgetune.planner.ort_walk import HEAD_TILE_WEIGHTS
 from edgetune.runtime.native import load_part
 from edgetune.schema import Reader
 
 FORMAT_VERSION = 1
-HEAD_TILE_WEIGHTS = 1 << 21  # 8 MiB of float32 at once
 Arrays = dict[str, np.ndarray]
 Batch = Mapping[str, np.ndarray]  # input_ids, labels (shifted), position_ids, segment_ids: int64 [B, T]
 Check = Callable[[], None]  # called between graphs; raises to leave a step unfinished

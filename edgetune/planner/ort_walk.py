@@ -15,7 +15,7 @@ from edgetune.models.config import DecoderConfig
 from edgetune.planner.arena import Arena, Piece
 
 FLOAT_BYTES, INT64_BYTES = 4, 8
-HEAD_TILE_WEIGHTS = 1 << 21  # as in `personalizer.graphs`
+HEAD_TILE_WEIGHTS = 1 << 21  # 8 MiB of float32 at once; `personalizer.graphs` cuts the head by it
 TILES = 2  # of the head: the arena looks the same after each further one
 
 INPUTS, GRADIENTS, WEIGHTS, WORK, LOGITS, CONTEXT = PARTS = (
