@@ -35,12 +35,14 @@ class Workspace:
 
     `tile_weights` is how many weights may be dequantized at once. `offload_to` is a folder on a disk: `put` and `get`
     then move tensors to a nameless file there and back. `reads_ahead` announces to the system which codes are decoded
-    next, for weights that are read on demand.
+    next, for weights read on demand. Products of `fast_positions` rows, and in the loss of `fast_loss_rows`, are those
+    of whole micro-batches: their shapes come in every step, so they are `fast_products`.
     """
 
     def __init__(self, tile_weights: int = 1 << 20, offload_to: Path | None = None) -> None:
         self.tile_weights, self.offload_to = tile_weights, offload_to
         self.reads_ahead = False
+        self.fast_positions = self.fast_loss_rows = 0
         self._buffers: dict[str, torch.Tensor] = {}
         self._file: IO[bytes] | None = None
 

@@ -52,6 +52,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"), config)
 
 
+@pytest.fixture(autouse=True)
+def _wide_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every machine that tests plan on has them."""
+    monkeypatch.setattr("edgetune.planner.wishes.are_offered", lambda: True)
+
+
 def job(model: Any, **overrides: Any) -> Job:
     values: dict[str, Any] = {
         "model": model, "method": "lora", "adapter": LoraConfig(r=4).resolved(model), "optimizer": "adamw",
@@ -379,6 +385,7 @@ class TestPlan:
             "activation_offloading": True, "num_epochs": 1.5, "max_steps": 7, "optimizer": "lion",
             "learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_ratio": 0.5, "weight_decay": 0.1,
             "max_grad_norm": 2.0, "eval_fraction": 0.2, "seed": 3, "step_rule": "mezo",
+            "fast_products": False,
         }  # fmt: skip
         assert set(other) == {field.name for field in dataclasses.fields(TrainConfig)}
         before = plan(model, "rpi-5")
@@ -443,6 +450,7 @@ class TestLadder:
             "recompute_layers": ("0", "1"),
             "tile_weights": ("24576", "4096"),
             "activation_offloading": ("False", "True"),
+            "fast_products": ("True", "False"),
             "optimizer": ("adamw", "sgd"),
             "max_seq_length": ("256", "64"),
             "target_modules": ("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "q_proj,v_proj"),
@@ -474,6 +482,7 @@ class TestLadder:
             "tile_weights": ["24576", "12288", "6144", "4096"],
             "optimizer": ["adamw", "adamw_8bit", "lion_8bit", "sgd"],
             "activation_offloading": ["False", "True"],
+            "fast_products": ["True", "False"],
             "max_seq_length": ["256", "128", "64"],
             "target_modules": ["q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "q_proj,v_proj"],
             "r": ["8", "4", "2"],
@@ -481,8 +490,8 @@ class TestLadder:
             "step_rule": ["backprop", "mezo"],
         }
         assert rungs == [
-            "batch_size", "recompute_layers", "tile_weights", "optimizer", "activation_offloading", "max_seq_length",
-            "target_modules", "r", "layers_to_transform", "optimizer", "step_rule",
+            "batch_size", "recompute_layers", "tile_weights", "optimizer", "activation_offloading", "fast_products",
+            "max_seq_length", "target_modules", "r", "layers_to_transform", "optimizer", "step_rule",
         ]  # fmt: skip
 
     def test_a_window_that_halves_below_the_shortest_is_the_shortest(self, model: Path) -> None:
@@ -564,7 +573,14 @@ class TestLadder:
         made = next(p for p in large if p.optimizer == "adamw_8bit" and p.max_seq_length == 256)
         assert made.learning_rate == plan(model, "pixel-9").learning_rate == 2e-4
         conceded = [c.setting for c in made.concessions]
-        harmless = ("batch_size", "recompute_layers", "tile_weights", "optimizer", "activation_offloading")
+        harmless = (
+            "batch_size",
+            "recompute_layers",
+            "tile_weights",
+            "optimizer",
+            "activation_offloading",
+            "fast_products",
+        )
         assert "optimizer" in conceded and conceded == [name for name in harmless if name in conceded]
 
     def test_another_rule_brings_its_rate_and_says_so(self, model: Path) -> None:

@@ -118,6 +118,11 @@ class Window:
         return sum(len(row) for row in self.rows)
 
     @property
+    def num_supervised(self) -> int:
+        """Positions whose next token is learned."""
+        return sum(row.num_supervised for row in self.rows)
+
+    @property
     def input_ids(self) -> npt.NDArray[np.int64]:
         """[length]; padding is 0."""
         return self._filled([row.input_ids for row in self.rows], 0)

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
+from edgetune.products import fast_products
+
 if TYPE_CHECKING:
     import torch
 
@@ -34,6 +36,8 @@ class Head(Protocol):
 
 class Buffers(Protocol):
     """Named buffers that are used again: `linear.Workspace`."""
+
+    fast_loss_rows: int
 
     def take(self, rows: int, columns: int, name: str = ...) -> torch.Tensor: ...
 
@@ -105,7 +109,9 @@ def _one_pass(
     for rows, weight in head.tiles():
         for start in range(0, size, TILE_TOKENS):
             at = slice(start, min(start + TILE_TOKENS, size))
-            logits = torch.mm(hidden[at], weight.T, out=buffers.take(at.stop - start, len(weight), "inner"))
+            tile = buffers.take(at.stop - start, len(weight), "inner")
+            with fast_products(len(tile) == buffers.fast_loss_rows):
+                logits = torch.mm(hidden[at], weight.T, out=tile)
             wanted = targets[at]
             here = ((wanted >= rows.start) & (wanted < rows.stop)).nonzero()[:, 0]
             of_target[at].index_copy_(0, here, logits[here, wanted[here] - rows.start])
@@ -113,7 +119,9 @@ def _one_pass(
             shrunk = highest[at].sub_(raised).exp_()
             total[at].mul_(shrunk).add_(logits.sub_(raised[:, None]).exp_().sum(dim=1))
             if weighted is not None:
-                weighted[at].mul_(shrunk[:, None]).addmm_(logits, weight)
+                weighted[at].mul_(shrunk[:, None])
+                with fast_products(len(tile) == buffers.fast_loss_rows):
+                    weighted[at].addmm_(logits, weight)
             highest[at] = raised
     loss_sum = float((highest[:learned] + total[:learned].log() - of_target).sum(dtype=torch.float64))
     return loss_sum, total

@@ -165,6 +165,7 @@ def check_engine(wishes: Wishes, grid: str) -> None:
         "step_rule": config.step_rule not in (None, "backprop"),
         "recompute_layers": config.recompute_layers is not None,
         "activation_offloading": bool(config.activation_offloading),
+        "fast_products": bool(config.fast_products),
     }
     refused = [name for name, asked in wanted.items() if asked]
     if refused:
@@ -281,6 +282,7 @@ class _Costs:
             tokenizer_file_bytes=tokenizer.stat().st_size if tokenizer.is_file() else 0,
             base_copy_bytes=self.source.copied_bytes,
             active_adapter_bytes=self.source.active_adapter_bytes,
+            fast_products=choice.fast_products,
         )
         return replace(job, cached_windows=self._cached_windows(job, windows)) if windows else job
 
@@ -409,6 +411,7 @@ def _made(
         tile_weights=choice.tile_weights,
         activation_offloading=choice.activation_offloading,
         dequantized_layers=choice.dequantized_layers,
+        fast_products=choice.fast_products,
         feature_cache_bytes=cache_bytes,
         max_steps=config.max_steps,
         num_epochs=config.num_epochs or DEFAULT_EPOCHS,

@@ -5,6 +5,7 @@
     tile_weights          half as many weights are dequantized at once
     optimizer             adamw_8bit: the same rule, its moments in 8 bits
     activation_offloading the inputs of the blocks go to a file, which every step writes
+    fast_products         products as torch multiplies them otherwise: half as fast, but no code for each shape
     max_seq_length        half the window, never below what the rows need
     target_modules        q_proj and v_proj alone
     r                     rank 4, then 2
@@ -12,7 +13,7 @@
     optimizer             lion_8bit, then sgd: other rules, with learning rates of their own
     step_rule             mezo: no gradients, the memory of inference
 
-The first five cost time or nothing that was seen to matter, the others cost what the adapter can learn, so they come
+The first six cost time or nothing that was seen to matter, the others cost what the adapter can learn, so they come
 later, and the last one costs most of both. A step is taken only when every step above it was not enough.
 """
 
@@ -45,6 +46,7 @@ class Choice:
     dequantized_layers: int
     optimizer: str
     step_rule: str
+    fast_products: bool
 
     @property
     def resolved(self) -> LoraConfig:
@@ -118,6 +120,11 @@ def _offloading(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
         yield replace(choice, activation_offloading=True)
 
 
+def _slower_products(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
+    if choice.fast_products:
+        yield replace(choice, fast_products=False)
+
+
 def _shorter_windows(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
     while choice.max_seq_length > freedom.shortest_window:
         choice = replace(choice, max_seq_length=max(freedom.shortest_window, choice.max_seq_length // 2))
@@ -161,6 +168,7 @@ RUNGS: tuple[tuple[str, Callable[[Choice, Freedom], Iterator[Choice]]], ...] = (
     ("tile_weights", _smaller_tiles),
     ("optimizer", _quantized_moments),
     ("activation_offloading", _offloading),
+    ("fast_products", _slower_products),
     ("max_seq_length", _shorter_windows),
     ("target_modules", _fewer_targets),
     ("r", _smaller_ranks),

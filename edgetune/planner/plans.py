@@ -31,6 +31,7 @@ class TrainConfig:
     max_seq_length: Annotated[int | None, Key("tokens of a window", 2, 1 << 20)] = None
     recompute_layers: Annotated[int | None, Key("blocks computed again in backward", 0, 1 << 16)] = None
     activation_offloading: Annotated[bool | None, Key("keep the inputs of the blocks on disk, beside the run")] = None
+    fast_products: Annotated[bool | None, Key("the processor's widest vectors; their code takes memory")] = None
     step_rule: Annotated[
         str | None, Key("backprop, or mezo: inference memory, but it learns slowly", choices=STEP_RULES)
     ] = None
@@ -114,6 +115,9 @@ class Plan:
     """The inputs of the blocks go to a file beside the run, in every step."""
     dequantized_layers: int
     """Blocks, from the top, whose weights stay dequantized in float32 from the first step to the last."""
+    fast_products: bool
+    """Products whose shapes come in every step use the processor's widest vectors, where that is exact; their code
+    takes memory (`edgetune.products`)."""
     feature_cache_bytes: int
     """The most storage that a cache of the frozen lower blocks' outputs takes; 0 is no cache."""
     max_steps: int | None
@@ -204,6 +208,8 @@ class Plan:
         if self.dequantized_layers:
             yield f"              the weights of {self.dequantized_layers} blocks stay dequantized: the budget has room"
         yield f"  optimizer   {self.optimizer}, learning rate {self.learning_rate:g}"
+        if self.fast_products:
+            yield "  products    with the processor's widest vectors"
         if self.feature_cache_bytes:
             yield (
                 f"  cache       the {min(layers)} lowest blocks run once over all rows; what they give takes "

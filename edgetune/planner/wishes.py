@@ -13,6 +13,7 @@ from edgetune.errors import ConfigError
 from edgetune.models.config import DecoderConfig
 from edgetune.planner.ladder import SETTINGS, Choice, Freedom
 from edgetune.planner.plans import TrainConfig
+from edgetune.products import are_offered
 
 DEFAULT_OPTIMIZER = "adamw"
 ORT_OPTIMIZERS = ("adamw", "sgd")  # those that training graphs are written for
@@ -20,7 +21,7 @@ DEFAULT_BATCH_SIZE = 8
 DEFAULT_WINDOW = 512  # for texts, which can be cut; other rows get the window that they need
 SHORTEST_WINDOW = 64
 # What the ort engine does in one way: every block runs again, a matrix is dequantized whole, inputs stay in memory.
-ORT_FIXED = frozenset({"recompute_layers", "tile_weights", "activation_offloading", "step_rule"})
+ORT_FIXED = frozenset({"recompute_layers", "tile_weights", "activation_offloading", "fast_products", "step_rule"})
 WINDOW_STEP = 16
 
 
@@ -57,7 +58,7 @@ class RowFacts:
     def windows(self, length: int) -> Windows:
         """What the rows fill where a window may have so many tokens."""
         learned, held_out = (pack(_cut(rows, length), length) for rows in (self.rows, self.held_out))
-        supervised = max(sum(row.num_supervised for row in window.rows) for window in learned)
+        supervised = max(window.num_supervised for window in learned)
         return Windows(len(learned), len(held_out), supervised, max(window.length for window in learned + held_out))
 
 
@@ -140,6 +141,7 @@ class Wishes:
             dequantized_layers=0,
             optimizer=config.optimizer or ("sgd" if config.step_rule == "mezo" else DEFAULT_OPTIMIZER),
             step_rule=config.step_rule or "backprop",
+            fast_products=self._fast_products(),
         )
         if self.engine == "ort":
             return replace(choice, recompute_layers=choice.path_layers)
@@ -149,6 +151,12 @@ class Wishes:
                 "Set it to at most that."
             )
         return choice
+
+    def _fast_products(self) -> bool:
+        wanted, offered = self.config.fast_products, are_offered()
+        if wanted and not offered:
+            raise ConfigError("fast_products = True; this processor has no such kernels. Leave it out.")
+        return self.engine != "ort" and (offered if wanted is None else wanted)
 
     def _batch(self, length: int) -> tuple[int, int]:
         """Windows of a micro-batch, and micro-batches of a step. The ort engine takes one window at a time."""

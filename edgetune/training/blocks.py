@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from edgetune.linear import FrozenLinear, Workspace
 from edgetune.models.config import DecoderConfig
 from edgetune.models.decoder import Block, Context, RMSNorm
 from edgetune.planner.costs import TILE_QUERIES
+from edgetune.products import fast_products
 
 Linear = FrozenLinear | AdaptedLinear
 
@@ -184,8 +186,9 @@ class BlockPass:
 
     def _linear(self, layer: Linear, x: torch.Tensor, y: torch.Tensor) -> None:
         frozen = layer.base_layer if isinstance(layer, AdaptedLinear) else layer
-        for rows, weight in frozen.tiles():
-            torch.mm(x, weight.T, out=y[:, rows])
+        with self._products():
+            for rows, weight in frozen.tiles():
+                torch.mm(x, weight.T, out=y[:, rows])
         if frozen.bias is not None:
             y.add_(frozen.bias)
         if isinstance(layer, AdaptedLinear):
@@ -197,13 +200,17 @@ class BlockPass:
         """Adds to d_x, or sets it where it is the `first`; and to the gradients of the layer's adapter."""
         frozen = layer.base_layer if isinstance(layer, AdaptedLinear) else layer
         if d_x is not None:
-            for rows, weight in frozen.tiles():
-                if first and rows.start == 0:
-                    torch.mm(d_y[:, rows], weight, out=d_x)
-                else:
-                    d_x.addmm_(d_y[:, rows], weight)
+            with self._products():
+                for rows, weight in frozen.tiles():
+                    if first and rows.start == 0:
+                        torch.mm(d_y[:, rows], weight, out=d_x)
+                    else:
+                        d_x.addmm_(d_y[:, rows], weight)
         if isinstance(layer, AdaptedLinear):
             layer.add_gradients(x, d_y, d_x)
+
+    def _products(self) -> AbstractContextManager[None]:
+        return fast_products(self.positions == self.workspace.fast_positions)
 
     def _rotate(self, x: torch.Tensor, head_dim: int, context: Context, direction: int) -> None:
         """Rotary embedding of x [N, heads * head_dim] in place, rotate-half; backwards with direction -1."""

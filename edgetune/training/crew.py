@@ -6,8 +6,8 @@ between blocks the crew looks at how long its threads stood in the system's queu
 goes on with half of them, and tries all of them again after a while, each time that fails after a longer one.
 
 The number changes no bit of the result where every thread's part of an array ends where a whole vector ends
-(`is_exact`; the loss fills its rows up to that). The crew keeps its number elsewhere, and where the system does not
-tell, which is anywhere but on Linux.
+(`costs.keeps_bits`; the loss fills its rows up to that). The crew keeps its number elsewhere, and where the system does
+not tell, which is anywhere but on Linux.
 """
 
 from __future__ import annotations
@@ -20,22 +20,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from edgetune.planner.costs import VECTOR, row_step
-
 LOOK_SECONDS = 0.2
 TRIAL_SECONDS = 0.05  # a trial of more threads is looked at sooner: where it fails, it costs time
 # Of the time, in the queue, all threads together: measured 0.02 with two threads alone on two cores, and 0.74 beside a
 # busy process. Passing work of the system is 0.1 over so long a look.
 CROWDED_SHARE = 0.3
 SHORTEST_PATIENCE_SECONDS, LONGEST_PATIENCE_SECONDS = 0.5, 8.0
-
-
-def is_exact(threads: int, positions: int, head_dim: int) -> bool:
-    """Whether half as many threads, and half of those, compute the same bits in blocks of B * T `positions`.
-
-    Measured with torch on MKL and AVX-512; the tests hold it for 1 to 8 threads on the machine that they run on.
-    """
-    return row_step(threads) > 1 and positions % row_step(threads) == 0 and head_dim % (2 * VECTOR) == 0
 
 
 @contextlib.contextmanager

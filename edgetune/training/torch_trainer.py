@@ -13,7 +13,9 @@ from edgetune.adapters.attach import attach, load_tensors
 from edgetune.linear import FrozenLinear
 from edgetune.memory import give_back
 from edgetune.models.decoder import load_decoder
-from edgetune.training.crew import Crew, is_exact, using
+from edgetune.objectives import sft
+from edgetune.planner.costs import filled, keeps_bits
+from edgetune.training.crew import Crew, using
 from edgetune.training.features import FeatureCache
 from edgetune.training.forward import Batch, evaluate
 from edgetune.training.inputs import Inputs
@@ -35,13 +37,19 @@ class TorchTrainer(Trainer):
         super().__init__(inputs, folder, guard, limit, pace, on_progress)
         plan = inputs.plan
         positions = plan.batch_size * max((window.length for window in inputs.windows), default=0)
-        exact = is_exact(plan.threads, positions, plan.model_config.head_dim)
+        exact = keeps_bits(plan.threads, positions, plan.model_config.head_dim)
         self.crew = Crew(plan.threads, free=exact and plan.step_rule == "backprop")
         self.decoder = load_decoder(inputs.base)
         # Rotary tables, before allocations are limited: numpy crashes in a ufunc that is refused its buffers.
         self.decoder.context(max((window.length for window in (*inputs.windows, *inputs.eval_windows)), default=0))
         workspace = self.decoder.workspace
         workspace.tile_weights = plan.tile_weights
+        if plan.fast_products:
+            workspace.fast_positions = positions
+            supervised = max((window.num_supervised for window in inputs.windows), default=0)
+            workspace.fast_loss_rows = min(
+                sft.TILE_TOKENS, filled(min(supervised * plan.batch_size, positions), plan.threads)
+            )
         workspace.offload_to = on_disk(folder) if plan.activation_offloading else None
         self.parameters = attach(self.decoder, plan.adapter, plan.seed, plan.method)
         self.first_block = plan.adapter.first_block

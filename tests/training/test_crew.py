@@ -14,13 +14,12 @@ import torch
 
 from edgetune import host
 from edgetune.adapters.lora import LoraConfig
-from edgetune.planner.costs import row_step
+from edgetune.planner.costs import keeps_bits, row_step
 from edgetune.training.backprop import Path as Walk
 from edgetune.training.crew import (
     LONGEST_PATIENCE_SECONDS,
     SHORTEST_PATIENCE_SECONDS,
     Crew,
-    is_exact,
     queued_seconds,
     using,
 )
@@ -92,7 +91,7 @@ def test_keeps_its_number_where_another_would_change_bits() -> None:
 
 
 def test_says_where_that_is() -> None:
-    assert is_exact(2, 96, 64) and is_exact(8, 256, 32)
+    assert keeps_bits(2, 96, 64) and keeps_bits(8, 256, 32)
     for threads, positions, head_dim in (
         (2, 80, 64),
         (4, 96, 64),
@@ -101,7 +100,7 @@ def test_says_where_that_is() -> None:
         (16, 256, 64),
         (1, 96, 64),
     ):
-        assert not is_exact(threads, positions, head_dim)
+        assert not keeps_bits(threads, positions, head_dim)
 
 
 def test_keeps_its_number_where_the_system_does_not_tell() -> None:
@@ -161,10 +160,14 @@ def test_other_threads_of_python_are_none_of_the_crew() -> None:
 
 
 @pytest.mark.parametrize(("threads", "batch", "length"), [(2, 1, 32), (2, 3, 96), (2, 5, 32), (4, 2, 64), (8, 1, 128)])
-@pytest.mark.parametrize("grid", ["nf4", "int4"])
-def test_the_number_of_threads_changes_no_bit(tmp_path: Path, grid: str, threads: int, batch: int, length: int) -> None:
+@pytest.mark.parametrize(("grid", "fast"), [("nf4", False), ("int4", False), ("int4", True)])
+def test_the_number_of_threads_changes_no_bit(
+    tmp_path: Path, grid: str, fast: bool, threads: int, batch: int, length: int
+) -> None:
     decoder, parameters, _ = adapted(make_base(tmp_path, "qwen2", grid, **ALIGNED), LoraConfig(r=8))
-    assert is_exact(threads, batch * length, decoder.config.head_dim)
+    assert keeps_bits(threads, batch * length, decoder.config.head_dim)
+    if fast:
+        decoder.workspace.fast_positions = decoder.workspace.fast_loss_rows = batch * length
     batches = [random_batch(decoder.config.vocab_size, batch, length)]
     walk = Walk(0, 1, row_step=row_step(threads))
     found = []
