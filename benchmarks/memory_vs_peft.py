@@ -11,7 +11,7 @@ of those steps. PEFT is at its best: its codes stay mapped and nothing is comput
 A row counts only where the mathematics is the same: there losses and gradients of the adapter are compared, at the same
 adapter, with edgetune walking through the blocks as it did in the measured run, and PEFT given the dequantized
 embedding and head. `gflops` is what `step_work` counts over the measured step, recomputation included, beside the best
-of torch.mm here.
+of torch's products here, as fast as edgetune makes them.
 
 Everything runs on two cores and two threads; the machine should be otherwise idle. About 40 minutes.
 
@@ -52,6 +52,7 @@ from edgetune.memory import MIB, SAMPLE_SECONDS, anonymous_bytes, format_mib
 from edgetune.models import load_config
 from edgetune.planner import Plan
 from edgetune.planner.costs import Job, row_step, step_work
+from edgetune.products import fast_products
 from edgetune.tokenizer import load_tokenizer
 from edgetune.training.backprop import Path as Walk
 from edgetune.training.batches import Batches
@@ -276,7 +277,10 @@ def run_edgetune(subject: Subject, folder: Path, budget: str) -> dict[str, Any]:
     with competitor(case.busy):
         peak = watch(command, folder / "edgetune.log", metrics, case.warmup_steps)
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    names = ("floor_bytes", "budget_bytes", "predicted_peak_bytes", "recompute_layers", "tile_weights", "threads")
+    names = (
+        "floor_bytes", "budget_bytes", "predicted_peak_bytes", "recompute_layers", "tile_weights", "fast_products",
+        "threads",
+    )  # fmt: skip
     return {
         # Its own meter samples quickly to the end.
         "peak_bytes": max(peak, summary["measured_peak_bytes"]),
@@ -300,16 +304,17 @@ def step_flops(run: Path) -> float:
     return step_work(job).flops
 
 
-def equality(subject: Subject, recompute_layers: int) -> dict[str, float]:
+def equality(subject: Subject, plan: dict[str, Any]) -> dict[str, float]:
     """The largest relative difference of the loss, and of the gradient of an adapter tensor, over two steps."""
     from peft_twin import compare, qlora_model, take_embeddings
 
     peer = qlora_model(subject.dense, subject.adapter, checkpointing=subject.case.checkpointing)
     take_embeddings(peer, subject.base)
-    walk = Walk(subject.adapter.first_block, recompute_layers, row_step=row_step(THREADS))
+    walk = Walk(subject.adapter.first_block, int(plan["recompute_layers"]), row_step=row_step(THREADS))
     rows = compare(
         subject.base, lambda step: [dict(batch) for batch in subject.batches.of_step(step)[0]], steps=2,
         config=subject.adapter, same_adapter=True, model=peer, walk=walk,
+        fast_positions=subject.case.tokens if plan["fast_products"] else 0,
     )  # fmt: skip
     return {
         "loss": max(abs(row["loss"] / row["peft_loss"] - 1) for row in rows),
@@ -318,7 +323,7 @@ def equality(subject: Subject, recompute_layers: int) -> dict[str, float]:
 
 
 def gemm() -> dict[str, Any]:
-    """The fp32 GEMM peak of these threads: GFLOP/s of torch.mm by shape m x k x n, the best of ten each."""
+    """The fp32 GEMM peak of these threads: GFLOP/s of `fast_products` by shape m x k x n, the best of ten each."""
     import torch
 
     found = {}
@@ -327,7 +332,8 @@ def gemm() -> dict[str, Any]:
         seconds = math.inf
         for _ in range(12):
             started = time.perf_counter()
-            torch.mm(a, b, out=out)
+            with fast_products():
+                torch.mm(a, b, out=out)
             seconds = min(seconds, time.perf_counter() - started)
         found[f"{m}x{k}x{n}"] = 2 * m * k * n / seconds / 1e9
     return {"gflops": max(found.values()), "by_shape": found, "threads": torch.get_num_threads()}
@@ -384,7 +390,7 @@ def measure(name: str, case: Case, work: Path, pairs: int, layers: int | None, g
         row["peft"] = medians(theirs)
         row["peak_ratio"] = statistics.median(a["peak_bytes"] / b["peak_bytes"] for a, b in found)
         row["speed_ratio"] = statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in found)
-        row["difference"] = in_child(equality, subject, ours[-1]["recompute_layers"])
+        row["difference"] = in_child(equality, subject, ours[-1])
         say(f"{name}: relative difference {row['difference']}")
     else:
         row["peft_left_out"] = left_out

@@ -190,6 +190,7 @@ def compare(
     same_adapter: bool = False,
     model: nn.Module | None = None,
     walk: Walk | None = None,
+    fast_positions: int = 0,
 ) -> list[dict[str, float]]:
     """Train edgetune and PEFT side by side; per step both losses and the largest relative difference of a gradient.
 
@@ -201,6 +202,7 @@ def compare(
 
     model: PEFT's model with the slots of this adapter; None makes the twin of the folder.
     walk: how edgetune goes through the blocks; None computes one of them again, with small tiles of the loss.
+    fast_positions: the rows of products that are fast, in the loss too; 0: none.
     """
     from edgetune.adapters.attach import attach
     from edgetune.models.decoder import load_decoder
@@ -211,6 +213,7 @@ def compare(
 
     decoder = load_decoder(folder)
     resolved = (config or LoraConfig(r=8)).resolved(decoder.config)
+    decoder.workspace.fast_positions = decoder.workspace.fast_loss_rows = fast_positions
     parameters = attach(decoder, resolved, seed=1)
     initial = {name: value.detach().numpy() for name, value in parameters.items()}
     peer = PeftTrainer(peft_model(folder, resolved, initial) if model is None else model)

@@ -774,7 +774,7 @@ TRAIN_VALUES = {
     "max_steps": ("17", 17), "learning_rate": ("3e-3", 0.003), "optimizer": ("lion_8bit", "lion_8bit"),
     "lr_scheduler_type": ("linear", "linear"), "warmup_ratio": ("0.5", 0.5), "weight_decay": ("0.125", 0.125),
     "max_grad_norm": ("2", 2.0), "eval_fraction": ("0.25", 0.25), "seed": ("9", 9),
-    "step_rule": ("mezo", "mezo"),
+    "step_rule": ("mezo", "mezo"), "fast_products": (None, True),
 }  # fmt: skip
 
 
@@ -787,13 +787,21 @@ def test_every_field_of_the_configs_has_a_flag(verb: str) -> None:
 
 
 @pytest.mark.parametrize("field", [*ADAPTER_VALUES, *TRAIN_VALUES])
-def test_every_flag_reaches_the_plan(field: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_flag_reaches_the_plan(
+    field: str, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgetune.planner.wishes.are_offered", lambda: True)
     typed, value = (ADAPTER_VALUES | TRAIN_VALUES)[field]
     flag = "--" + {"layers_to_transform": "layers"}.get(field, field).replace("_", "-")
     assert call("plan", model, "--device", "host", "--json", flag, *([typed] if typed else [])) == 0
     made = json.loads(capsys.readouterr().out)
     found = (made["adapter"] if field in ADAPTER_VALUES else made)[field] if field != "warmup_ratio" else made[field]
     assert (tuple(found) if isinstance(value, tuple) else found) == value
+
+
+def test_a_switch_is_turned_off_by_no(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("plan", model, "--device", "host", "--json", "--no-fast-products") == 0
+    assert json.loads(capsys.readouterr().out)["fast_products"] is False
 
 
 def test_what_was_not_typed_stays_unset() -> None:

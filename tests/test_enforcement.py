@@ -18,6 +18,7 @@ from edgetune.checkpoint import latest_checkpoint
 from edgetune.errors import ConfigError
 from edgetune.memory import MIB
 from edgetune.planner import Plan
+from edgetune.products import are_offered
 
 
 class Case(NamedTuple):
@@ -69,6 +70,16 @@ def test_a_run_finishes_in_a_cgroup_of_its_budget(case: Case, tmp_path: Path, ti
     assert summary["budget_bytes"] == plan.budget_bytes
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
     assert "held by cgroup" in problems
+
+
+@pytest.mark.usefixtures("cgroups")
+@pytest.mark.skipif(not are_offered(), reason="this processor has no fast products")
+def test_so_does_one_with_fast_products(case: Case, tmp_path: Path) -> None:
+    plan = make_plan(case.base, case.rows, "min", fast_products=True)
+    assert plan.fast_products and plan.predicted_peak_bytes > case.smallest.predicted_peak_bytes + 4 * MIB
+    code, summary, problems = run(make_job(plan, case.rows, tmp_path / "run", enforce="cgroup"), supervised=True)
+    assert (code, summary["stopped"], summary["cgroup_oom_kills"]) == (0, "done", 0), problems
+    assert summary["measured_peak_bytes"] <= plan.budget_bytes
 
 
 @pytest.fixture

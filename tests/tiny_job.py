@@ -41,11 +41,12 @@ def write_rows(path: Path, count: int = 12) -> Path:
     return path
 
 
-def make_plan(base: Path, rows: Path, budget: str | int, *, max_steps: int = 3) -> Plan:
+def make_plan(base: Path, rows: Path, budget: str | int, *, max_steps: int = 3, fast_products: bool = False) -> Plan:
     """For one core of this machine. Nothing but recomputation, and the tiles of the loss, may be conceded."""
     config = TrainConfig(
-        batch_size=2, gradient_accumulation_steps=1, max_seq_length=256, max_steps=max_steps, learning_rate=1e-2
-    )
+        batch_size=2, gradient_accumulation_steps=1, max_seq_length=256, max_steps=max_steps, learning_rate=1e-2,
+        fast_products=fast_products,
+    )  # fmt: skip
     every_layer = LoraConfig(r=4, target_modules=("q_proj", "down_proj"), layers_to_transform=tuple(range(LAYERS)))
     host = load_device("host")
     host = replace(host, compute=replace(host.compute, threads=1))

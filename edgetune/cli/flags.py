@@ -115,7 +115,8 @@ _PARSERS: dict[str, Callable[[str], Any]] = {"target_modules": _names, "layers_t
 
 def _parameter(field: str, kind: Any, help: str, panel: str) -> inspect.Parameter:
     parser = _PARSERS.get(field)
-    flag = "--" + _SHORTER.get(field, field).replace("_", "-")
+    name = _SHORTER.get(field, field).replace("_", "-")
+    flag = f"--{name}/--no-{name}" if kind == bool | None else f"--{name}"
     option = typer.Option(None, flag, help=help, rich_help_panel=panel, parser=parser, show_default=False)
     kind = str | None if parser else kind
     return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
