@@ -76,6 +76,8 @@ class Reader:
         if value is None and NoneType in options:
             return None
         hint = next(option for option in options if option is not NoneType)
+        if dataclasses.is_dataclass(hint) and isinstance(value, hint):  # type: ignore[arg-type]
+            return value
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             return self.read(hint, value, at)  # type: ignore[arg-type]
         if get_origin(hint) is dict and isinstance(value, Mapping):

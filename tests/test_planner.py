@@ -60,7 +60,7 @@ def _wide_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def job(model: Any, **overrides: Any) -> Job:
     values: dict[str, Any] = {
-        "model": model, "method": "lora", "adapter": LoraConfig(r=4).resolved(model), "optimizer": "adamw",
+        "model": model, "adapter": LoraConfig(r=4).resolved(model), "optimizer": "adamw",
         "grid": "nf4", "batch_size": 2, "gradient_accumulation_steps": 1, "max_seq_length": 32, "recompute_layers": 2,
         "tile_weights": 88 * 48, "activation_offloading": False, "dequantized_layers": 0, "step_rule": "backprop",
         "threads": 1, "supervised_per_window": 31,

@@ -65,8 +65,8 @@ def initial(config: LoraConfig, plan: Plan, draw: Callable[[], float]) -> Arrays
     for slot in slots(config, plan.model_config):
         bound = 1 / math.sqrt(slot.in_features)
         a = [bound * (2 * draw() - 1) for _ in range(slot.in_features * config.rank)]
-        tensors[f"{slot.linear}.lora_A"] = np.array(a, np.float32).reshape(slot.in_features, config.rank)
-        tensors[f"{slot.linear}.lora_B"] = np.zeros((config.rank, slot.out_features), np.float32)
+        tensors[f"{slot.place}.lora_A"] = np.array(a, np.float32).reshape(slot.in_features, config.rank)
+        tensors[f"{slot.place}.lora_B"] = np.zeros((config.rank, slot.out_features), np.float32)
     return tensors
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from edgetune.adapters import METHODS
-from edgetune.adapters.lora import LoraConfig
+from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.slot import Slot
 from edgetune.errors import AdapterError
 from edgetune.linear import FrozenLinear
@@ -25,10 +25,10 @@ from edgetune.models.encoder import Encoder
 class AdaptedLinear(nn.Module):
     """`base_layer` plus a method's contribution from the same input."""
 
-    def __init__(self, base_layer: FrozenLinear, slot: Slot, index: int, config: LoraConfig, method: str) -> None:
+    def __init__(self, base_layer: FrozenLinear, slot: Slot, index: int, config: AdapterConfig) -> None:
         super().__init__()
         self.base_layer, self.slot, self.index, self.config = base_layer, slot, index, config
-        self.method = METHODS[method]
+        self.method = METHODS[config.method]
         self.tensors = nn.ParameterDict(
             {name: nn.Parameter(torch.zeros(shape)) for name, shape in slot.tensors.items()}
         )
@@ -65,7 +65,7 @@ class AdaptedLinear(nn.Module):
 
     def _keep(self, shape: torch.Size) -> torch.Tensor | None:
         """0 where dropout takes a value and 1 / (1 - p) elsewhere; None where nothing is dropped."""
-        p = self.config.lora_dropout or 0.0
+        p = self.config.dropout
         if p == 0 or self.dropout_key is None:
             return None
         seed = int(np.random.SeedSequence([*self.dropout_key, self.index]).generate_state(1, np.uint64)[0] >> 1)
@@ -75,24 +75,24 @@ class AdaptedLinear(nn.Module):
     def merged_weight(self) -> torch.Tensor:
         """float32 [out_features, in_features]: the frozen weight with the adapter folded in, as a new tensor."""
         tensors = {name: value.detach().numpy() for name, value in self.tensors.items()}
-        return self.base_layer.dequantize() + torch.from_numpy(self.method.delta(tensors, self.config))
+        weight = self.base_layer.dequantize().numpy()
+        return torch.from_numpy(self.method.merge(weight, tensors, slice(None), self.config))
 
 
-def attach(
-    model: Decoder | Encoder, config: LoraConfig, seed: int = 0, method: str = "lora"
-) -> dict[str, nn.Parameter]:
+def attach(model: Decoder | Encoder, config: AdapterConfig, seed: int = 0) -> dict[str, nn.Parameter]:
     """Wrap the linears that a resolved config names; return the trainable tensors by full name.
 
     The values are initialized from `seed` alone; the adapted model computes what the base computes.
     """
+    method = METHODS[config.method]
     parameters: dict[str, nn.Parameter] = {}
-    for index, slot in enumerate(METHODS[method].slots(config, model.config)):
-        path, _, name = slot.linear.removeprefix("model.").rpartition(".")
+    for index, slot in enumerate(method.slots(config, model.config)):
+        path, _, name = slot.place.removeprefix("model.").rpartition(".")
         parent = model.get_submodule(path)
-        layer = AdaptedLinear(getattr(parent, name), slot, index, config, method)
-        for key, value in METHODS[method].initialize(slot, np.random.default_rng([seed, index])).items():
+        layer = AdaptedLinear(getattr(parent, name), slot, index, config)
+        for key, value in method.initialize(slot, config, np.random.default_rng([seed, index])).items():
             layer.tensors[key].data.copy_(torch.from_numpy(value))
-            parameters[f"{slot.linear}.{key}"] = layer.tensors[key]
+            parameters[f"{slot.place}.{key}"] = layer.tensors[key]
         setattr(parent, name, layer)
     return parameters
 

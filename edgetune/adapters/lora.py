@@ -10,67 +10,56 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
 
+from edgetune.adapters.capabilities import Capabilities
+from edgetune.adapters.config import LinearsConfig
 from edgetune.adapters.slot import Slot
 from edgetune.errors import AdapterError, ConfigError
 from edgetune.models import ModelConfig
+from edgetune.schema import Key
 
 NAME = "lora"
 
 
+CAPABILITIES = Capabilities(own_inputs="Its inputs are those of LoRA: export it without --merge.")
+# Short name of a tensor -> how its name ends in a PEFT file.
+PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+
+
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(LinearsConfig):
     """What the user asks of LoRA. None means "not set": the plan chooses, and may concede it to the budget."""
 
-    r: int | None = None
-    """Rank of the update; 8 where nothing is set."""
-    lora_alpha: float | None = None
-    """Strength of the update; 2 r where nothing is set."""
-    lora_dropout: float | None = None
-    """Share of the adapter's inputs that are zeroed in training; 0 where nothing is set."""
-    target_modules: tuple[str, ...] | None = None
-    """Short names of the linears that get an adapter; all of a block where nothing is set."""
-    use_rslora: bool | None = None
-    """Scale by 1/sqrt(r) rather than 1/r."""
-    layers_to_transform: tuple[int, ...] | None = None
-    """Blocks that get an adapter; all where nothing is set."""
+    method: ClassVar[str] = NAME
 
-    def resolved(self, model: ModelConfig) -> LoraConfig:
-        """The same with every field filled.
+    r: Annotated[int | None, Key("Rank: a higher one can learn more and costs more memory. (default: 8)")] = None
+    lora_alpha: Annotated[
+        float | None, Key("Strength: the adapter's output is scaled by alpha / r. (default: 2 r)")
+    ] = None
+    lora_dropout: Annotated[
+        float | None, Key("Share of the adapter's inputs set to zero in training. (default: 0)")
+    ] = None
+    use_rslora: Annotated[bool | None, Key("Scale by alpha / sqrt(r), for high ranks. (default: off)")] = None
 
-        Raises:
-            ConfigError: a value is out of its range or names nothing in this model.
-        """
+    def resolved(self: LoraT, model: ModelConfig) -> LoraT:
+        """See `AdapterConfig`."""
         r = 8 if self.r is None else self.r
-        layers = tuple(range(model.num_hidden_layers)) if self.layers_to_transform is None else self.layers_to_transform
-        known = tuple(dict.fromkeys(path.rpartition(".")[2] for path in model.linear_shapes))
-        targets = known if self.target_modules is None else tuple(self.target_modules)
+        if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= model.hidden_size:
+            raise ConfigError(f"r = {r!r}; an integer from 1 to the hidden size {model.hidden_size} was expected.")
         config = replace(
-            self,
+            super().resolved(model),
             r=r,
             lora_alpha=2 * r if self.lora_alpha is None else self.lora_alpha,
             lora_dropout=self.lora_dropout or 0.0,
-            target_modules=targets,
             use_rslora=bool(self.use_rslora),
-            layers_to_transform=layers,
         )
-        if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= model.hidden_size:
-            raise ConfigError(f"r = {r!r}; an integer from 1 to the hidden size {model.hidden_size} was expected.")
         if not 0 < config._alpha < math.inf:
             raise ConfigError(f"lora_alpha = {config.lora_alpha!r}; a positive number was expected.")
-        if not 0 <= (config.lora_dropout or 0.0) < 1:
+        if not 0 <= config.dropout < 1:
             raise ConfigError(f"lora_dropout = {config.lora_dropout!r}; a number from 0 to below 1 was expected.")
-        unknown = [name for name in targets if name not in known]
-        if unknown or not targets:
-            raise ConfigError(f"target_modules has {unknown or 'nothing'}; choose from {', '.join(known)}.")
-        wrong = [i for i in layers if not 0 <= i < model.num_hidden_layers]
-        if wrong or not layers:
-            raise ConfigError(
-                f"layers_to_transform has {wrong or 'nothing'}; choose from 0 to {model.num_hidden_layers - 1}."
-            )
         return config
 
     @property
@@ -79,9 +68,14 @@ class LoraConfig:
         return self.lora_alpha
 
     @property
-    def first_block(self) -> int:
-        """The lowest adapted block of a resolved config: below it no gradient is asked for."""
-        return min(self.layers_to_transform or (0,))
+    def dropout(self) -> float:
+        """See `AdapterConfig`."""
+        return self.lora_dropout or 0.0
+
+    @property
+    def brief(self) -> str:
+        """See `AdapterConfig`."""
+        return f"r {self.r}, alpha {self._alpha:g}"
 
     @property
     def rank(self) -> int:
@@ -95,27 +89,22 @@ class LoraConfig:
         return self._alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
+LoraT = TypeVar("LoraT", bound=LoraConfig)
 Config = LoraConfig
 
 
 def slots(config: LoraConfig, model: ModelConfig) -> list[Slot]:
     """The adapted linears in the model's order, for a resolved config."""
-    assert config.target_modules is not None and config.layers_to_transform is not None
-    return [
-        slot(f"{model.block(i)}.{path}", shape, config)
-        for i in sorted(config.layers_to_transform)
-        for path, shape in model.linear_shapes.items()
-        if path.rpartition(".")[2] in config.target_modules
-    ]
+    return [slot(place, shape, config) for place, shape in config.linears(model).items()]
 
 
-def slot(linear: str, shape: tuple[int, int], config: LoraConfig) -> Slot:
+def slot(place: str, shape: tuple[int, int], config: LoraConfig) -> Slot:
     """The slot of one linear of shape (out_features, in_features), for a resolved config."""
     n, k = shape
-    return Slot(linear, k, n, {"lora_A": (config.rank, k), "lora_B": (n, config.rank)})
+    return Slot(place, k, n, {"lora_A": (config.rank, k), "lora_B": (n, config.rank)})
 
 
-def initialize(slot: Slot, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def initialize(slot: Slot, config: LoraConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """A uniform in ±1/sqrt(in), B zero; float32."""
     bound = 1 / math.sqrt(slot.in_features)
     a = rng.uniform(-bound, bound, slot.tensors["lora_A"]).astype(np.float32)
@@ -151,10 +140,27 @@ def add_gradients(
         d_x.addmm_(d_z.T, a)
 
 
-def delta(tensors: Mapping[str, np.ndarray], config: LoraConfig) -> np.ndarray:
-    """float32 [out, in]: what merging adds to the frozen weight."""
-    product: np.ndarray = tensors["lora_B"] @ tensors["lora_A"]
-    return product * np.float32(config.scaling)
+def merge(weight: np.ndarray, tensors: Mapping[str, np.ndarray], rows: slice, config: LoraConfig) -> np.ndarray:
+    """float32 [rows, in]: these rows of a frozen weight with the adapter folded in."""
+    product: np.ndarray = tensors["lora_B"][rows] @ tensors["lora_A"]
+    return weight + product * np.float32(config.scaling)
+
+
+def changes(tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether a slot does anything."""
+    return bool(tensors["lora_B"].any())
+
+
+def weakened(
+    config: LoraConfig, tensors: dict[str, np.ndarray], alpha: float
+) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """The adapter whose change of the weights is `alpha` times this one's."""
+    return replace(config, lora_alpha=alpha * config._alpha), tensors
+
+
+def as_lora(config: LoraConfig, tensors: dict[str, np.ndarray]) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """The same adapter as LoRA, which graphs and bundles know."""
+    return config, tensors
 
 
 def onnx_tensors(config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -177,16 +183,19 @@ def config_to_peft(config: LoraConfig, base_model: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def config_from_peft(peft: Mapping[str, Any], slots_found: Mapping[str, int]) -> LoraConfig:
-    """A config from PEFT's keys and the linears (name -> rank) that its tensors name.
+def reads_peft(peft: Mapping[str, Any]) -> bool:
+    """Whether an `adapter_config.json` is of this method."""
+    return peft.get("peft_type") == "LORA"
+
+
+def config_from_peft(peft: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> LoraConfig:
+    """A config from PEFT's keys and the shapes of its tensors, by their full names.
 
     PEFT's `target_modules` may be a pattern, so what is adapted is read from the tensors themselves.
 
     Raises:
         AdapterError: the adapter uses what LoRA here does not compute.
     """
-    if peft.get("peft_type") != "LORA":
-        raise AdapterError(f"adapter_config.json has peft_type {peft.get('peft_type')!r}; supported is 'LORA'.")
     unsupported = [
         f"{key} = {peft[key]!r}"
         for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
@@ -196,16 +205,17 @@ def config_from_peft(peft: Mapping[str, Any], slots_found: Mapping[str, int]) ->
         unsupported.append(f"bias = {peft['bias']!r}")
     if unsupported:
         raise AdapterError(f"adapter_config.json sets {', '.join(unsupported)}, which LoRA here does not compute.")
-    ranks = set(slots_found.values())
+    ranks = {shape[0] for name, shape in tensors.items() if name.endswith(".lora_A")}
     if ranks != {peft.get("r")}:
         raise AdapterError(f"adapter_config.json has r = {peft.get('r')!r}; its tensors have rank {sorted(ranks)}.")
+    places = [name.rpartition(".")[0] for name in tensors]
     try:
-        layers = {int(name.split(".")[2]) for name in slots_found}
+        layers = {int(place.split(".")[2]) for place in places}
         return LoraConfig(
             r=int(peft["r"]),
             lora_alpha=float(peft["lora_alpha"]),
             lora_dropout=float(peft.get("lora_dropout") or 0.0),
-            target_modules=tuple(dict.fromkeys(name.rpartition(".")[2] for name in slots_found)),
+            target_modules=tuple(dict.fromkeys(place.rpartition(".")[2] for place in places)),
             use_rslora=bool(peft.get("use_rslora", False)),
             layers_to_transform=tuple(sorted(layers)),
         )

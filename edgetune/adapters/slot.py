@@ -1,4 +1,4 @@
-"""A slot: one frozen linear, and the trained tensors that an adapter method keeps there."""
+"""A slot: one place of a model, and the trained tensors that an adapter method keeps there."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Slot:
-    """`linear` is the full module name; `tensors` maps a short name to its shape. All are float32."""
+    """`tensors` maps a short name to its shape. All are float32.
 
-    linear: str
+    `place` is the full name of what the method stands at: a linear, a norm, a block (its output), or the embedding (the
+    model's input); "" is the model as a whole. Features are what goes in and what comes out there.
+    """
+
+    place: str
     in_features: int
     out_features: int
     tensors: dict[str, tuple[int, ...]]
@@ -18,7 +22,7 @@ class Slot:
     @property
     def names(self) -> dict[str, tuple[int, ...]]:
         """Full tensor name -> shape."""
-        return {f"{self.linear}.{name}": shape for name, shape in self.tensors.items()}
+        return {f"{self.place}.{name}": shape for name, shape in self.tensors.items()}
 
     @property
     def num_parameters(self) -> int:

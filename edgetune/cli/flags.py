@@ -1,4 +1,5 @@
-"""The flags of the command line: those that several verbs share, and one for each field of LoraConfig and TrainConfig.
+"""The flags of the command line: those that several verbs share, and one for each field of TrainConfig and of the
+adapter methods' configs.
 
 A verb marked with `takes_settings` declares `**settings` and gets the latter; `read_settings` turns what was typed into
 the two configs. A flag that was not typed stays unset, so each default has one home, the dataclass, and the plan knows
@@ -17,7 +18,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import typer
 
 from edgetune.adapters import METHODS
-from edgetune.adapters.lora import LoraConfig
+from edgetune.adapters.config import AdapterConfig
 from edgetune.errors import ConfigError
 from edgetune.planner.plans import TrainConfig
 
@@ -61,7 +62,7 @@ Engine = Annotated[
         show_default=False,
     ),
 ]
-Method = Annotated[str, typer.Option("--adapter", help="The adapter's method.")]
+Method = Annotated[str, typer.Option("--adapter", help=f"The adapter's method: {', '.join(METHODS)}.")]
 Budget = Annotated[
     str,
     typer.Option(
@@ -78,15 +79,6 @@ Threads = Annotated[
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out, up to 1 % of them.")]
 Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON object; all else goes to stderr.")]
 
-# What LoraConfig's docstrings say, in the words of a user who has not read them.
-_ADAPTER_HELP = {
-    "r": "Rank: a higher one can learn more and costs more memory. (default: 8)",
-    "lora_alpha": "Strength: the adapter's output is scaled by alpha / r. (default: 2 r)",
-    "lora_dropout": "Share of the adapter's inputs set to zero in training. (default: 0)",
-    "target_modules": "Linears to adapt, such as q_proj,v_proj. (default: all seven of a block)",
-    "use_rslora": "Scale by alpha / sqrt(r), for high ranks. (default: off)",
-    "layers_to_transform": "Blocks to adapt, counted from 0, such as 0,2,5-8. (default: all)",
-}
 # PEFT's name is the field's; nobody wants to type it.
 _SHORTER = {"layers_to_transform": "layers"}
 
@@ -113,19 +105,36 @@ def _numbers(text: str) -> tuple[int, ...]:
 _PARSERS: dict[str, Callable[[str], Any]] = {"target_modules": _names, "layers_to_transform": _numbers}
 
 
+def _flag(field: str) -> str:
+    return "--" + _SHORTER.get(field, field).replace("_", "-")
+
+
 def _parameter(field: str, kind: Any, help: str, panel: str) -> inspect.Parameter:
     parser = _PARSERS.get(field)
-    name = _SHORTER.get(field, field).replace("_", "-")
-    flag = f"--{name}/--no-{name}" if kind == bool | None else f"--{name}"
+    flag = _flag(field)
+    if kind == bool | None:
+        flag += flag.replace("--", "/--no-")
     option = typer.Option(None, flag, help=help, rich_help_panel=panel, parser=parser, show_default=False)
     kind = str | None if parser else kind
     return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
 
 
+def _adapter_settings() -> dict[str, tuple[Any, list[str]]]:
+    """Field of an adapter's config -> its annotation, and the methods that have it."""
+    found: dict[str, tuple[Any, list[str]]] = {}
+    for method, module in METHODS.items():
+        hints = get_type_hints(module.Config, include_extras=True)
+        for field in dataclasses.fields(module.Config):
+            found.setdefault(field.name, (hints[field.name], []))[1].append(method)
+    return found
+
+
 def _parameters() -> list[inspect.Parameter]:
-    found = [
-        _parameter(name, hint, _ADAPTER_HELP[name], "Adapter") for name, hint in get_type_hints(LoraConfig).items()
-    ]
+    found = []
+    for name, (hint, methods) in _adapter_settings().items():
+        kind, key = get_args(hint)[:2]
+        of = "" if len(methods) == len(METHODS) else f" Of {', '.join(methods)}."
+        found.append(_parameter(name, kind, key.doc + of, "Adapter"))
     hints = get_type_hints(TrainConfig, include_extras=True)
     for field in dataclasses.fields(TrainConfig):
         kind, key = get_args(hints[field.name])[:2]
@@ -149,15 +158,19 @@ def takes_settings(verb: Callable[..., None]) -> Callable[..., None]:
     return with_flags
 
 
-def read_settings(method: str, settings: dict[str, Any]) -> tuple[LoraConfig, TrainConfig]:
+def read_settings(method: str, settings: dict[str, Any]) -> tuple[AdapterConfig, TrainConfig]:
     """The adapter's and the training's config with what was typed; the rest is left to their defaults.
 
     Raises:
-        ConfigError: there is no such adapter method.
+        ConfigError: there is no such adapter method, or it has no setting that was typed.
     """
     if method not in METHODS:
         raise ConfigError(f"adapter = {method!r}; choose from {', '.join(METHODS)}.")
     typed = {name: value for name, value in settings.items() if value is not None}
+    for name, (_, methods) in _adapter_settings().items():
+        if name in typed and method not in methods:
+            own = ", ".join(_flag(field.name) for field in dataclasses.fields(METHODS[method].Config))
+            raise ConfigError(f"{_flag(name)} is no setting of {method}; it has {own or 'none'}. Leave it out.")
     return _config(METHODS[method].Config, typed), _config(TrainConfig, typed)
 
 

@@ -173,7 +173,7 @@ def brief(plan: Plan) -> str:
     lines = [
         f"{plan.model} {fits} {plan.device}: predicted peak {format_mib(plan.predicted_peak_bytes)} of "
         f"{format_mib(plan.budget_bytes)} ({plan.budget_name} budget)",
-        f"  {plan.method} r {plan.adapter.r} on {plan.grid}, steps of {plan.batch_size} x "
+        f"  {' '.join(filter(None, (plan.method, plan.adapter.brief)))} on {plan.grid}, steps of {plan.batch_size} x "
         f"{plan.gradient_accumulation_steps} windows of {plan.max_seq_length} tokens",
         f"  predicted for {plan.device}: {plan.predicted_step_seconds:.3g} s per step{how_long}",
     ]

@@ -157,7 +157,7 @@ def _oom_kills(group: Cgroup | None) -> int:
 
 def _give_up(plan: dict[str, Any]) -> bool:
     """Let no block of a plan keep its activations; whether one did."""
-    lowest = min(plan["adapter"]["layers_to_transform"] or (0,))
+    lowest = min(plan["adapter"].get("layers_to_transform") or (0,))
     path = plan["model_config"]["num_hidden_layers"] - lowest
     gave_up: bool = plan["recompute_layers"] < path
     plan["recompute_layers"] = max(path, plan["recompute_layers"])

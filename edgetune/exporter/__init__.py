@@ -203,7 +203,7 @@ def _write_adapter(job: Job, folder: Path, work: Path) -> dict[str, Any]:
     """The run's adapter beside the graph: its two files, and the manifest's entry. Empty where there is none."""
     if job.adapter is None or job.merge:
         return {}
-    config, feeds, rows = job.adapter.config, job.adapter.feeds(job.slots), _probe_rows(job)
+    config, feeds, rows = job.adapter.lora[0], job.adapter.feeds(job.slots), _probe_rows(job)
     if isinstance(job.base, EncoderBase):
         change = encoder.probe_change(folder / MODEL, feeds, rows)
     else:

@@ -8,17 +8,20 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
 from edgetune.adapter_file import AdapterSlot, by_slot
-from edgetune.adapters import lora
+from edgetune.adapters import METHODS, lora
 from edgetune.adapters.attach import attach
 from edgetune.adapters.base import load_adapter
+from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import AnyBase, Base, EncoderBase, open_any_base, weights_sha256
 from edgetune.bundle import MANIFEST
@@ -46,16 +49,40 @@ _ROW_LENGTH = 512  # tokens of a held-out row, where the run does not say
 class Adapter:
     """An adapter under training's names."""
 
-    config: LoraConfig
+    config: AdapterConfig
     tensors: dict[str, np.ndarray]
+
+    @property
+    def method(self) -> ModuleType:
+        return METHODS[self.config.method]
+
+    @property
+    def lora(self) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+        """The same in the form that graphs and bundles know. Raises ExportError where the method has none."""
+        self.method.CAPABILITIES.require("as_lora", ExportError)
+        made: tuple[LoraConfig, dict[str, np.ndarray]] = self.method.as_lora(self.config, self.tensors)
+        return made
 
     def feeds(self, slots: Iterable[AdapterSlot]) -> dict[str, np.ndarray]:
         """The same as inputs of a graph with these slots."""
-        return by_slot(lora.onnx_tensors(self.config, self.tensors), slots)
+        return by_slot(lora.onnx_tensors(*self.lora), slots)
 
     def weakened(self, alpha: float) -> Adapter:
         """The adapter whose change of the weights is `alpha` times this one's."""
-        return replace(self, config=replace(self.config, lora_alpha=alpha * (self.config.lora_alpha or 0)))
+        return self if alpha == 1 else Adapter(*self.method.weakened(self.config, self.tensors, alpha))
+
+    @cached_property
+    def places(self) -> dict[str, dict[str, np.ndarray]]:
+        """Its tensors by place and short name."""
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for name, value in self.tensors.items():
+            place, _, short = name.rpartition(".")
+            found.setdefault(place, {})[short] = value
+        return found
+
+    def changes(self, place: str) -> bool:
+        """Whether it has something in it there."""
+        return place in self.places and bool(self.method.changes(self.places[place]))
 
 
 @dataclass(frozen=True)
@@ -94,8 +121,7 @@ class Job:
         slots = adapter_slots(self.base.config, self.format_of)
         if self.any_adapter or self.adapter is None:
             return slots
-        adapted = {name.rpartition(".")[0] for name in self.adapter.tensors}
-        return tuple(slot for slot in slots if adapted & slot.modules.keys())
+        return tuple(slot for slot in slots if self.adapter.places.keys() & slot.modules.keys())
 
     @property
     def contrib(self) -> bool:
@@ -164,7 +190,7 @@ def read_job(
             f"with `edgetune adapter add BUNDLE {folder}`."
         )
     base = open_any_base(run["base"] if run else folder)
-    adapter = _read_adapter(folder, base) if run else None
+    adapter = _read_adapter(folder, base, merge=merge) if run else None
     if merge and adapter is None:
         raise ExportError(f"{folder} has no adapter to merge. Export a run folder, or leave --merge off.")
     profile = _profile(device, folder)
@@ -224,13 +250,13 @@ def _read_run(folder: Path) -> dict[str, Any]:
     return run
 
 
-def _read_adapter(folder: Path, base: AnyBase[Any]) -> Adapter:
+def _read_adapter(folder: Path, base: AnyBase[Any], *, merge: bool) -> Adapter:
     config, tensors = load_adapter(folder, base.config)
-    if not any(value.any() for name, value in tensors.items() if name.endswith("lora_B")):
-        raise ExportError(
-            f"The adapter of {folder} changes nothing: every lora_B is zero. Train it, or export the base."
-        )
-    return Adapter(config, tensors)
+    adapter = Adapter(config, tensors)
+    adapter.method.CAPABILITIES.require("merge" if merge else "as_lora", ExportError)
+    if not any(adapter.changes(place) for place in adapter.places):
+        raise ExportError(f"The adapter of {folder} changes nothing. Train it, or export the base.")
+    return adapter
 
 
 def _profile(device: DeviceProfile | str | Path | None, folder: Path) -> DeviceProfile | None:

@@ -1,7 +1,7 @@
 """A base's weights on their way into a graph: as they are, or rounded to another format, and what rounding costs.
 
     W' = round(W)                   the adapter stays beside the graph, around weights that it was not trained on
-    W' = round(W + scaling * B A)   merged: the adapter is folded in
+    W' = round(merge(W))            merged: the adapter is folded in, W + scaling * B A for LoRA
 
 Either way the frozen codes that the adapter was trained around do not survive, so the bundle is no longer "the bytes
 you trained on". How far it is away is measured here per matrix, against the weight and against what the adapter changes
@@ -18,7 +18,6 @@ from typing import Any, Generic
 
 import numpy as np
 
-from edgetune.adapters import lora
 from edgetune.base import AnyBase, Config
 from edgetune.exporter.job import Adapter
 from edgetune.graphs import FORMATS, standard
@@ -74,20 +73,6 @@ class BaseWeights(Generic[Config]):
         return self.base.vector(name)
 
 
-def _delta(adapter: Adapter, module: str, rows: slice) -> np.ndarray | None:
-    """What the adapter adds to rows of a matrix; None where it changes nothing there."""
-    if not _changes(adapter, module):
-        return None
-    tensors = {"lora_A": adapter.tensors[f"{module}.lora_A"], "lora_B": adapter.tensors[f"{module}.lora_B"][rows]}
-    return lora.delta(tensors, adapter.config)
-
-
-def _changes(adapter: Adapter, module: str) -> bool:
-    """Whether the adapter has a slot at a matrix, with something in it."""
-    b = adapter.tensors.get(f"{module}.lora_B")
-    return b is not None and bool(b.any())
-
-
 class RoundedWeights(BaseWeights[Config]):
     """A base in the format `weights`, with `merge` its adapter folded in.
 
@@ -105,7 +90,7 @@ class RoundedWeights(BaseWeights[Config]):
     def parts(self, module: str) -> Iterator[tuple[slice, Codes]]:
         stored, columns = super().format_of(module), self.base.shape(module)[1]
         parts = self._stored(module, self.weights)
-        if self.merge and self.adapter is not None and _changes(self.adapter, module):
+        if self.merge and self.adapter is not None and self.adapter.changes(module):
             yield from self._rounded(module, stored, parts)
         elif stored == self.weights:
             yield from parts
@@ -122,11 +107,12 @@ class RoundedWeights(BaseWeights[Config]):
         for rows, part in parts:
             shape = rows.stop - rows.start, columns
             wanted = FORMATS[stored].dequantize(part, shape)
-            delta = None if self.adapter is None else _delta(self.adapter, module, rows)
-            if delta is not None:
-                change += _squares(delta)
+            if self.adapter is not None and self.adapter.changes(module):
+                tensors = self.adapter.places[module]
+                tuned = self.adapter.method.merge(wanted, tensors, rows, self.adapter.config)
+                change += _squares(tuned - wanted)
                 if self.merge:
-                    wanted += delta
+                    wanted = tuned
             rounded = round_to(self.weights, wanted)
             error += _squares(FORMATS[self.weights].dequantize(rounded, shape) - wanted)
             norm += _squares(wanted)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgetune.adapter_file import by_linear, is_name
-from edgetune.adapters.lora import LoraConfig
+from edgetune.adapters.config import AdapterConfig
 from edgetune.bundle import Bundle, load_bundle
 from edgetune.memory import Meter, trim_allocator
 from edgetune.personalizer.graphs import Adapter, TrainingGraphs, read_description
@@ -39,7 +39,7 @@ def personalize(
     data: str | Path,
     out: str | Path,
     eval_data: str | Path | None = None,
-    adapter: LoraConfig | None = None,
+    adapter: AdapterConfig | None = None,
     config: TrainConfig | None = None,
     device: str | Path = "host",
     budget: str | int = "foreground",

@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.lora import LoraConfig
 from edgetune.bundle import Bundle
 from edgetune.checkpoint import PLAN
@@ -25,7 +26,7 @@ LOADED = 1.75  # the adapter in use, loaded as it lies in a bundle, then split b
 
 
 def make_plan(
-    bundle: Bundle, *, data: str | Path, eval_data: str | Path | None, adapter: LoraConfig | None,
+    bundle: Bundle, *, data: str | Path, eval_data: str | Path | None, adapter: AdapterConfig | None,
     config: TrainConfig | None, device: str | Path, budget: str | int, skip_bad: bool,
 ) -> Plan:  # fmt: skip
     """The plan of a personalization.

@@ -119,9 +119,11 @@ class OrtTrainer(Trainer):
         plan = inputs.plan
         self.bundle = load_bundle(inputs.base)
         description = read_description(self.bundle)
-        self.parameters = initial(plan.adapter, plan)
+        config = plan.adapter
+        assert isinstance(config, LoraConfig), "the planner refuses the others"
+        self.parameters = initial(config, plan)
         graphs = TrainingGraphs(description, plan.threads, plan.optimizer)
-        self.rule = Backprop(graphs, self.parameters, plan.adapter, plan)
+        self.rule = Backprop(graphs, self.parameters, config, plan)
         self.active_loss: float | None = None
 
     def fill_cache(self) -> None:
@@ -162,9 +164,9 @@ class OrtTrainer(Trainer):
 def initial(config: LoraConfig, plan: Plan) -> Arrays:
     """The adapter before the first step, as the torch engine begins with it for the same seed, transposed."""
     return {
-        f"{slot.linear}.{name}": np.ascontiguousarray(value.T)
+        f"{slot.place}.{name}": np.ascontiguousarray(value.T)
         for index, slot in enumerate(lora.slots(config, plan.model_config))
-        for name, value in lora.initialize(slot, np.random.default_rng([plan.seed, index])).items()
+        for name, value in lora.initialize(slot, config, np.random.default_rng([plan.seed, index])).items()
     }
 
 

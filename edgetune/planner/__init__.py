@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgetune import __version__, host
+from edgetune.adapters import METHODS
+from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import Base, open_base
 from edgetune.data import Rows, read_rows, split_eval
@@ -47,7 +49,6 @@ __all__ = ["Concession", "Plan", "TrainConfig", "plan", "why_untrainable"]
 
 # Engine -> the parts of its peak.
 ENGINES = {"torch": peak_parts, "ort": ort_parts.peak_parts}
-METHOD = "lora"
 DEFAULT_EPOCHS = 3.0
 # The prediction may be off by this share of the whole, and this one of what is above the floor: onnxruntime's arena
 # goes to pieces in ways that were met 9 % away from its model (`benchmarks/personalize_accuracy.py`).
@@ -62,7 +63,7 @@ def plan(
     *,
     data: str | Path | Rows | None = None,
     eval_data: str | Path | None = None,
-    adapter: LoraConfig | None = None,
+    adapter: AdapterConfig | None = None,
     config: TrainConfig | None = None,
     grid: str | None = None,
     engine: str | None = None,
@@ -156,12 +157,13 @@ def make(source: Source, profile: DeviceProfile, wishes: Wishes, budget_name: st
 
 
 def check_engine(wishes: Wishes, grid: str) -> None:
-    """Raises ConfigError for what the ort engine's graphs do not have."""
+    """Raises ConfigError for what the engine does not train, or the ort engine's graphs do not have."""
+    METHODS[wishes.adapter.method].CAPABILITIES.require(f"train_{wishes.engine}", ConfigError)
     if wishes.engine != "ort":
         return
     adapter, config = wishes.adapter, wishes.config
     wanted = {
-        "lora_dropout": bool(adapter.lora_dropout),
+        "lora_dropout": bool(adapter.dropout),
         "step_rule": config.step_rule not in (None, "backprop"),
         "recompute_layers": config.recompute_layers is not None,
         "activation_offloading": bool(config.activation_offloading),
@@ -263,7 +265,6 @@ class _Costs:
         windows = facts.windows(length) if facts.rows else None
         job = Job(
             model=choice.model,
-            method=METHOD,
             adapter=choice.resolved,
             optimizer=choice.optimizer,
             grid=self.source.grid if self.source.grid in GRIDS else "int4",  # a dense bundle: its work is no other here
@@ -400,7 +401,7 @@ def _made(
         file_backed_bytes=source.file_backed_bytes,
         fits=True,
         concessions=concessions,
-        method=METHOD,
+        method=choice.adapter.method,
         adapter=choice.resolved,
         step_rule=choice.step_rule,
         optimizer=choice.optimizer,

@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass, replace
 
 from edgetune.adapters import METHODS
-from edgetune.adapters.lora import LoraConfig
+from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.slot import Slot
 from edgetune.base import Base
 from edgetune.device import DeviceProfile
@@ -68,8 +68,7 @@ class Job:
     """What decides the cost of a step. `adapter` is resolved; `supervised_per_window` is the most of any window."""
 
     model: DecoderConfig
-    method: str
-    adapter: LoraConfig
+    adapter: AdapterConfig
     optimizer: str
     grid: str
     batch_size: int
@@ -117,7 +116,7 @@ class Job:
 
     @property
     def slots(self) -> list[Slot]:
-        slots: list[Slot] = METHODS[self.method].slots(self.adapter, self.model)
+        slots: list[Slot] = METHODS[self.adapter.method].slots(self.adapter, self.model)
         return slots
 
     @property
@@ -342,7 +341,7 @@ def activation_bytes(job: Job) -> int:
 
 def _at_step(job: Job) -> dict[str, int]:
     parts = {"gradients": FLOAT_BYTES * sum(slot.num_parameters for slot in job.slots) if job.has_gradients else 0}
-    if job.adapter.lora_dropout:  # random numbers, the mask, the dropped input and its gradient
+    if job.adapter.dropout:  # random numbers, the mask, the dropped input and its gradient
         parts["dropout"] = (
             (4 if job.has_gradients else 3) * FLOAT_BYTES * job.tokens * max(slot.in_features for slot in job.slots)
         )

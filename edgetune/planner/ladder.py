@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from edgetune.adapters.lora import LoraConfig
+from edgetune.adapters.config import AdapterConfig
 from edgetune.models.config import DecoderConfig
 from edgetune.optimizers import OPTIMIZERS
 
@@ -36,7 +36,7 @@ class Choice:
     """The settings that a plan may change. `adapter` is as the user wrote it, with what was conceded filled in."""
 
     model: DecoderConfig
-    adapter: LoraConfig
+    adapter: AdapterConfig
     batch_size: int
     gradient_accumulation_steps: int
     max_seq_length: int
@@ -49,7 +49,7 @@ class Choice:
     fast_products: bool
 
     @property
-    def resolved(self) -> LoraConfig:
+    def resolved(self) -> AdapterConfig:
         """The adapter with every field filled."""
         return self.adapter.resolved(self.model)
 
@@ -60,8 +60,8 @@ class Choice:
 
     def value(self, setting: str) -> str:
         """A setting as it is typed on the command line."""
-        value = getattr(self if hasattr(self, setting) else self.resolved, setting)
-        if setting == "layers_to_transform":
+        value = getattr(self if hasattr(self, setting) else self.resolved, setting, None)
+        if setting == "layers_to_transform" and value:
             return _ranges(value)
         return ",".join(value) if isinstance(value, tuple) else str(value)
 
@@ -132,12 +132,12 @@ def _shorter_windows(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
 
 
 def _fewer_targets(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
-    yield replace(choice, adapter=replace(choice.adapter, target_modules=FEWER_TARGETS))
+    yield replace(choice, adapter=choice.adapter.changed(target_modules=FEWER_TARGETS))
 
 
 def _smaller_ranks(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
     for r in SMALLER_RANKS:
-        yield replace(choice, adapter=replace(choice.adapter, r=r))
+        yield replace(choice, adapter=choice.adapter.changed(r=r))
 
 
 def _upper_layers(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
@@ -146,7 +146,7 @@ def _upper_layers(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
     while kept:
         layers = tuple(range(total - kept, total))
         again = min(choice.recompute_layers, kept)
-        yield replace(choice, adapter=replace(choice.adapter, layers_to_transform=layers), recompute_layers=again)
+        yield replace(choice, adapter=choice.adapter.changed(layers_to_transform=layers), recompute_layers=again)
         kept //= 2
 
 
@@ -177,6 +177,7 @@ RUNGS: tuple[tuple[str, Callable[[Choice, Freedom], Iterator[Choice]]], ...] = (
     ("step_rule", _no_gradients),
 )
 SETTINGS = tuple(dict.fromkeys(setting for setting, _ in RUNGS))
+ADAPTER_SETTINGS = frozenset({"target_modules", "r", "layers_to_transform"})  # where the method has them
 
 
 def descend(choice: Choice, freedom: Freedom) -> Iterator[Choice]:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 
+from edgetune.adapters.lora import LoraConfig
 from edgetune.adapters.slot import Slot
 from edgetune.memory import MIB
 from edgetune.models.config import DecoderConfig
@@ -73,7 +74,7 @@ def peak_parts(job: Job, floor_bytes: int) -> tuple[str, dict[str, int]]:
 
 def stacked_bytes(job: Job) -> int:
     """The adapter as a bundle holds it: A of linears that are one side by side, their B along the diagonal."""
-    total, r = 0, job.adapter.r or 0
+    total, r = 0, _rank(job)
     for slots in _by_group(job.slots).values():
         rank = r * len(slots)
         total += FLOAT_BYTES * rank * (slots[0].in_features + sum(slot.out_features for slot in slots))
@@ -83,10 +84,16 @@ def stacked_bytes(job: Job) -> int:
 def _by_group(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
     found: dict[str, list[Slot]] = {}
     for slot in slots:
-        module, _, linear = slot.linear.rpartition(".")
+        module, _, linear = slot.place.rpartition(".")
         group = next((names[0] for names in GROUPS if linear in names), linear)
         found.setdefault(f"{module}.{group}", []).append(slot)
     return found
+
+
+def _rank(job: Job) -> int:
+    """Of the adapter's LoRA form: the one that training graphs know."""
+    assert isinstance(job.adapter, LoraConfig), "check_engine refuses the others"
+    return job.adapter.rank
 
 
 def batch_bytes(job: Job) -> int:
@@ -98,7 +105,7 @@ def batch_bytes(job: Job) -> int:
 def _arena_parts(job: Job, *, trains: bool, losses: bool = True) -> dict[str, int]:
     """What of the arena is in use by part where it grows last, and the rest of it; after an evaluation, or a step."""
     ranks = tuple(
-        tuple((slot.linear.split(".", 3)[3], job.adapter.r or 0) for slot in job.slots if slot.linear.startswith(block))
+        tuple((slot.place.split(".", 3)[3], _rank(job)) for slot in job.slots if slot.place.startswith(block))
         for block in (f"{job.model.block(index)}." for index in range(job.model.num_hidden_layers))
     )
     micro_batches = min(2, job.gradient_accumulation_steps) if trains else 0

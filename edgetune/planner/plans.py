@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from edgetune import __version__
-from edgetune.adapters.lora import LoraConfig
+from edgetune.adapters import METHODS
+from edgetune.adapters.config import AdapterConfig
 from edgetune.errors import ConfigError
 from edgetune.memory import format_mib
 from edgetune.models.config import DecoderConfig
@@ -99,8 +100,8 @@ class Plan:
     """The mapped base: in the page cache, not in the budget."""
     fits: bool
     concessions: tuple[Concession, ...]
-    method: str
-    adapter: LoraConfig
+    method: Annotated[str, Key("the adapter's", choices=tuple(METHODS))]
+    adapter: AdapterConfig
     step_rule: str
     """backprop, or mezo, whose optimizer is sgd."""
     optimizer: str
@@ -177,6 +178,9 @@ class Plan:
                 f"edgetune {__version__} reads up to {FORMAT_VERSION}. Upgrade edgetune, or plan again."
             )
         reader = Reader()
+        method, adapter = values.get("method"), values.get("adapter")
+        if method in METHODS and isinstance(adapter, Mapping):
+            values = {**values, "adapter": reader.read(METHODS[method].Config, adapter, ("adapter",))}
         made = reader.read(cls, values)
         if made is None:
             raise ConfigError("this is not a plan:\n" + _listed(reader.problems))
@@ -192,13 +196,10 @@ class Plan:
         return "\n".join([*self._settings(), "", *self._peak(), "", *self._conceded(), "", *self._time()])
 
     def _settings(self) -> Iterator[str]:
-        adapter, layers = self.adapter, self.adapter.layers_to_transform or ()
         where = "simulated here: phones and watches have no torch" if self.simulated else "runs there as it is"
         yield f"{self.model} for {self.device}: {self.method} on the {self.grid} grid, engine {self.engine} ({where})"
-        yield (
-            f"  adapter     r {adapter.r}, alpha {adapter.lora_alpha:g}, on {', '.join(adapter.target_modules or ())} "
-            f"in {len(layers)} of {self.model_config.num_hidden_layers} blocks"
-        )
+        brief = f"{self.adapter.brief}, " if self.adapter.brief else ""
+        yield f"  adapter     {brief}on {self.adapter.where(self.model_config)}"
         windows = f"{self.batch_size} x {self.gradient_accumulation_steps} windows of {self.max_seq_length} tokens"
         again = f"{self.recompute_layers} blocks computed again"
         if self.step_rule == "mezo":
@@ -212,8 +213,8 @@ class Plan:
             yield "  products    with the processor's widest vectors"
         if self.feature_cache_bytes:
             yield (
-                f"  cache       the {min(layers)} lowest blocks run once over all rows; what they give takes "
-                f"{format_mib(self.feature_cache_bytes)} of storage while the run goes on"
+                f"  cache       the {self.adapter.first_block} lowest blocks run once over all rows; what they give "
+                f"takes {format_mib(self.feature_cache_bytes)} of storage while the run goes on"
             )
 
     def _peak(self) -> Iterator[str]:

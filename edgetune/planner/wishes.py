@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-from edgetune.adapters.lora import LoraConfig
+from edgetune.adapters.config import AdapterConfig
 from edgetune.data import Row, pack
 from edgetune.errors import ConfigError
 from edgetune.models.config import DecoderConfig
-from edgetune.planner.ladder import SETTINGS, Choice, Freedom
+from edgetune.planner.ladder import ADAPTER_SETTINGS, SETTINGS, Choice, Freedom
 from edgetune.planner.plans import TrainConfig
 from edgetune.products import are_offered
 
@@ -76,7 +76,7 @@ class Wishes:
     """What the user asked for, of this model and these rows."""
 
     model: DecoderConfig
-    adapter: LoraConfig
+    adapter: AdapterConfig
     config: TrainConfig
     facts: RowFacts
     engine: str = "torch"
@@ -90,8 +90,8 @@ class Wishes:
     def without(self, names: Iterable[str]) -> Wishes:
         """The same with these settings left open."""
         of_config: dict[str, Any] = dict.fromkeys({field.name for field in fields(TrainConfig)}.intersection(names))
-        of_adapter: dict[str, Any] = dict.fromkeys({field.name for field in fields(LoraConfig)}.intersection(names))
-        return replace(self, config=replace(self.config, **of_config), adapter=replace(self.adapter, **of_adapter))
+        of_adapter: dict[str, Any] = dict.fromkeys({field.name for field in fields(self.adapter)}.intersection(names))
+        return replace(self, config=replace(self.config, **of_config), adapter=self.adapter.changed(**of_adapter))
 
     @property
     def freedom(self) -> Freedom:
@@ -100,7 +100,7 @@ class Wishes:
         shortest = SHORTEST_WINDOW if facts.is_text else max(facts.longest, SHORTEST_WINDOW)
         accumulation = self.config.gradient_accumulation_steps is None
         rules = self.config.learning_rate is None
-        free = frozenset(SETTINGS).difference(self.fixed)
+        free = frozenset(SETTINGS).difference(self.fixed) - (ADAPTER_SETTINGS - vars(self.adapter).keys())
         if self.config.step_rule == "mezo":
             free -= {"optimizer"}
         if self.engine == "ort":

@@ -41,7 +41,11 @@ def run_cards(run: RunFiles) -> list[Card]:
             Card("Peak memory", mib(number(summary, "measured_peak_bytes")), "measured", "anonymous + swap"),
             Card("Held-out loss", shown(number(summary, "eval_loss"), "{:.4f}"), "measured", "nats per token"),
             Card("Training", shown(speed, "{:,.0f} tokens/s"), "measured", _where(run)),
-            Card("Adapter", mib(number(summary, "adapter_bytes")), detail=f"{plan.method}, r {plan.adapter.r}"),
+            Card(
+                "Adapter",
+                mib(number(summary, "adapter_bytes")),
+                detail=f"{plan.method}, {plan.adapter.brief}".rstrip(", "),
+            ),
         ]
     return cards
 
@@ -209,14 +213,13 @@ def _speed(run: RunFiles) -> Iterator[Block]:
 
 def _settings(run: RunFiles) -> Table:
     plan, summary = run.plan, run.summary or {}
-    layers = plan.adapter.layers_to_transform or ()
     rows = [
         ("", ""),
         ("model", plan.model),
         ("device", plan.device),
         ("grid, engine, step rule", f"{plan.grid}, {plan.engine}, {plan.step_rule}"),
-        ("adapter", f"{plan.method}, r {plan.adapter.r}, alpha {plan.adapter.lora_alpha:g}"),
-        ("on", f"{', '.join(plan.adapter.target_modules or ())} in {len(layers)} blocks"),
+        ("adapter", f"{plan.method}, {plan.adapter.brief}".rstrip(", ")),
+        ("on", plan.adapter.where(plan.model_config)),
         ("step", f"{plan.batch_size} x {plan.gradient_accumulation_steps} windows of {plan.max_seq_length} tokens"),
         ("blocks computed again", f"{plan.recompute_layers}"),
         ("optimizer", f"{plan.optimizer}, learning rate {plan.learning_rate:g}, {plan.lr_scheduler_type}"),

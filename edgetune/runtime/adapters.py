@@ -33,6 +33,7 @@ from edgetune.adapter_file import (
     read_adapter,
     write_adapter,
 )
+from edgetune.adapters import METHODS
 from edgetune.adapters import base as peft
 from edgetune.adapters.lora import onnx_tensors
 from edgetune.base import open_any_base, weights_sha256
@@ -267,6 +268,9 @@ def _read_source(bundle: AnyBundle[Any], source: Path) -> BoundAdapter:
         return read_adapter(source)
     shapes = {module: (rows, slot.in_features) for slot in bundle.slots for module, rows in slot.modules.items()}
     config, tensors = peft.read_adapter(source, shapes)
+    method = METHODS[config.method]
+    method.CAPABILITIES.require("as_lora", AdapterError)
+    config, tensors = method.as_lora(config, tensors)
     feeds = by_slot(onnx_tensors(config, tensors), bundle.slots)
     slots = tuple(dict.fromkeys(name.rpartition(".")[0] for name in feeds))
     return BoundAdapter(Binding(*_origin(source), config.rank, float(config.lora_alpha or 0), slots), feeds)

@@ -51,7 +51,7 @@ class TorchTrainer(Trainer):
                 sft.TILE_TOKENS, filled(min(supervised * plan.batch_size, positions), plan.threads)
             )
         workspace.offload_to = on_disk(folder) if plan.activation_offloading else None
-        self.parameters = attach(self.decoder, plan.adapter, plan.seed, plan.method)
+        self.parameters = attach(self.decoder, plan.adapter, plan.seed)
         self.first_block = plan.adapter.first_block
         held = self.decoder.blocks[len(self.decoder.layers) - plan.dequantized_layers :]
         self.held = [layer for block in held for layer in block.modules() if isinstance(layer, FrozenLinear)]

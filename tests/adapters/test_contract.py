@@ -45,7 +45,7 @@ def adapted(
 ) -> tuple[Decoder, dict[str, torch.nn.Parameter]]:
     decoder = load_decoder(base(kind, tmp_path))
     config = METHODS[method].Config(r=3, lora_alpha=7.5, **settings).resolved(decoder.config)
-    return decoder, attach(decoder, config, seed=5, method=method)
+    return decoder, attach(decoder, config, seed=5)
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -92,7 +92,7 @@ def test_slots_name_every_parameter(method: str, tmp_path: Path) -> None:
         n: s for slot in slots for n, s in slot.names.items()
     }
     assert sum(slot.num_parameters for slot in slots) == sum(p.numel() for p in parameters.values())
-    assert {slot.linear for slot in slots} == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"}
+    assert {slot.place for slot in slots} == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,129 @@
+"""What the configs of all adapter methods share. A method derives its own from the one whose places it adapts.
+
+    AdapterConfig    any place
+    BlocksConfig     in some of the blocks
+    LinearsConfig    at some of the linears of those
+
+None means "not set": the plan chooses, and may concede it to the budget where its ladder has a rung for the field.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from edgetune.errors import ConfigError
+from edgetune.models import ModelConfig
+from edgetune.schema import Key
+
+Config = TypeVar("Config", bound="AdapterConfig")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What the user asks of an adapter method."""
+
+    method: ClassVar[str]
+    """Its key in `METHODS`."""
+
+    def resolved(self: Config, model: ModelConfig) -> Config:
+        """The same with every field filled.
+
+        Raises:
+            ConfigError: a value is out of its range or names nothing in this model.
+        """
+        return self
+
+    def changed(self: Config, **settings: Any) -> Config:
+        """The same with other values in some of its fields."""
+        return replace(self, **settings)
+
+    @property
+    def first_block(self) -> int:
+        """The lowest block that a resolved config changes: below it no gradient is asked for."""
+        return 0
+
+    @property
+    def dropout(self) -> float:
+        """Share of the adapter's inputs that training zeroes."""
+        return 0.0
+
+    @property
+    def brief(self) -> str:
+        """The settings of a resolved config in a few words, such as `r 8, alpha 16`."""
+        return ""
+
+    def where(self, model: ModelConfig) -> str:
+        """The places of a resolved config in a few words."""
+        return "the model's input"
+
+
+@dataclass(frozen=True)
+class BlocksConfig(AdapterConfig):
+    """That of a method inside the blocks."""
+
+    layers_to_transform: Annotated[
+        tuple[int, ...] | None, Key("Blocks to adapt, counted from 0, such as 0,2,5-8. (default: all)")
+    ] = None
+
+    def resolved(self: BlocksT, model: ModelConfig) -> BlocksT:
+        """See `AdapterConfig`."""
+        every = range(model.num_hidden_layers)
+        layers = tuple(every) if self.layers_to_transform is None else self.layers_to_transform
+        wrong = [i for i in layers if i not in every]
+        if wrong or not layers:
+            raise ConfigError(
+                f"layers_to_transform has {wrong or 'nothing'}; choose from 0 to {model.num_hidden_layers - 1}."
+            )
+        return replace(super().resolved(model), layers_to_transform=layers)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Those of a resolved config, from the lowest."""
+        assert self.layers_to_transform is not None, "resolve the config first"
+        return tuple(sorted(self.layers_to_transform))
+
+    @property
+    def first_block(self) -> int:
+        """See `AdapterConfig`."""
+        return self.blocks[0]
+
+    def where(self, model: ModelConfig) -> str:
+        """See `AdapterConfig`."""
+        return f"{len(self.blocks)} of {model.num_hidden_layers} blocks"
+
+
+@dataclass(frozen=True)
+class LinearsConfig(BlocksConfig):
+    """That of a method at linears of the blocks."""
+
+    target_modules: Annotated[
+        tuple[str, ...] | None, Key("Linears to adapt, such as q_proj,v_proj. (default: all of a block)")
+    ] = None
+
+    def resolved(self: LinearsT, model: ModelConfig) -> LinearsT:
+        """See `AdapterConfig`."""
+        known = tuple(dict.fromkeys(path.rpartition(".")[2] for path in model.linear_shapes))
+        targets = known if self.target_modules is None else tuple(self.target_modules)
+        unknown = [name for name in targets if name not in known]
+        if unknown or not targets:
+            raise ConfigError(f"target_modules has {unknown or 'nothing'}; choose from {', '.join(known)}.")
+        return replace(super().resolved(model), target_modules=targets)
+
+    def linears(self, model: ModelConfig) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of the adapted linears of a resolved config, in the model's order."""
+        assert self.target_modules is not None, "resolve the config first"
+        return {
+            f"{model.block(i)}.{path}": shape
+            for i in self.blocks
+            for path, shape in model.linear_shapes.items()
+            if path.rpartition(".")[2] in self.target_modules
+        }
+
+    def where(self, model: ModelConfig) -> str:
+        """See `AdapterConfig`."""
+        return f"{', '.join(self.target_modules or ())} in {super().where(model)}"
+
+
+BlocksT = TypeVar("BlocksT", bound=BlocksConfig)
+LinearsT = TypeVar("LinearsT", bound=LinearsConfig)
