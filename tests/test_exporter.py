@@ -44,6 +44,7 @@ from edgetune.exporter import agreement, export, parity
 from edgetune.exporter import job as export_job
 from edgetune.graphs import FORMATS
 from edgetune.graphs.builder import Builder
+from edgetune.grids import int4
 from edgetune.models.decoder import load_decoder
 from edgetune.quantizer import quantize
 from edgetune.runtime.adapters import add_adapter
@@ -149,6 +150,28 @@ def test_a_base_and_a_model_export_without_an_adapter(
     dense = export(model, out=tmp_path / "c")
     assert (dense.manifest["grid"], dense.manifest["weights"]) == (None, "fp32")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"], "nothing else is left behind"
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_large_head_is_several_products_over_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, tied: bool
+) -> None:
+    """301 rows in ranges of 128: the last one is shorter."""
+    model = write_model(tmp_path / "model", tiny_config("llama", tie_word_embeddings=tied))
+    whole = export(model, out=tmp_path / "whole", device=load_device("host"), weights=weights)
+    row_bytes = 3 * (16 if weights == "int4" else 32)  # three blocks for 72 columns; gate and up are 176 such rows
+    monkeypatch.setattr(int4, "WHOLE_BYTES", 200 * row_bytes)
+    monkeypatch.setattr(int4, "RANGE_BYTES", 130 * row_bytes)
+    split = export(model, out=tmp_path / "split", device=load_device("host"), weights=weights)
+    nodes = [onnx.load(b.folder / "model.onnx", load_external_data=False).graph.node for b in (whole, split)]
+    heads = [
+        [node.name for node in found if node.op_type == "MatMulNBits" and "lm_head" in node.name] for found in nodes
+    ]
+    assert heads == [["/lm_head/MatMulNBits"], [f"/lm_head/{start}/MatMulNBits" for start in (0, 128, 256)]]
+    assert sha256_file(whole.folder / "model.onnx.data") == sha256_file(split.folder / "model.onnx.data")
+    logits = [open_session(bundle, adapter=False).forward([3, 5, 7, 11, 13]) for bundle in (whole, split)]
+    np.testing.assert_array_equal(*logits)
 
 
 def test_dense_embeddings_stay_as_they_are(model: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ weights have the least squared error against the original, with the scale alread
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ Fill = Callable[[dict[str, np.ndarray]], None]
 _LEVELS = np.arange(16, dtype=np.float32) - 8
 PAIRS = pair_table(_LEVELS, _LEVELS)
 _FACTORS = tuple(sign * factor for factor in np.linspace(0.70, 1.15, 19) for sign in (1.0, -1.0))
+WHOLE_BYTES, RANGE_BYTES = 8 << 20, 4 << 20  # codes that one product reads at most; of each range of a larger weight
+RANGE_ROWS = 64  # ranges begin at multiples of as many, which keeps their bytes aligned
 _TILE = 1 << 15  # weights searched at once: six buffers of this size stay in the L2 cache
 
 
@@ -136,18 +139,41 @@ def flat(codes: Mapping[str, np.ndarray], shape: tuple[int, int]) -> tuple[np.nd
 
 
 # x [..., K] ── MatMulNBits(codes, scales, bias) ── y [..., N]
+#            └─ or one for each range of rows ── Concat
 def emit_linear(
     builder: Any, path: str, x: Any, name: str, shape: tuple[int, int], fill: Fill, *, bias: Any = None, bits: int = 4
 ) -> Any:
     """Gives x W^T + bias for the weight `name` [N, K]; `fill` writes its codes into the file.
 
     Accuracy level 4: activations are rounded to int8 per block, which is what the fast kernels compute.
+
+    A runtime packs each matrix in memory of its own while it loads, so a large one, which a head is, is several: views
+    of the same bytes.
     """
     codes, scales = _initializers(builder, name, shape, fill, bits)
-    return builder.op(
-        f"{path}/MatMulNBits", "MatMulNBits", [x, codes, scales, None, None, bias][: 3 if bias is None else 6],
-        domain="com.microsoft", K=shape[1], N=shape[0], bits=bits, block_size=BLOCK, accuracy_level=4,
-    )  # fmt: skip
+    (rows, columns), row_bytes = shape, math.prod(codes.shape[1:])
+
+    def product(at: str, inputs: list[Any], count: int) -> Any:
+        return builder.op(
+            f"{path}{at}/MatMulNBits", "MatMulNBits", inputs, domain="com.microsoft",
+            K=columns, N=count, bits=bits, block_size=BLOCK, accuracy_level=4,
+        )  # fmt: skip
+
+    if rows * row_bytes <= WHOLE_BYTES or bias is not None:
+        return product("", [x, codes, scales, None, None, bias][: 3 if bias is None else 6], rows)
+    step = max(1, RANGE_BYTES // row_bytes // RANGE_ROWS) * RANGE_ROWS
+    parts = []
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        part_codes = builder.view(
+            f"{name}.codes.{start}", f"{name}.codes", "uint8", (count, *codes.shape[1:]), start_byte=start * row_bytes
+        )
+        part_scales = builder.view(
+            f"{name}.scales.{start}", f"{name}.scales", "float32", (count, scales.shape[1]),
+            start_byte=start * 4 * scales.shape[1],
+        )  # fmt: skip
+        parts.append(product(f"/{start}", [x, part_codes, part_scales], count))
+    return builder.op(f"{path}/Concat", "Concat", parts, axis=-1)
 
 
 def operands(rows: int | str, columns: int) -> dict[str, tuple[str, tuple[int | str, ...]]]:
