@@ -1015,6 +1015,19 @@ class TestTime:
         clusters = tuple(Cluster(2, khz, khz > 1_000_000) for khz in (1_000_000, 2_000_000))
         device = dataclasses.replace(device, compute=compute, cpu=dataclasses.replace(device.cpu, cluster=clusters))
         assert costs.StepWork(3e9, 5e6, 1e9).seconds(device) == pytest.approx(1.5 + 0.5 + 0.5)
+        assert costs.StepWork(3e9, 5e6, 1e9, 2e9).seconds(device) == pytest.approx(1.5 + 0.5 + 0.5)
+
+    def test_products_that_are_not_fast_take_longer_on_a_host_that_was_measured_with_fast_ones(
+        self, tiny: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        host = load_device("host")
+        rate = host.compute.gflops_fp32_sustained * 1e9
+        for offered, seconds in ((True, 2 + costs.SLOWER_PRODUCTS), (False, 3)):
+            monkeypatch.setattr(costs, "are_offered", lambda offered=offered: offered)
+            assert costs.StepWork(3 * rate, 0, 0, 2 * rate).seconds(host) == pytest.approx(seconds)
+        fast, slow = (costs.step_work(job(tiny, fast_products=on)) for on in (True, False))
+        assert (fast.flops, slow.fast_flops) == (slow.flops, 0)
+        assert 0.5 * fast.flops < fast.fast_flops < fast.flops
 
     def test_a_faster_device_is_faster(self, model: Path) -> None:
         seconds = [plan(model, name).predicted_step_seconds for name in ("rpi-zero-2w", "rpi-4", "rpi-5")]

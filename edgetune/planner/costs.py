@@ -25,7 +25,7 @@ from edgetune.grids import GRIDS, PIECE_CODES, tile_rows
 from edgetune.models.config import DecoderConfig
 from edgetune.objectives import sft
 from edgetune.optimizers import OPTIMIZERS
-from edgetune.products import CODE_BYTES
+from edgetune.products import CODE_BYTES, are_offered
 
 FLOAT_BYTES = 4
 VECTOR = 16  # float32 values of the widest vectors: 512 bits
@@ -58,6 +58,7 @@ DECODE_BYTES = 0.5625 + 2 * FLOAT_BYTES  # per weight and visit: codes and scale
 ACTIVATION_PASSES = 4  # an activation is written and read by its own operator, and again by that which takes it
 SCORE_PASSES = 4  # the scores of attention: written by one product, read and written by softmax, read by the other
 ATTENTION_BACKWARD = 2.5  # attention's backward over its forward: five products instead of two
+SLOWER_PRODUCTS = 2.2  # times as long as fast ones: 205 against 450 GFLOP/s
 # Cycles that go into calling operators, whatever their size: those of a block, forward (backward it is twice as many),
 # and the optimizer's for one tensor. On x86-64: steps of 64 to 256 tokens of the sample, drawn to no tokens, are 9 ms.
 BLOCK_CYCLES, TENSOR_CYCLES = 1_200_000, 90_000
@@ -355,12 +356,20 @@ class StepWork:
     flops: float
     traffic_bytes: float
     dispatch_cycles: float
+    fast_flops: float = 0.0
+    """Of the operations, those of fast products."""
 
     def seconds(self, profile: DeviceProfile) -> float:
-        """A roofline whose sides do not overlap: weights are decoded between the products, not during them."""
+        """A roofline whose sides do not overlap: weights are decoded between the products, not during them.
+
+        A host that has fast products was measured with them: others take longer there.
+        """
         compute = profile.compute
+        flops = self.flops
+        if profile.kind == "host" and are_offered():
+            flops += (SLOWER_PRODUCTS - 1) * (flops - self.fast_flops)
         return (
-            self.flops / (compute.gflops_fp32_sustained * 1e9)
+            flops / (compute.gflops_fp32_sustained * 1e9)
             + self.traffic_bytes / (compute.mem_bw_mb_s * 1e6)
             + self.dispatch_cycles / profile.cpu.clock_hz
         )
@@ -386,6 +395,7 @@ def step_work(job: Job) -> StepWork:
     flops = job.tokens * 2.0 * weights * visits + attended * attention
     head = model.vocab_size * model.hidden_size
     flops += 4.0 * head * job.loss_rows  # of one loss and its gradient, or of two losses
+    fast = job.tokens * 2.0 * weights * visits + 4.0 * head * job.loss_rows if job.fast_products else 0.0
     decoded = weights * visits + head * losses
     activations = ACTIVATION_PASSES * activation_bytes(job) * (forward + 2 * backward) + attended * scores
     held = weights * job.dequantized_layers * (losses + 1)  # visits that only read; such blocks never run again
@@ -400,7 +410,9 @@ def step_work(job: Job) -> StepWork:
     # numbers in the parameters' place and add them to the copy, which is made before and given back after.
     update = (3.0 if job.has_gradients else 16.0) * FLOAT_BYTES * sum(job.tensor_sizes)
     update += 2 * OPTIMIZERS[job.optimizer].state_bytes(job.tensor_sizes)
-    return StepWork(flops * times, traffic * times + update, cycles * times + TENSOR_CYCLES * len(job.tensor_sizes))
+    fast += below.fast_flops
+    cycles = cycles * times + TENSOR_CYCLES * len(job.tensor_sizes)
+    return StepWork(flops * times, traffic * times + update, cycles, fast * times)
 
 
 def _adapter_work(job: Job, forward: float) -> StepWork:
@@ -422,7 +434,8 @@ def lower_work(job: Job, num_windows: int) -> StepWork:
     traffic = weights * DECODE_BYTES + ACTIVATION_PASSES * activation_bytes(replace(job, batch_size=1))
     traffic += job.max_seq_length * scores
     times = job.first_block * num_windows
-    return StepWork(flops * times, traffic * times, BLOCK_CYCLES * times)
+    fast = flops if job.fast_products and job.batch_size == 1 else 0.0
+    return StepWork(flops * times, traffic * times, BLOCK_CYCLES * times, fast * times)
 
 
 def feature_bytes(job: Job, num_windows: int) -> int:
