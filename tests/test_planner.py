@@ -1018,9 +1018,9 @@ class TestTime:
         assert costs.StepWork(3e9, 5e6, 1e9, 2e9).seconds(device) == pytest.approx(1.5 + 0.5 + 0.5)
 
     def test_products_that_are_not_fast_take_longer_on_a_host_that_was_measured_with_fast_ones(
-        self, tiny: Any, monkeypatch: pytest.MonkeyPatch
+        self, model: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        host = load_device("host")
+        host, tiny = load_device("host"), load_config(model)
         rate = host.compute.gflops_fp32_sustained * 1e9
         for offered, seconds in ((True, 2 + costs.SLOWER_PRODUCTS), (False, 3)):
             monkeypatch.setattr(costs, "are_offered", lambda offered=offered: offered)
