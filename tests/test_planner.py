@@ -384,13 +384,15 @@ class TestPlan:
             "batch_size": 3, "gradient_accumulation_steps": 5, "max_seq_length": 100, "recompute_layers": 2,
             "activation_offloading": True, "num_epochs": 1.5, "max_steps": 7, "optimizer": "lion",
             "learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_ratio": 0.5, "weight_decay": 0.1,
-            "max_grad_norm": 2.0, "eval_fraction": 0.2, "seed": 3, "step_rule": "mezo",
+            "max_grad_norm": 2.0, "eval_fraction": 0.2, "seed": 3, "step_rule": "mezo", "objective": "dpo",
+            "beta": 0.3, "label_smoothing": 0.1,
             "fast_products": False,
         }  # fmt: skip
+        goes_with = {"beta": {"objective": "dpo"}, "label_smoothing": {"objective": "dpo"}}
         assert set(other) == {field.name for field in dataclasses.fields(TrainConfig)}
         before = plan(model, "rpi-5")
         for name, value in other.items():
-            after = plan(model, "rpi-5", config=TrainConfig(**{name: value}))
+            after = plan(model, "rpi-5", config=TrainConfig(**{name: value} | goes_with.get(name, {})))
             assert getattr(after, name) == value != getattr(before, name), name
         adapters: dict[str, Any] = {
             "r": 5, "lora_alpha": 3.0, "lora_dropout": 0.1, "target_modules": ("k_proj",), "use_rslora": True,

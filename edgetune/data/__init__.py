@@ -10,6 +10,11 @@ a good one take eight bytes a token.
 | prompt | `{"prompt", "completion"}` | the completion and the end token |
 | chat | `{"messages": [{"role", "content"}, …]}`: OpenAI's file | assistant messages whose `weight` is not 0 |
 | instruction | `{"instruction", "input", "output"}` | the output and the end token |
+| preference | `{"prompt", "chosen", "rejected"}`: texts, or messages | each answer and its end token |
+| feedback | `{"prompt", "completion", "label"}`: the same, with true or false | the completion and the end token |
+
+A preference row gives two sequences that are packed together, so that a step sees both or neither. A feedback row does
+so too: its second one is the same prompt with the completion of the row before, which KTO measures with.
 
 `prompts` turns rows into text. The ids before a completion are those that generation starts from, so training sees
 what generation will see.
@@ -37,10 +42,13 @@ from edgetune.tokenizer import Tokenizer
 
 __all__ = [
     "IGNORED", "Example", "Row", "Rows", "Window",
-    "epoch_order", "pack", "prompt_text", "read_examples", "read_rows", "split_eval", "stack",
+    "epoch_order", "pack", "prompt_text", "read_examples", "read_rows", "split_eval", "stack", "units",
 ]  # fmt: skip
 
 IGNORED = -100  # the label of a position that is not learned, as everywhere in this field
+
+# Kinds whose rows are units of several sequences, and of how many.
+UNITS = {"preference": 2, "feedback": 2}
 
 LENGTH_STEP = 16  # of a window: whole vectors, on any processor (see `training.crew`)
 
@@ -54,6 +62,8 @@ class Row:
     input_ids: npt.NDArray[np.int32]  # [n]
     labels: npt.NDArray[np.int32]  # [n]
     line: int
+    desirable: bool | None = None  # the label of a feedback row
+    reference: float | None = None  # the log-probability, in nats, that a reference model gives to what is learned
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -89,6 +99,11 @@ class Rows:
     @cached_property
     def num_supervised(self) -> int:
         return sum(row.num_supervised for row in self.rows)
+
+    @property
+    def together(self) -> int:
+        """How many rows in turn are one unit, which no window divides."""
+        return UNITS.get(self.kind, 1)
 
     @cached_property
     def longest(self) -> int:
@@ -144,6 +159,11 @@ class Window:
         """[length]; the number of the row in this window; padding is -1."""
         return self._filled([np.full(len(row), i) for i, row in enumerate(self.rows)], -1)
 
+    def of_rows(self, key: str, count: int) -> npt.NDArray[np.float64]:
+        """[count]; a value of each row, NaN where it has none and beyond the last."""
+        values = [getattr(row, key) for row in self.rows] + [None] * (count - len(self.rows))
+        return np.array([np.nan if value is None else float(value) for value in values])
+
     def _filled(self, parts: Sequence[npt.NDArray[Any]], padding: int) -> npt.NDArray[np.int64]:
         return np.concatenate([*parts, np.full(self.length - self.num_tokens, padding)]).astype(np.int64)
 
@@ -154,7 +174,8 @@ def read_rows(path: str | Path, tokenizer: Tokenizer, max_seq_length: int, *, sk
     Args:
         path: The file.
         tokenizer: Makes the ids.
-        max_seq_length: Tokens of a window. Longer text rows are cut; any other longer row is an error.
+        max_seq_length: Tokens of a window. Longer text rows are cut; any other longer row is an error, and so are two
+            sequences that belong together and are longer together.
         skip_bad: Leave bad lines out, as long as they are at most 1 % of all.
 
     Raises:
@@ -166,29 +187,54 @@ def read_rows(path: str | Path, tokenizer: Tokenizer, max_seq_length: int, *, sk
         raise ConfigError(f"max_seq_length is {max_seq_length}; a window needs at least 2 tokens, one to predict one.")
     file = RowFile(path)
     report = Report(file.path)
-    num_tokens = sum(len(ids) for _, ids, _ in _sequences(file, report, tokenizer, max_seq_length))
+    num_tokens = sum(len(ids) for _, ids, *_ in _sequences(file, report, tokenizer, max_seq_length))
     report.check(file.num_lines, skip_bad)
     assert file.kind is not None  # a file without a good row does not pass the check
 
     input_ids, labels = np.empty((2, num_tokens), np.int32)
     rows, at = [], 0
     again = RowFile(path)
-    for line, ids, targets in _sequences(again, Report(file.path), tokenizer, max_seq_length):
+    for line, ids, targets, label in _sequences(again, Report(file.path), tokenizer, max_seq_length):
         end = at + len(ids)
         if end > num_tokens:
             break
         input_ids[at:end], labels[at:end] = ids, targets
-        rows.append(Row(input_ids[at:end], labels[at:end], line))
+        rows.append(Row(input_ids[at:end], labels[at:end], line, label))
         at = end
     if again.sha256 != file.sha256:
         raise DataError(f"{path} changed while it was read. Wait until it is written, then start again.")
+    if file.kind == "feedback":
+        rows = _with_mismatched(rows, file.path, max_seq_length)
     return Rows(tuple(rows), file.kind, file.sha256, report.count)
+
+
+def _with_mismatched(rows: Sequence[Row], path: Path, max_seq_length: int) -> list[Row]:
+    """Every row, and behind it its prompt with the completion of the row before; before the first one is the last.
+
+    Raises:
+        DataError: There is one row alone, or the two are longer together than a window.
+    """
+    if len(rows) < 2:
+        raise DataError(f"{path} has a single row; feedback is compared with that on other prompts. Add rows.")
+    report = Report(path)
+    found = []
+    for row, before in zip(rows, [rows[-1], *rows[:-1]], strict=True):
+        start, other = (int(np.argmax(each.labels != IGNORED)) for each in (row, before))
+        ids, labels = (
+            np.concatenate([getattr(row, name)[:start], getattr(before, name)[other:]])
+            for name in ("input_ids", "labels")
+        )
+        if len(row) + len(ids) > max_seq_length:
+            report.add(row.line, RowError(_too_long(len(row) + len(ids), max_seq_length, "feedback")))
+        found += [row, Row(ids, labels, row.line)]
+    report.check(len(rows), skip_bad=False)
+    return found
 
 
 def _sequences(
     file: RowFile, report: Report, tokenizer: Tokenizer, max_seq_length: int
-) -> Iterator[tuple[int, list[int], list[int]]]:
-    """(line, input_ids, labels) of every sequence of the good lines; the bad ones go into the report."""
+) -> Iterator[tuple[int, list[int], list[int], bool | None]]:
+    """(line, input_ids, labels, desirable) of every sequence of the good lines; the bad ones go into the report."""
     for number, row in file:
         try:
             if isinstance(row, RowError):
@@ -199,7 +245,7 @@ def _sequences(
             report.add(number, reason)
             continue
         for ids, labels in made:
-            yield number, ids, labels
+            yield number, ids, labels, row["label"] if file.kind == "feedback" else None
 
 
 def _encode_row(
@@ -212,10 +258,19 @@ def _encode_row(
         made = [_encode_pieces(pieces, tokenizer, add_special_tokens) for pieces in many]
     except DataError as error:
         raise RowError(f"cannot be encoded: {error}") from error
-    longest = max(len(ids) for ids, _ in made)
-    if longest > max_seq_length:
-        raise RowError(f"has {longest} tokens, but a window (max_seq_length) has {max_seq_length}")
+    lengths = [len(ids) for ids, _ in made]
+    needed = sum(lengths) if kind == "preference" else max(lengths)
+    if needed > max_seq_length:
+        raise RowError(_too_long(needed, max_seq_length, kind))
     return made
+
+
+def _too_long(needed: int, max_seq_length: int, kind: str) -> str:
+    of = {
+        "preference": ", its chosen and its rejected sequence together",
+        "feedback": ", with its prompt once more and the completion of the row before",
+    }
+    return f"has {needed} tokens{of.get(kind, '')}, but a window (max_seq_length) has {max_seq_length}"
 
 
 def _encode_text(text: str, tokenizer: Tokenizer, max_seq_length: int) -> list[tuple[list[int], list[int]]]:
@@ -303,25 +358,27 @@ def split_eval(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     )
 
 
-def pack(rows: Rows | Sequence[Row], max_seq_length: int) -> list[Window]:
+def pack(rows: Rows | Sequence[Row], max_seq_length: int, together: int = 1) -> list[Window]:
     """Rows side by side in windows, long rows first, each where it leaves the least room (best-fit decreasing: at most
     11/9 of the fewest windows possible, plus one; Johnson 1974). The result depends on nothing but the rows.
 
-    Every window is as long as the fullest one, rounded up to a multiple of `LENGTH_STEP` where `max_seq_length` allows.
+    So many rows in turn stay `together` in one window. Every window is as long as the fullest one, rounded up to a
+    multiple of `LENGTH_STEP` where `max_seq_length` allows.
 
     Raises:
-        DataError: A row is longer than `max_seq_length`.
+        DataError: A row, or what stays together, is longer than `max_seq_length`.
     """
     bins: list[list[Row]] = []
     with_room: dict[int, list[int]] = {}  # room left -> the windows that have it
     rooms: list[int] = []  # the keys of with_room, sorted; at most max_seq_length of them
-    for row in sorted(rows, key=len, reverse=True):
-        if len(row) > max_seq_length:
+    for unit in sorted(units(rows, together), key=_num_tokens, reverse=True):
+        length = _num_tokens(unit)
+        if length > max_seq_length:
             raise DataError(
-                f"The row of line {row.line} has {len(row)} tokens; a window (max_seq_length) has {max_seq_length}. "
+                f"The row of line {unit[0].line} has {length} tokens; a window (max_seq_length) has {max_seq_length}. "
                 "Read the file again for this window."
             )
-        at = bisect_left(rooms, len(row))
+        at = bisect_left(rooms, length)
         if at == len(rooms):
             room, index = max_seq_length, len(bins)
             bins.append([])
@@ -330,21 +387,41 @@ def pack(rows: Rows | Sequence[Row], max_seq_length: int) -> list[Window]:
             index = with_room[room].pop()
             if not with_room[room]:
                 del with_room[room], rooms[at]
-        bins[index].append(row)
-        room -= len(row)
+        bins[index].extend(unit)
+        room -= length
         if room and room not in with_room:
             insort(rooms, room)
         if room:
             with_room.setdefault(room, []).append(index)
-    fullest = max((sum(map(len, rows_of_bin)) for rows_of_bin in bins), default=0)
+    fullest = max(map(_num_tokens, bins), default=0)
     length = min(-(-fullest // LENGTH_STEP) * LENGTH_STEP, max_seq_length)
     return [Window(tuple(rows_of_bin), length) for rows_of_bin in bins]
 
 
-def stack(windows: Sequence[Window]) -> dict[str, npt.NDArray[np.int64]]:
-    """A micro-batch: "input_ids", "labels", "position_ids" and "segment_ids", each [batch, length]."""
+def units(rows: Rows | Sequence[Row], together: int) -> list[tuple[Row, ...]]:
+    """So many rows in turn at a time."""
+    every = tuple(rows)
+    return [every[start : start + together] for start in range(0, len(every), together)]
+
+
+def _num_tokens(rows: Sequence[Row]) -> int:
+    return sum(map(len, rows))
+
+
+def stack(windows: Sequence[Window]) -> dict[str, npt.NDArray[Any]]:
+    """A micro-batch: "input_ids", "labels", "position_ids" and "segment_ids", each int64 [batch, length].
+
+    "reference" and "desirable" too where rows have them: float64 [batch, the most rows of a window], NaN for none.
+    """
     names = ("input_ids", "labels", "position_ids", "segment_ids")
-    return {name: np.stack([getattr(window, name) for window in windows]) for name in names}
+    made: dict[str, npt.NDArray[Any]] = {
+        name: np.stack([getattr(window, name) for window in windows]) for name in names
+    }
+    most = max(len(window.rows) for window in windows)
+    for key in ("reference", "desirable"):
+        if any(getattr(row, key) is not None for window in windows for row in window.rows):
+            made[key] = np.stack([window.of_rows(key, most) for window in windows])
+    return made
 
 
 def epoch_order(num_windows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:

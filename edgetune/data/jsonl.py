@@ -44,6 +44,9 @@ KINDS = {
     # "parallel_tool_calls" is in OpenAI's files and says how to call their API; it has no meaning here.
     "chat": Kind(("messages",), ("tools", "parallel_tool_calls")),
     "instruction": Kind(("instruction", "output"), ("input",)),
+    # As TRL writes them: texts, or lists of messages; preference rows of messages may have the prompt in both lists.
+    "preference": Kind(("chosen", "rejected"), ("prompt", "tools")),
+    "feedback": Kind(("prompt", "completion", "label"), ("tools",)),
 }
 
 # The keys that a message of each role may have besides "role" and "content".
@@ -167,6 +170,7 @@ def _kind_of(row: Mapping[str, Any], wanted: str | None = None, wanted_line: int
         RowError: It is of another kind or of none; the reason names the keys.
     """
     complete = [name for name, kind in KINDS.items() if set(kind.required) <= row.keys()]
+    complete.sort(key=lambda name: -len(KINDS[name].required))  # {"prompt", "completion", "label"} is a prompt row too
     kind = wanted or (complete[0] if complete else _nearest_kind(row))
     keys = KINDS[kind].required + KINDS[kind].optional
     missing = [key for key in KINDS[kind].required if key not in row]
@@ -262,9 +266,70 @@ def _check_chat(row: Mapping[str, Any]) -> None:
         raise RowError("begins with an assistant message, to which nothing leads; begin with a system or user message")
     if not any(m["role"] == "assistant" and m.get("weight", 1) for m in messages):
         raise RowError("has no assistant message to learn from, or each has the weight 0")
+    _check_tools(row)
+
+
+def _check_tools(row: Mapping[str, Any]) -> None:
     tools = row.get("tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise RowError('has "tools" that are not a list of objects')
+
+
+def _check_preference(row: Mapping[str, Any]) -> None:
+    if isinstance(row["chosen"], list) and isinstance(row["rejected"], list):
+        _check_prompt_messages(row)
+        for key in ("chosen", "rejected"):
+            _check_answer(row, key)
+        if "prompt" not in row and row["chosen"][:-1] != row["rejected"][:-1]:
+            raise RowError('has no "prompt", and "chosen" and "rejected" differ before their last messages')
+    else:
+        _check_no_messages(row)
+        for key in ("prompt", "chosen", "rejected"):
+            _string(row, key, empty=key == "prompt")
+    if row["chosen"] == row["rejected"]:
+        raise RowError('has the same "chosen" and "rejected", so there is nothing to prefer')
+
+
+def _check_feedback(row: Mapping[str, Any]) -> None:
+    if not isinstance(row["label"], bool):
+        raise RowError(f'has {_shown(row["label"])} as "label"; true is wanted, false is not')
+    if isinstance(row["completion"], list):
+        _check_prompt_messages(row)
+        _check_answer(row, "completion")
+    else:
+        _check_no_messages(row)
+        _check_prompt(row)
+
+
+def _check_prompt_messages(row: Mapping[str, Any]) -> None:
+    prompt = row.get("prompt", [])
+    if not isinstance(prompt, list):
+        raise RowError(
+            f'has {_type_name(prompt)} as "prompt" beside lists of messages; make all of them lists, or none'
+        )
+    for i, message in enumerate(prompt):
+        _check_message(f"prompt[{i}]", message)
+    _check_tools(row)
+
+
+def _check_answer(row: Mapping[str, Any], key: str) -> None:
+    """Checks for messages that end with the assistant's: that one alone where the prompt stands for itself."""
+    messages = row[key]
+    for i, message in enumerate(messages):
+        _check_message(f"{key}[{i}]", message)
+    if not messages or messages[-1]["role"] != "assistant":
+        raise RowError(f'has "{key}" that does not end with a message of the assistant, which is what is learned')
+    if "prompt" in row and len(messages) > 1:
+        raise RowError(
+            f'has {len(messages)} messages in "{key}"; beside a "prompt" it is the assistant\'s answer alone'
+        )
+    if "prompt" not in row and len(messages) < 2:
+        raise RowError(f'has no "prompt", and no message in "{key}" before the answer')
+
+
+def _check_no_messages(row: Mapping[str, Any]) -> None:
+    if "tools" in row:
+        raise RowError('has "tools" beside texts; they go with messages')
 
 
 def _check_message(name: str, message: Any) -> None:
@@ -308,7 +373,10 @@ def _string(row: Mapping[str, Any], key: str, *, empty: bool, where: str = "") -
         raise RowError(f'has an empty "{key}"{where}')
 
 
-_CHECKS = {"text": _check_text, "prompt": _check_prompt, "chat": _check_chat, "instruction": _check_instruction}
+_CHECKS = {
+    "text": _check_text, "prompt": _check_prompt, "chat": _check_chat, "instruction": _check_instruction,
+    "preference": _check_preference, "feedback": _check_feedback,
+}  # fmt: skip
 
 
 def _shown(value: object) -> str:

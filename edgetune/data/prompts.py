@@ -32,6 +32,9 @@ _ALPACA_INPUT = (
 # Some templates print the date. A fixed one keeps a resumed run on the same tokens; it is Llama 3.2's own default.
 _TEMPLATE_DATE = datetime(2024, 7, 26)
 
+# The keys of a kind that hold answers to one prompt, each of which becomes a sequence.
+_ANSWERS = {"prompt": ("completion",), "feedback": ("completion",), "preference": ("chosen", "rejected")}
+
 Pieces = list[tuple[str, bool]]  # the text of a row in pieces, each learned or not
 
 
@@ -56,14 +59,17 @@ def prompt_text(row: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[str, str]
         ModelError: A chat row, and the tokenizer has no usable chat template.
     """
     try:
-        example = _examples(check_row(row), row, tokenizer, 0)[-1]
+        examples = _examples(check_row(row), row, tokenizer, 0)
+        if not examples:
+            raise RowError("is an answer that is not wanted; there is none to compare with")
+        example = examples[-1]
     except RowError as reason:
         raise DataError(f"The row {reason}.") from reason
     return example.prompt, example.completion
 
 
 def read_examples(path: str | Path, tokenizer: Tokenizer, *, skip_bad: bool = False) -> list[Example]:
-    """Prompts and completions of a file, one for each turn that is learned.
+    """Prompts and completions of a file, one for each turn that is learned; of answers, those that are wanted.
 
     Raises:
         DataError: As `read_rows`, or the file holds plain text.
@@ -93,7 +99,8 @@ def _examples(kind: str, row: Mapping[str, Any], tokenizer: Tokenizer, line: int
         raise RowError(f"cannot be rendered: {error}") from error
     ends = [] if plain else tokenizer.end_tokens
     found = []
-    for pieces in many:
+    wanted = {"preference": 1, "feedback": int(row.get("label", True))}.get(kind, len(many))
+    for pieces in many[:wanted]:
         prompt = ""
         for piece, learned in pieces:
             if learned:
@@ -104,8 +111,8 @@ def _examples(kind: str, row: Mapping[str, Any], tokenizer: Tokenizer, line: int
 
 def row_pieces(kind: str, row: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[Pieces], bool]:
     """The text of a row that is not plain text, and whether the special tokens of a plain text belong around it."""
-    if kind == "prompt":
-        return [[(row["prompt"], False), (row["completion"], True)]], True
+    if kind in _ANSWERS:
+        return _answer_pieces(row, _ANSWERS[kind], tokenizer)
     if kind == "chat":
         return _chat_pieces(row["messages"], row.get("tools"), tokenizer), False
     instruction, context, output = row["instruction"], row.get("input") or "", row["output"]
@@ -115,6 +122,18 @@ def row_pieces(kind: str, row: Mapping[str, Any], tokenizer: Tokenizer) -> tuple
     asked = f"{instruction}\n\n{context}" if context else instruction
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
     return _chat_pieces(messages, None, tokenizer), False
+
+
+def _answer_pieces(row: Mapping[str, Any], keys: Sequence[str], tokenizer: Tokenizer) -> tuple[list[Pieces], bool]:
+    """The prompt with each of the answers in turn, as texts or as messages of which the last one is learned."""
+    if isinstance(row[keys[0]], str):
+        return [[(row["prompt"], False), (row[key], True)] for key in keys], True
+    found = []
+    for key in keys:
+        conversation: list[dict[str, Any]] = [*row.get("prompt", ()), *row[key]]
+        messages = [{**message, "weight": 0} for message in conversation[:-1]] + [{**conversation[-1], "weight": 1}]
+        found += _chat_pieces(messages, row.get("tools"), tokenizer)
+    return found, False
 
 
 def _chat_pieces(

@@ -1,15 +1,37 @@
 """What a run minimizes: one file per objective.
 
-An objective is a module with `NAME`, `loss(hidden, targets, head, buffers)` and `loss_and_gradient(...)` of the same
-arguments. It starts at the normalized hidden states and ends at the gradient of them, so that how logits are made, in
-tiles or at all, is its own affair. torch is imported inside functions only: the planner reads the sizes of the tiles
-where there is no torch.
+An objective is a module with `NAME`, `KINDS`, `SETTINGS` and a class `Objective`: see `base`. It starts at the
+normalized hidden states and ends at the gradient of them, so that how logits are made, in tiles or at all, is its own
+affair. torch is imported inside functions only: the planner reads the sizes of the tiles where there is no torch.
 """
 
 from __future__ import annotations
 
-from edgetune.objectives import sft
+from pathlib import Path
+from typing import Any
 
-OBJECTIVES = {"sft": sft}
+from edgetune.errors import DataError
+from edgetune.objectives import dpo, sft
+from edgetune.objectives.base import Objective
 
-__all__ = ["OBJECTIVES"]
+OBJECTIVES = {"sft": sft, "dpo": dpo}
+
+__all__ = ["OBJECTIVES", "Objective", "check_kind", "objective_of"]
+
+
+def objective_of(settings: Any) -> Objective:
+    """The objective that a plan names, with that plan's settings."""
+    module = OBJECTIVES[settings.objective]
+    made: Objective = module.Objective(**{name: getattr(settings, name) for name in module.SETTINGS})
+    return made
+
+
+def check_kind(objective: str, kind: str, path: str | Path) -> None:
+    """Raises DataError for rows that an objective does not learn from."""
+    if kind in OBJECTIVES[objective].KINDS:
+        return
+    others = [name for name, module in OBJECTIVES.items() if kind in module.KINDS]
+    raise DataError(
+        f"{path} has {kind} rows; --objective {objective} learns from {', '.join(OBJECTIVES[objective].KINDS)} rows. "
+        + (f"For these it is --objective {' or '.join(others)}." if others else "Write rows of such a kind.")
+    )

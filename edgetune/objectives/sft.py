@@ -13,8 +13,11 @@ Only supervised positions are computed. Left out: label smoothing, z-loss, a hea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
 
 from edgetune.products import fast_products
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "sft"
+KINDS = ("text", "prompt", "chat", "instruction")
+SETTINGS: dict[str, float] = {}
 IGNORE_INDEX = -100
 TILE_TOKENS = 256  # positions per logits tile: enough rows for the matrix product to run at full speed
 
@@ -42,24 +47,69 @@ class Buffers(Protocol):
     def take(self, rows: int, columns: int, name: str = ...) -> torch.Tensor: ...
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Sums over the units of a micro-batch: of a loss, and of figures that are told beside it."""
+
+    loss: float
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+class Objective:
+    """See `objectives.base`; a unit is a token."""
+
+    needs_reference: ClassVar[bool] = False
+
+    def units(self, batch: Mapping[str, Any]) -> int:
+        return int(np.count_nonzero(batch["labels"] != IGNORE_INDEX))
+
+    def loss(self, hidden: torch.Tensor, batch: Mapping[str, Any], head: Head, buffers: Buffers) -> Measured:
+        return Measured(loss(hidden, targets(batch), head, buffers))
+
+    def loss_and_gradient(
+        self, hidden: torch.Tensor, batch: Mapping[str, Any], head: Head, buffers: Buffers, row_step: int = 1
+    ) -> Measured:
+        return Measured(loss_and_gradient(hidden, targets(batch), head, buffers, row_step))
+
+
+def targets(batch: Mapping[str, Any]) -> torch.Tensor:
+    """The target of every position of a micro-batch, int64 [B * T]; -100 where there is none."""
+    import torch
+
+    return torch.from_numpy(batch["labels"]).reshape(-1)
+
+
 def loss(hidden: torch.Tensor, targets: torch.Tensor, head: Head, buffers: Buffers) -> float:
     """Sum of the cross-entropy over the supervised positions, in nats.
 
     hidden fp32 [M, H]; targets int64 [M], -100 where a position is not supervised; head: V x H.
     """
+    return _sum(token_losses(hidden, targets, head, buffers))
+
+
+def token_losses(hidden: torch.Tensor, targets: torch.Tensor, head: Head, buffers: Buffers) -> torch.Tensor:
+    """The cross-entropy of each supervised position, float32, of the arguments of `loss`."""
     kept = _supervised(targets)
     if not len(kept):
-        return 0.0
+        return hidden.new_zeros(0)
     return _one_pass(_rows(hidden, kept, buffers, len(kept)), targets[kept], head, buffers, None)[0]
 
 
 def loss_and_gradient(
-    hidden: torch.Tensor, targets: torch.Tensor, head: Head, buffers: Buffers, row_step: int = 1
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    head: Head,
+    buffers: Buffers,
+    row_step: int = 1,
+    weigh: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> float:
     """The sum of `loss`; its gradient takes the place of `hidden`, zero where not supervised.
 
-    Rows of zeros fill up to a multiple of `row_step`, so that parts of the logits end where whole vectors end.
+    Rows of zeros fill up to a multiple of `row_step`, so that parts of the logits end where whole vectors end. `weigh`
+    is given `token_losses` and says what the gradient of each is multiplied by, float32.
     """
+    import torch
+
     kept = _supervised(targets)
     if not len(kept):
         hidden.zero_()
@@ -67,14 +117,22 @@ def loss_and_gradient(
     count = -(-len(kept) // row_step) * row_step
     rows = _rows(hidden, kept, buffers, count)
     gradient = buffers.take(count, rows.shape[1], "d").zero_()
-    loss_sum, total = _one_pass(rows, targets[kept], head, buffers, gradient)
+    losses, total = _one_pass(rows, targets[kept], head, buffers, gradient)
     found = gradient.div_(total[:, None])[: len(kept)]
     head.subtract_rows(targets[kept], found)
+    if weigh is not None:
+        found.mul_(torch.from_numpy(weigh(losses.numpy()))[:, None])
     if len(kept) == len(hidden):
         hidden.copy_(found)
     else:
         hidden.zero_().index_copy_(0, kept, found)
-    return loss_sum
+    return _sum(losses)
+
+
+def _sum(losses: torch.Tensor) -> float:
+    import torch
+
+    return float(losses.sum(dtype=torch.float64))
 
 
 def _supervised(targets: torch.Tensor) -> torch.Tensor:
@@ -96,8 +154,9 @@ def _rows(hidden: torch.Tensor, kept: torch.Tensor, buffers: Buffers, count: int
 
 def _one_pass(
     hidden: torch.Tensor, targets: torch.Tensor, head: Head, buffers: Buffers, weighted: torch.Tensor | None
-) -> tuple[float, torch.Tensor]:
-    """The loss sum, and per row of hidden the sum of exp(logit - its largest logit); the last rows may have no target.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of each row that has a target, and per row of hidden the sum of exp(logit - its largest logit); the last
+    rows may have no target.
 
     `weighted`, of hidden's shape, zero at first, becomes the sum over the vocabulary of exp(logit - largest) times the
     head's row.
@@ -123,5 +182,4 @@ def _one_pass(
                 with fast_products(len(tile) == buffers.fast_loss_rows):
                     weighted[at].addmm_(logits, weight)
             highest[at] = raised
-    loss_sum = float((highest[:learned] + total[:learned].log() - of_target).sum(dtype=torch.float64))
-    return loss_sum, total
+    return highest[:learned] + total[:learned].log() - of_target, total

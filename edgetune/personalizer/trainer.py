@@ -41,6 +41,7 @@ class Backprop:
     """The exact gradient by a bundle's graphs, clipped, and an optimizer's graph: a `StepRule`."""
 
     kept_layers = 0
+    figures: Mapping[str, float] = {}
 
     def __init__(self, graphs: TrainingGraphs, parameters: Arrays, config: LoraConfig, plan: Plan) -> None:
         self.graphs, self.parameters, self.plan = graphs, parameters, plan
@@ -150,8 +151,8 @@ class OrtTrainer(Trainer):
         for name, value in self.parameters.items():
             value[...] = tensors[name].T
 
-    def mean_loss(self, batches: Iterable[Batch]) -> float:
-        return mean_loss(self.rule.graphs, batches, self.rule.adapter, self.check)
+    def measure(self, batches: Iterable[Batch]) -> tuple[float, dict[str, float]]:
+        return mean_loss(self.rule.graphs, batches, self.rule.adapter, self.check), {}
 
     def release(self) -> None:
         self.rule.drop()

@@ -28,6 +28,7 @@ from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
 from edgetune.memory import FLOOR_BYTES, MIB, format_mib, give_back, measure_floor
 from edgetune.models.config import DecoderConfig
+from edgetune.objectives import OBJECTIVES, check_kind
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.planner import ort_parts
 from edgetune.planner.costs import (
@@ -37,6 +38,7 @@ from edgetune.planner.costs import (
     feature_bytes,
     lower_work,
     peak_parts,
+    reference_work,
     step_work,
     stored_bytes,
 )
@@ -165,6 +167,7 @@ def check_engine(wishes: Wishes, grid: str) -> None:
     wanted = {
         "lora_dropout": bool(adapter.dropout),
         "step_rule": config.step_rule not in (None, "backprop"),
+        "objective": config.objective != "sft",
         "recompute_layers": config.recompute_layers is not None,
         "activation_offloading": bool(config.activation_offloading),
         "fast_products": bool(config.fast_products),
@@ -172,8 +175,8 @@ def check_engine(wishes: Wishes, grid: str) -> None:
     refused = [name for name, asked in wanted.items() if asked]
     if refused:
         raise ConfigError(
-            f"{', '.join(refused)} cannot be set here: training graphs have no dropout, and compute every block again. "
-            "Leave that out, or use `edgetune train`."
+            f"{', '.join(refused)} cannot be set here: training graphs learn by sft, have no dropout, and "
+            "compute every block again. Leave that out, or use `edgetune train` (engine torch)."
         )
     if config.optimizer not in (None, *ORT_OPTIMIZERS):
         raise ConfigError(f"optimizer = {config.optimizer!r}; training graphs have {', '.join(ORT_OPTIMIZERS)}.")
@@ -239,13 +242,15 @@ def read_facts(
     def read(file: str | Path | Rows) -> Rows:
         if isinstance(file, Rows):
             return file
-        return read_rows(file, load_tokenizer(folder), length, skip_bad=skip_bad)
+        rows = read_rows(file, load_tokenizer(folder), length, skip_bad=skip_bad)
+        check_kind(config.objective, rows.kind, file)
+        return rows
 
     rows, held_out = split_eval(read(data), config.eval_fraction, config.seed)
     if eval_data is not None:
         held_out = read(eval_data)
     give_back()
-    return RowFacts(rows.rows, held_out.rows, rows.kind == "text")
+    return RowFacts(rows.rows, held_out.rows, rows.kind == "text", rows.together)
 
 
 @dataclass(frozen=True)
@@ -284,6 +289,7 @@ class _Costs:
             base_copy_bytes=self.source.copied_bytes,
             active_adapter_bytes=self.source.active_adapter_bytes,
             fast_products=choice.fast_products,
+            objective=self.wishes.config.objective,
         )
         return replace(job, cached_windows=self._cached_windows(job, windows)) if windows else job
 
@@ -378,6 +384,9 @@ def _made(
     step_seconds = step_work(job).seconds(profile)
     cache_bytes = feature_bytes(job, job.cached_windows)
     fill_seconds = lower_work(job, job.cached_windows).seconds(profile) + cache_bytes / storage.write_mb_s / 1e6
+    if OBJECTIVES[config.objective].Objective.needs_reference and facts.rows:
+        counts = facts.windows(choice.max_seq_length)
+        fill_seconds += reference_work(job, counts.learned + counts.held_out).seconds(profile)
     if cache_bytes:
         per_step = choice.batch_size * choice.gradient_accumulation_steps
         step_seconds += feature_bytes(job, per_step) / storage.read_mb_s / 1e6
@@ -403,6 +412,8 @@ def _made(
         concessions=concessions,
         method=choice.adapter.method,
         adapter=choice.resolved,
+        objective=config.objective,
+        **config.objective_settings,
         step_rule=choice.step_rule,
         optimizer=choice.optimizer,
         batch_size=choice.batch_size,

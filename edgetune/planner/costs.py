@@ -46,6 +46,7 @@ FIRST_BACKWARD = (
 ROW_OBJECT_BYTES = 700
 # A window whose features are cached: its name and its place in a file, as Python objects; 520 measured.
 FEATURE_OBJECT_BYTES = 600
+SEQUENCE_BYTES = 17  # two int64 and a boolean
 FREE_SHARE = 0.5  # of free storage that the cache may take: base, checkpoints and bundle lie there too
 # A tokenizer in memory per byte of its tokenizer.json: 11 in a fresh heap, 15 where the plan was made in this process
 # and had loaded it before. What reading rows leaves behind even so (memory.give_back): 3 MiB, and 0.7 per byte of the
@@ -87,6 +88,7 @@ class Job:
     tokenizer_file_bytes: int = 0
     base_copy_bytes: int = 0
     active_adapter_bytes: int = 0  # to load and split that which the bundle uses; of the ort engine
+    objective: str = "sft"
     cached_windows: int = 0  # those whose way through the frozen lower blocks is cached: all, or none
     fast_products: bool = False
 
@@ -217,8 +219,15 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         "kept_activations": slots_ - one_slot,
         "block_workspace": work + one_slot,
         # Their tiles lie in the workspace; left are a few numbers for each supervised position.
-        "logits": 8 * FLOAT_BYTES * job.loss_rows,
+        "logits": 8 * FLOAT_BYTES * job.loss_rows + sequence_bytes(job),
     }
+
+
+def sequence_bytes(job: Job) -> int:
+    """What a loss of whole sequences makes in numpy of a micro-batch: the sequence of every position, and what is
+    gathered by sequence of the supervised ones.
+    """
+    return 0 if job.objective == "sft" else SEQUENCE_BYTES * (job.tokens + 2 * job.loss_rows)
 
 
 def pack_bytes(job: Job) -> int:
@@ -436,6 +445,17 @@ def lower_work(job: Job, num_windows: int) -> StepWork:
     times = job.first_block * num_windows
     fast = flops if job.fast_products and job.batch_size == 1 else 0.0
     return StepWork(flops * times, traffic * times, BLOCK_CYCLES * times, fast * times)
+
+
+def reference_work(job: Job, num_windows: int) -> StepWork:
+    """The whole model once forward over so many windows, in micro-batches, each of which decodes the weights."""
+    weights, attention, scores = _per_block(job)
+    head, layers = job.model.vocab_size * job.model.hidden_size, job.model.num_hidden_layers
+    flops = job.tokens * (2.0 * weights + attention) * layers + 2.0 * head * job.supervised
+    traffic = (weights * layers + head) * DECODE_BYTES
+    traffic += layers * (ACTIVATION_PASSES * activation_bytes(job) + job.tokens * scores)
+    times = math.ceil(num_windows / job.batch_size)
+    return StepWork(flops * times, traffic * times, BLOCK_CYCLES * layers * times)
 
 
 def feature_bytes(job: Job, num_windows: int) -> int:

@@ -14,6 +14,7 @@ from edgetune.adapters.config import AdapterConfig
 from edgetune.errors import ConfigError
 from edgetune.memory import format_mib
 from edgetune.models.config import DecoderConfig
+from edgetune.objectives import OBJECTIVES
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.schema import Key, Reader
 
@@ -21,12 +22,23 @@ __all__ = ["Concession", "Plan", "TrainConfig"]
 
 FORMAT_VERSION = 1
 STEP_RULES = ("backprop", "mezo")
+# Setting of an objective -> the objectives that have it.
+_SETTINGS = {
+    name: [other for other, module in OBJECTIVES.items() if name in module.SETTINGS]
+    for module in OBJECTIVES.values()
+    for name in module.SETTINGS
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What the user asks of training. None means "not set": the plan chooses, and may concede it to the budget."""
 
+    objective: Annotated[str, Key(f"what is minimized: one of {', '.join(OBJECTIVES)}", choices=tuple(OBJECTIVES))] = (
+        "sft"
+    )
+    beta: Annotated[float | None, Key("how hard a preference objective holds to its reference", 1e-6, 1e6)] = None
+    label_smoothing: Annotated[float | None, Key("share of pairs that dpo takes for labeled wrongly", 0, 0.5)] = None
     batch_size: Annotated[int | None, Key("windows of one forward pass (micro-batch)", 1, 4096)] = None
     gradient_accumulation_steps: Annotated[int | None, Key("micro-batches of an optimizer step", 1, 1 << 20)] = None
     max_seq_length: Annotated[int | None, Key("tokens of a window", 2, 1 << 20)] = None
@@ -57,7 +69,23 @@ class TrainConfig:
         made = reader.read(TrainConfig, dataclasses.asdict(self))
         if made is None:
             raise ConfigError("the training settings cannot be used:\n" + _listed(reader.problems))
+        made._check_objective()
         return made
+
+    @property
+    def objective_settings(self) -> dict[str, Any]:
+        """Every setting that belongs to some objective: this one's with its defaults filled in, the others' None."""
+        defaults = OBJECTIVES[self.objective].SETTINGS
+        return {name: defaults.get(name) if getattr(self, name) is None else getattr(self, name) for name in _SETTINGS}
+
+    def _check_objective(self) -> None:
+        known = OBJECTIVES[self.objective].SETTINGS
+        for name, of in _SETTINGS.items():
+            if name not in known and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} = {getattr(self, name):g} goes with objective {' or '.join(of)}; this one is "
+                    f"{self.objective}. Leave one of the two out."
+                )
 
 
 @dataclass(frozen=True)
@@ -102,6 +130,10 @@ class Plan:
     concessions: tuple[Concession, ...]
     method: Annotated[str, Key("the adapter's", choices=tuple(METHODS))]
     adapter: AdapterConfig
+    objective: str
+    beta: float | None
+    """None, as the others of its kind, where the objective has no such setting."""
+    label_smoothing: float | None
     step_rule: str
     """backprop, or mezo, whose optimizer is sgd."""
     optimizer: str
@@ -150,6 +182,11 @@ class Plan:
     def exceeds_device(self) -> bool:
         """Whether the peak is above what the device allows: the user asked for a larger budget."""
         return self.predicted_peak_bytes + self.reserve_bytes > self.device_budget_bytes
+
+    @property
+    def objective_words(self) -> list[str]:
+        """The objective and its settings, for people."""
+        return [self.objective, *(f"{name} {getattr(self, name):g}" for name in OBJECTIVES[self.objective].SETTINGS)]
 
     def with_steps(self, num_windows: int) -> Plan:
         """The plan with `max_steps` and `warmup_steps` filled in for so many windows; what is set already stays."""
@@ -208,6 +245,8 @@ class Plan:
         yield f"  step        {windows}, {again}, {self.tile_weights:,} weights dequantized at once{disk}"
         if self.dequantized_layers:
             yield f"              the weights of {self.dequantized_layers} blocks stay dequantized: the budget has room"
+        if self.objective != "sft":
+            yield f"  objective   {', '.join(self.objective_words)}"
         yield f"  optimizer   {self.optimizer}, learning rate {self.learning_rate:g}"
         if self.fast_products:
             yield "  products    with the processor's widest vectors"

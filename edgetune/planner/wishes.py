@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from edgetune.adapters.config import AdapterConfig
-from edgetune.data import Row, pack
+from edgetune.data import Row, pack, units
 from edgetune.errors import ConfigError
 from edgetune.models.config import DecoderConfig
 from edgetune.planner.ladder import ADAPTER_SETTINGS, SETTINGS, Choice, Freedom
@@ -45,10 +45,14 @@ class RowFacts:
     held_out: tuple[Row, ...] = ()
     """Those to evaluate on: they are in memory too, and have to fit the window."""
     is_text: bool = False
+    together: int = 1
+    """How many rows in turn no window divides."""
 
     @cached_property
     def longest(self) -> int:
-        return max(map(len, self.rows + self.held_out), default=0)
+        """Tokens of the longest row, or of the longest that stay together."""
+        parts = (*units(self.rows, self.together), *units(self.held_out, self.together))
+        return max((sum(map(len, part)) for part in parts), default=0)
 
     @cached_property
     def num_tokens(self) -> int:
@@ -57,18 +61,20 @@ class RowFacts:
     @lru_cache(maxsize=16)  # noqa: B019 - a plan asks for a handful of lengths, and its facts end with it
     def windows(self, length: int) -> Windows:
         """What the rows fill where a window may have so many tokens."""
-        learned, held_out = (pack(_cut(rows, length), length) for rows in (self.rows, self.held_out))
+        parts = (self._cut(rows, length) for rows in (self.rows, self.held_out))
+        learned, held_out = (pack(rows, length, self.together) for rows in parts)
         supervised = max(window.num_supervised for window in learned)
         return Windows(len(learned), len(held_out), supervised, max(window.length for window in learned + held_out))
 
-
-def _cut(rows: tuple[Row, ...], length: int) -> tuple[Row, ...]:
-    """The rows as they will be read for this window: longer texts are cut."""
-    return tuple(
-        Row(row.input_ids[at : at + length], row.labels[at : at + length], row.line)
-        for row in rows
-        for at in range(0, len(row), length)
-    )
+    def _cut(self, rows: tuple[Row, ...], length: int) -> tuple[Row, ...]:
+        """The rows as they will be read for this window: longer texts are cut."""
+        if self.together > 1:
+            return rows
+        return tuple(
+            Row(row.input_ids[at : at + length], row.labels[at : at + length], row.line)
+            for row in rows
+            for at in range(0, len(row), length)
+        )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     forward    embed, then the blocks below the lowest adapter, or what a cache knows of them: nothing is stored
                every block from there on: its input is stored; the upper blocks keep what their backward needs too
-    loss       in tiles, down to the gradient of the last hidden states (objectives.sft)
+    loss       in tiles, down to the gradient of the last hidden states (objectives)
     backward   from the top: a block that kept nothing runs again from its stored input, then backward through it
 
 Everything lies in the buffers of `decoder.workspace`, which exist after the first step and are counted by the planner,
@@ -20,11 +20,12 @@ import torch
 
 from edgetune.adapters.attach import set_dropout
 from edgetune.models.decoder import Decoder
-from edgetune.objectives import sft
+from edgetune.objectives import Objective, objective_of
+from edgetune.objectives.sft import Measured
 from edgetune.planner.costs import row_step
 from edgetune.planner.plans import Plan
 from edgetune.training.blocks import Activations, normalize, normalize_backward
-from edgetune.training.forward import Batch, Check, Features, below, num_supervised, start, targets
+from edgetune.training.forward import SFT, Batch, Check, Features, Tally, below, start
 from edgetune.training.optimizer import Optimizer, clip_gradients
 
 NAME = "backprop"
@@ -49,12 +50,17 @@ class Rule:
         self, decoder: Decoder, parameters: Mapping[str, torch.nn.Parameter], plan: Plan, features: Features | None
     ) -> None:
         self.decoder, self.parameters, self.max_grad_norm = decoder, parameters, plan.max_grad_norm
+        self.objective, self.figures = objective_of(plan), dict[str, float]()
         self.path = Path(plan.adapter.first_block, plan.recompute_layers, features, row_step(plan.threads))
         self.optimizer = Optimizer(plan.optimizer, parameters, weight_decay=plan.weight_decay)
 
     def gradient(self, batches: Sequence[Batch], key: tuple[int, int], check: Check) -> tuple[float, float]:
         """Leaves the clipped gradients in `.grad`."""
-        loss = loss_and_gradients(self.decoder, batches, self.path, dropout_key=key, check=check)
+        tally = Tally()
+        loss = loss_and_gradients(
+            self.decoder, batches, self.path, dropout_key=key, check=check, objective=self.objective, tally=tally
+        )
+        self.figures = tally.figures
         return loss, clip_gradients(self.parameters.values(), self.max_grad_norm)
 
     @property
@@ -86,22 +92,27 @@ class Rule:
 
 @torch.no_grad()
 def loss_and_gradients(
-    decoder: Decoder, batches: Sequence[Batch], path: Path, *, dropout_key: tuple[int, ...], check: Check
-) -> float:
+    decoder: Decoder, batches: Sequence[Batch], path: Path, *, dropout_key: tuple[int, ...], check: Check,
+    objective: Objective = SFT, tally: Tally | None = None,
+) -> float:  # fmt: skip
     """Add the gradients of one optimizer step to `.grad` of the adapter's parameters; returns the step's mean loss.
 
-    The loss is the sum over all micro-batches divided by all their supervised tokens, so how a batch is cut into
-    micro-batches changes neither. `dropout_key` and the micro-batch's index choose the dropout masks.
+    The loss is the sum over all micro-batches divided by all their units (supervised tokens, or pairs), so how a batch
+    is cut into micro-batches changes neither. `dropout_key` and the micro-batch's index choose the dropout masks.
+    `tally` gets the objective's figures.
     """
-    supervised = max(1, sum(map(num_supervised, batches)))
-    loss_sum = 0.0
+    num_units = max(1, sum(map(objective.units, batches)))
+    tally = tally or Tally()
     for index, batch in enumerate(batches):
         set_dropout(decoder, (*dropout_key, index))
-        loss_sum += _micro_batch(decoder, batch, 1 / supervised, path, check)
-    return loss_sum / supervised
+        measured = _micro_batch(decoder, batch, objective, 1 / num_units, path, check)
+        tally.add(measured, objective.units(batch))
+    return tally.loss if tally.num_units else 0.0
 
 
-def _micro_batch(decoder: Decoder, batch: Batch, scale: float, path: Path, check: Check) -> float:
+def _micro_batch(
+    decoder: Decoder, batch: Batch, objective: Objective, scale: float, path: Path, check: Check
+) -> Measured:
     x = below(decoder, batch, path.first_block, check, path.features)
     walk = start(decoder, batch)
     blocks = decoder.blocks[path.first_block :]
@@ -123,22 +134,22 @@ def _micro_batch(decoder: Decoder, batch: Batch, scale: float, path: Path, check
             decoder.workspace.put(index, x)
         x = y
         check()
-    loss_sum, d = _head(decoder, x, targets(batch), scale, path.row_step)
+    measured, d = _head(decoder, x, batch, objective, scale, path.row_step)
     check()
     for index in reversed(range(len(blocks))):
         x = decoder.workspace.get(index, buffer(index)) if offloads else buffer(index)
         made = kept[index] or walk.forward(blocks[index], x, None, "slot.0")
         walk.backward(blocks[index], x, made, d, to_input=index > 0)
         check()
-    return loss_sum
+    return measured
 
 
 def _head(
-    decoder: Decoder, x: torch.Tensor, labels: torch.Tensor, scale: float, row_step: int
-) -> tuple[float, torch.Tensor]:
-    """The loss sum of the last block's output x [N, H], and `scale` times its gradient with respect to x."""
+    decoder: Decoder, x: torch.Tensor, batch: Batch, objective: Objective, scale: float, row_step: int
+) -> tuple[Measured, torch.Tensor]:
+    """What the objective makes of the last block's output x [N, H], and `scale` times the gradient by x."""
     hidden = normalize(x, decoder.norm, decoder.workspace.like(x, "h"))
-    loss_sum = sft.loss_and_gradient(hidden, labels, decoder.lm_head, decoder.workspace, row_step)
+    measured = objective.loss_and_gradient(hidden, batch, decoder.lm_head, decoder.workspace, row_step)
     d = decoder.workspace.like(x, "d").zero_()
     normalize_backward(x, decoder.norm, hidden.mul_(scale), d)
-    return loss_sum, d
+    return measured, d

@@ -42,7 +42,7 @@ from edgetune.weights import TensorInfo, Weights, open_tensors, sha256_file, wri
 
 FORMAT_VERSION = 1
 FILE_BYTES = 16 << 20  # the most that a stop while the cache is filled can cost
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 
 
 class FeatureCache:
@@ -96,7 +96,7 @@ class FeatureCache:
 
     def _read_folder(self, check: Check) -> None:
         """Take what an earlier part of this run left, every byte of it checked, and remove all else."""
-        hashes = _read_manifest(self.folder, self._key)
+        hashes = known_files(self.folder, self._key)
         if hashes is None:
             remove(self.folder)
             self.folder.mkdir(mode=0o700)
@@ -105,7 +105,7 @@ class FeatureCache:
             check()
             if path.name in hashes and sha256_file(path) == hashes[path.name]:
                 self._take(path, hashes[path.name])
-            elif path.name != _MANIFEST:
+            elif path.name != MANIFEST:
                 path.unlink()
 
     def _take(self, path: Path, sha256: str) -> None:
@@ -151,9 +151,7 @@ class FeatureCache:
         write_safetensors(path, infos, features)
         path.chmod(0o600)
         self._take(path, sha256_file(path))
-        manifest = {"format_version": FORMAT_VERSION, "key": self._key, "files": self._files}
-        write_atomic(self.folder / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        (self.folder / _MANIFEST).chmod(0o600)
+        write_manifest(self.folder, self._key, self._files)
         self.num_written += 1
 
     def _nbytes(self, window: Window) -> int:
@@ -177,12 +175,19 @@ def remove(folder: Path) -> None:
         ) from error
 
 
-def _read_manifest(folder: Path, key: Mapping[str, Any]) -> dict[str, str] | None:
+def write_manifest(folder: Path, key: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    """Name the files of a cache of this key, with their SHA-256."""
+    manifest = {"format_version": FORMAT_VERSION, "key": key, "files": files}
+    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    (folder / MANIFEST).chmod(0o600)
+
+
+def known_files(folder: Path, key: Mapping[str, Any]) -> dict[str, str] | None:
     """File -> SHA-256, as a cache of this key lists them; None where the folder is no such cache of this user alone."""
     try:
         status = folder.lstat()
         private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077 and status.st_uid == os.geteuid()
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         known = private and manifest["format_version"] == FORMAT_VERSION and manifest["key"] == key
         return dict(manifest["files"]) if known else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -9,6 +9,7 @@ window; the cache makes that once in a run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -16,10 +17,12 @@ import torch
 
 from edgetune.adapters.attach import set_dropout
 from edgetune.models.decoder import Decoder
-from edgetune.objectives import sft
+from edgetune.objectives import Objective, sft
+from edgetune.objectives.sft import Measured
 from edgetune.training.blocks import BlockPass, normalize
 
-Batch = Mapping[str, np.ndarray]  # input_ids, labels (shifted), position_ids, segment_ids: int64 [B, T]
+Batch = Mapping[str, np.ndarray]  # input_ids, labels (shifted), position_ids, segment_ids: int64 [B, T]; see data.stack
+SFT = sft.Objective()
 Check = Callable[[], None]  # called between blocks; raises to leave a step unfinished
 # Fills [T, H] with what the blocks below the lowest adapter make of a micro-batch of one window; False if unknown.
 Features = Callable[[Batch, torch.Tensor], bool]
@@ -32,13 +35,32 @@ def start(decoder: Decoder, batch: Batch) -> BlockPass:
     return BlockPass(decoder.workspace, decoder.context(length, positions, segments), count, length)
 
 
-def targets(batch: Batch) -> torch.Tensor:
-    """The target of every position, int64 [B * T]; -100 where there is none."""
-    return torch.from_numpy(batch["labels"]).reshape(-1)
-
-
 def num_supervised(batch: Batch) -> int:
     return int(np.count_nonzero(batch["labels"] != sft.IGNORE_INDEX))
+
+
+class Tally:
+    """Sums over micro-batches, and the means over an objective's units that they give."""
+
+    def __init__(self) -> None:
+        self.num_units = 0
+        self._loss, self._figures = 0.0, dict[str, float]()
+
+    def add(self, measured: Measured, num_units: int) -> None:
+        self.num_units += num_units
+        self._loss += measured.loss
+        for name, value in measured.figures.items():
+            self._figures[name] = self._figures.get(name, 0.0) + value
+
+    @property
+    def loss(self) -> float:
+        """NaN where there is no unit."""
+        return self._loss / self.num_units if self.num_units else math.nan
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What the objective tells beside its loss."""
+        return {name: value / self.num_units for name, value in self._figures.items()}
 
 
 def below(
@@ -77,10 +99,10 @@ def lower_blocks(decoder: Decoder, window: Batch, stop: int, check: Check) -> to
 
 
 @torch.no_grad()
-def loss_sum(
+def last_hidden(
     decoder: Decoder, batch: Batch, check: Check, first_block: int = 0, features: Features | None = None
-) -> float:
-    """Sum of the loss over the supervised tokens, in nats; `features` are of `first_block`.
+) -> torch.Tensor:
+    """What the head gets of every position, [N, H] in "h"; `features` are of `first_block`.
 
     The blocks from there on run by turns in two buffers and one slot.
     """
@@ -91,20 +113,29 @@ def loss_sum(
         walk.forward(block, x, y, "slot.0")
         x = y
         check()
-    hidden = normalize(x, decoder.norm, decoder.workspace.like(x, "h"))
-    total = sft.loss(hidden, targets(batch), decoder.lm_head, decoder.workspace)
+    return normalize(x, decoder.norm, decoder.workspace.like(x, "h"))
+
+
+@torch.no_grad()
+def measure(
+    decoder: Decoder, batch: Batch, objective: Objective, check: Check,
+    first_block: int = 0, features: Features | None = None,
+) -> Measured:  # fmt: skip
+    """The objective's sums over a micro-batch; `features` are of `first_block`."""
+    hidden = last_hidden(decoder, batch, check, first_block, features)
+    measured = objective.loss(hidden, batch, decoder.lm_head, decoder.workspace)
     check()
-    return total
+    return measured
 
 
 @torch.no_grad()
 def evaluate(
-    decoder: Decoder, batches: Iterable[Batch], *, check: Check, first_block: int = 0, features: Features | None = None
-) -> float:
-    """Mean loss per supervised token, in nats; NaN where nothing is supervised. `features` are of `first_block`."""
+    decoder: Decoder, batches: Iterable[Batch], *, check: Check, first_block: int = 0,
+    features: Features | None = None, objective: Objective = SFT, tally: Tally | None = None,
+) -> float:  # fmt: skip
+    """Mean loss of the objective's units; NaN where there is none. `features` as above; `tally` gets the figures."""
     set_dropout(decoder, None)
-    total, supervised = 0.0, 0
+    tally = tally or Tally()
     for batch in batches:
-        total += loss_sum(decoder, batch, check, first_block, features)
-        supervised += num_supervised(batch)
-    return total / supervised if supervised else float("nan")
+        tally.add(measure(decoder, batch, objective, check, first_block, features), objective.units(batch))
+    return tally.loss

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.checkpoint import Checkpoint
-from edgetune.data import Window, pack, read_rows, split_eval
+from edgetune.data import Rows, Window, pack, read_rows, split_eval
 from edgetune.errors import CheckpointError, DataError
+from edgetune.objectives import check_kind
 from edgetune.planner.plans import Plan
 from edgetune.tokenizer import load_tokenizer
 from edgetune.weights import sha256_file
@@ -53,11 +54,17 @@ def read_inputs(plan: Plan, base: Path, base_sha256: str, data: Path, eval_data:
     """Check all rows of both files and cut them to windows; `base` is the folder with the tokenizer.
 
     Raises:
-        DataError: rows cannot be used.
+        DataError: rows cannot be used, or the plan's objective does not learn from such rows.
         ModelError: there is no tokenizer.
     """
     tokenizer = load_tokenizer(base)
-    rows = read_rows(data, tokenizer, plan.max_seq_length, skip_bad=skip_bad)
+
+    def read(path: Path) -> Rows:
+        rows = read_rows(path, tokenizer, plan.max_seq_length, skip_bad=skip_bad)
+        check_kind(plan.objective, rows.kind, path)
+        return rows
+
+    rows = read(data)
     identity: dict[str, Any] = {
         "base_sha256": base_sha256,
         "tokenizer_sha256": sha256_file(base / "tokenizer.json"),
@@ -67,11 +74,11 @@ def read_inputs(plan: Plan, base: Path, base_sha256: str, data: Path, eval_data:
     if eval_data is None:
         rows, held_out = split_eval(rows, plan.eval_fraction, plan.seed)
     else:
-        held_out = read_rows(eval_data, tokenizer, plan.max_seq_length, skip_bad=skip_bad)
+        held_out = read(eval_data)
         identity["eval_data_sha256"] = held_out.sha256
     if not rows.num_supervised:
         raise DataError(f"{data} has no token to learn from. Add completions that are not empty.")
-    windows, eval_windows = pack(rows, plan.max_seq_length), pack(held_out, plan.max_seq_length)
+    windows, eval_windows = (pack(each, plan.max_seq_length, each.together) for each in (rows, held_out))
     plan = plan.with_steps(len(windows))
     values = json.loads(json.dumps(plan.to_dict()))  # as it comes back from a checkpoint: lists, no tuples
     identity["plan"] = {name: value for name, value in values.items() if name not in _CHANGES_NO_RESULT}

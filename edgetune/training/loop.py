@@ -19,7 +19,7 @@ from edgetune.training.conduct import check_enforcement, conduct_run
 from edgetune.training.crew import using
 from edgetune.training.inputs import Inputs, read_inputs
 from edgetune.training.progress import Progress
-from edgetune.training.run import FEATURES, Run
+from edgetune.training.run import FEATURES, REFERENCE, Run
 from edgetune.training.torch_trainer import TorchTrainer
 from edgetune.weights import sha256_file
 
@@ -80,7 +80,10 @@ def train(
     base, folder = Path(base), Path(out)
 
     def clean_up(stopped: str) -> None:
-        if not keep_cache and stopped in ("done", "nonfinite", "failed"):  # else the run may go on
+        if stopped not in ("done", "nonfinite", "failed"):
+            return  # the run may go on
+        features.remove(folder / REFERENCE)
+        if not keep_cache:
             features.remove(folder / FEATURES)
 
     def read() -> Inputs:

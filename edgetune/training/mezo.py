@@ -34,8 +34,9 @@ import torch
 
 from edgetune.adapters.attach import set_dropout
 from edgetune.models.decoder import Decoder
+from edgetune.objectives import objective_of
 from edgetune.planner.plans import Plan
-from edgetune.training.forward import Batch, Check, Features, loss_sum, num_supervised
+from edgetune.training.forward import Batch, Check, Features, Tally, measure
 
 NAME = "mezo"
 EPSILON = 1e-3  # the paper's for whole models; its code takes 1e-2 for LoRA
@@ -48,6 +49,7 @@ class Rule:
         self, decoder: Decoder, parameters: Mapping[str, torch.nn.Parameter], plan: Plan, features: Features | None
     ) -> None:
         self.decoder, self.features = decoder, features
+        self.objective, self.figures = objective_of(plan), dict[str, float]()
         self.first_block = plan.adapter.first_block
         self.max_grad_norm, self.weight_decay = plan.max_grad_norm, plan.weight_decay
         self.pairs = [(value.detach(), value.detach().clone()) for value in parameters.values()]  # in use, and theta
@@ -55,7 +57,7 @@ class Rule:
         self.seed, self.projected = 0, 0.0  # of the step under way
 
     def gradient(self, batches: Sequence[Batch], key: tuple[int, int], check: Check) -> tuple[float, float]:
-        """The mean of the two losses, and |g|."""
+        """The mean of the two losses, and |g|; figures are those of the second one."""
         # The spawn key keeps these numbers apart from the dropout masks, which count from the same (seed, step).
         self.seed = int(np.random.SeedSequence(key, spawn_key=(0,)).generate_state(1, np.uint64)[0] >> 1)
         for used, theta in self.pairs:
@@ -103,9 +105,11 @@ class Rule:
             torch.add(theta, used.normal_(generator=self.generator), alpha=distance, out=used)
 
     def _loss(self, batches: Sequence[Batch], key: tuple[int, int], check: Check) -> float:
-        """Mean loss per supervised token, with the dropout of training."""
-        total = 0.0
+        """Mean loss of the objective's units, with the dropout of training."""
+        tally = Tally()
         for index, batch in enumerate(batches):
             set_dropout(self.decoder, (*key, index))
-            total += loss_sum(self.decoder, batch, check, self.first_block, self.features)
-        return total / max(1, sum(map(num_supervised, batches)))
+            measured = measure(self.decoder, batch, self.objective, check, self.first_block, self.features)
+            tally.add(measured, self.objective.units(batch))
+        self.figures = tally.figures
+        return tally.loss if tally.num_units else 0.0

@@ -20,6 +20,9 @@ STEP_RULES = {"backprop": backprop, "mezo": mezo}
 class StepRule(Protocol):
     """One step is `gradient` and then either `update` or `drop`."""
 
+    figures: Mapping[str, float]
+    """What the objective tells of the last step beside its loss; means."""
+
     def gradient(self, batches: Sequence[Batch], key: tuple[int, int], check: Check) -> tuple[float, float]:
         """The step's mean loss and its gradient's norm before clipping; either may be not finite.
 

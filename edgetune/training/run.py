@@ -2,6 +2,7 @@
 
     run/  adapter_config.json  adapter_model.safetensors  plan.json  metrics.jsonl  summary.json  checkpoints/
           features/ while the run goes on, where its plan has a feature cache
+          reference/ likewise, where its objective compares with the base
 
 `summary.json` is written last, whenever a run ends in order: it is the certificate, and its `stopped` says how the run
 ended. A folder without one belongs to a run that goes on, or was killed and can be resumed.
@@ -27,7 +28,7 @@ from edgetune.weights import write_atomic
 
 FORMAT_VERSION = 1
 METRICS, SUMMARY, CHECKPOINTS = "metrics.jsonl", "summary.json", "checkpoints"
-FEATURES = "features"
+FEATURES, REFERENCE = "features", "reference"
 TRAIN_LOSS_STEPS = 10  # the summary's train_loss is the mean of so many last steps
 
 
@@ -77,7 +78,7 @@ def _clear(folder: Path) -> None:
     """Remove what an earlier run wrote, and nothing else."""
     for name in (SUMMARY, PLAN, METRICS, CONFIG, MODEL):
         (folder / name).unlink(missing_ok=True)
-    for name in (CHECKPOINTS, FEATURES):
+    for name in (CHECKPOINTS, FEATURES, REFERENCE):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -13,16 +13,17 @@ from edgetune.adapters.attach import attach, load_tensors
 from edgetune.linear import FrozenLinear
 from edgetune.memory import give_back
 from edgetune.models.decoder import load_decoder
-from edgetune.objectives import sft
+from edgetune.objectives import objective_of, sft
 from edgetune.planner.costs import filled, keeps_bits
 from edgetune.training.crew import Crew, using
 from edgetune.training.features import FeatureCache
-from edgetune.training.forward import Batch, evaluate
+from edgetune.training.forward import Batch, Tally, evaluate
 from edgetune.training.inputs import Inputs
 from edgetune.training.pace import Pace
 from edgetune.training.progress import Progress
+from edgetune.training.reference import Reference
 from edgetune.training.rules import STEP_RULES
-from edgetune.training.run import FEATURES, memory_file_system, on_disk
+from edgetune.training.run import FEATURES, REFERENCE, memory_file_system, on_disk
 from edgetune.training.stop import Guard, is_out_of_memory
 from edgetune.training.trainer import Trainer
 
@@ -61,12 +62,17 @@ class TorchTrainer(Trainer):
                 folder / FEATURES, self.decoder, self.first_block, plan.feature_cache_bytes,
                 inputs.identity["base_sha256"],
             )  # fmt: skip
+        self.objective = objective_of(plan)
+        self.reference: Reference | None = None
+        if self.objective.needs_reference:
+            self.reference = Reference(folder / REFERENCE, inputs)
         self.rule = STEP_RULES[plan.step_rule].Rule(self.decoder, self.parameters, plan, self.cache)
 
     @property
     def filled(self) -> bool:
-        """Whether this process added to the feature cache."""
-        return self.cache is not None and self.cache.num_written > 0
+        """Whether this process added to the feature cache, or measured the reference."""
+        measured = self.reference is not None and self.reference.num_measured > 0
+        return measured or (self.cache is not None and self.cache.num_written > 0)
 
     def check_step(self) -> None:
         """The same inside a step, whose threads may change meanwhile."""
@@ -83,7 +89,15 @@ class TorchTrainer(Trainer):
         give_back()
 
     def fill_cache(self) -> None:
-        """Run the frozen lower blocks once over all rows, where the plan caches that and the storage takes it."""
+        """Run the reference once over all rows, where the objective needs that; then the frozen lower blocks, where the
+        plan caches that and the storage takes it.
+        """
+        if self.state.step >= self.max_steps and not self.evaluation_is_due():
+            return
+        if self.reference is not None:
+            with self.limit:
+                self.inputs = self.reference.add(self.decoder.workspace.reads_ahead, self.check, self.tell)
+            self.batches.windows = self.inputs.windows
         if self.cache is None or self.state.step >= self.max_steps:
             return
         if kind := memory_file_system(self.folder):
@@ -103,11 +117,14 @@ class TorchTrainer(Trainer):
         self.cache.forget()
         self.tell(f"no feature cache, the frozen blocks run in every step: {reason}")
 
-    def mean_loss(self, batches: Iterable[Batch]) -> float:
+    def measure(self, batches: Iterable[Batch]) -> tuple[float, dict[str, float]]:
+        tally = Tally()
         with using(self.plan.threads):
-            return evaluate(
-                self.decoder, batches, check=self.check, first_block=self.first_block, features=self.cache
+            loss = evaluate(
+                self.decoder, batches, check=self.check, first_block=self.first_block, features=self.cache,
+                objective=self.objective, tally=tally,
             )  # fmt: skip
+        return loss, tally.figures
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The adapter as it is now; views, not copies."""

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ class _State:
     evaluated_step: int = 0
     best_step: int | None = None
     best_loss: float | None = None
+    best_figures: dict[str, float] = field(default_factory=dict)  # of the objective, beside that loss
     skipped: int = 0
     skipped_in_a_row: int = 0
     checkpoint_seconds: float = 0.0  # the longest so far
@@ -96,15 +97,15 @@ class Trainer(ABC):
         """Make these the adapter."""
 
     @abstractmethod
-    def mean_loss(self, batches: Iterable[Batch]) -> float:
-        """Loss per supervised token of held-out windows, in nats; not finite where there is none."""
+    def measure(self, batches: Iterable[Batch]) -> tuple[float, dict[str, float]]:
+        """The mean loss over held-out windows, not finite where there is nothing; and the objective's figures."""
 
     @abstractmethod
     def release(self) -> None:
         """Give back what a step holds; one that was not finished begins again."""
 
     def fill_cache(self) -> None:  # noqa: B027 - an engine may have none
-        """Compute once what does not change in a run, where the plan wants that."""
+        """Compute once what does not change in a run, where plan or objective want that."""
 
     def read_on_demand(self) -> None:  # noqa: B027
         """Read no weights ahead: in a cgroup pages on their way from disk count, and cannot be dropped."""
@@ -251,7 +252,7 @@ class Trainer(ABC):
         self.recent.append((num_tokens, seconds))
         self.metrics.append(
             step=self.state.step, loss=loss if finite else None, grad_norm=norm if finite else None, learning_rate=rate,
-            tokens=num_tokens, seconds=seconds, now_bytes=self.meter.now_bytes,
+            tokens=num_tokens, seconds=seconds, now_bytes=self.meter.now_bytes, **(self.rule.figures if finite else {}),
             **({} if idle_seconds is None else {"idle_seconds": idle_seconds}),
         )  # fmt: skip
         self.loss = loss if finite else self.loss
@@ -266,12 +267,13 @@ class Trainer(ABC):
         started = self.pace.clock()
         batches = in_batches(self.inputs.eval_windows, self.plan.batch_size)
         with self.limit:
-            loss = self.mean_loss(batches)
+            loss, figures = self.measure(batches)
         self.pace.end_evaluation(started, self.check)
         self.state.evaluated_step = self.state.step  # here, so that one that was stopped is made again
-        self.metrics.append(step=self.state.step, eval_loss=loss if math.isfinite(loss) else None)
+        told = {f"eval_{name}": value for name, value in figures.items()} if math.isfinite(loss) else {}
+        self.metrics.append(step=self.state.step, eval_loss=loss if math.isfinite(loss) else None, **told)
         if math.isfinite(loss) and (self.state.best_loss is None or loss < self.state.best_loss):
-            self.state.best_step, self.state.best_loss = self.state.step, loss
+            self.state.best_step, self.state.best_loss, self.state.best_figures = self.state.step, loss, told
         self.tell()
 
     def save(self) -> None:
@@ -329,6 +331,7 @@ class Trainer(ABC):
             "emulated": self.pace.emulates,
             **self.metrics.figures(emulated=self.pace.emulates),
             "eval_loss": state.best_loss,
+            **state.best_figures,
             "best_step": state.best_step,
             "trainable_parameters": sum(value.size for value in self.tensors().values()),
             "adapter_bytes": (self.folder / MODEL).stat().st_size,

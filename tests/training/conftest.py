@@ -62,6 +62,7 @@ def make_plan(base: Path, **overrides: Any) -> Plan:
         "budget_bytes": 1 << 40, "device_budget_bytes": 1 << 40, "reserve_bytes": 0,
         "floor_bytes": 0, "parts": {}, "peak_moment": "backward", "predicted_peak_bytes": 0,
         "file_backed_bytes": 0, "fits": True, "concessions": (), "method": "lora", "adapter": adapter,
+        "objective": "sft", "beta": None, "label_smoothing": None,
         "optimizer": "adamw", "batch_size": 2, "gradient_accumulation_steps": 2, "max_seq_length": 48,
         "step_rule": "backprop", "recompute_layers": 1, "tile_weights": 2000, "activation_offloading": False,
         "dequantized_layers": 0, "fast_products": False, "feature_cache_bytes": 0,
