@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.errors import DataError
-from edgetune.objectives import dpo, sft
+from edgetune.objectives import dpo, kto, orpo, sft
 from edgetune.objectives.base import Objective
 
-OBJECTIVES = {"sft": sft, "dpo": dpo}
+OBJECTIVES = {"sft": sft, "dpo": dpo, "orpo": orpo, "kto": kto}
 
 __all__ = ["OBJECTIVES", "Objective", "check_kind", "objective_of"]
 

@@ -37,7 +37,9 @@ class TrainConfig:
     objective: Annotated[str, Key(f"what is minimized: one of {', '.join(OBJECTIVES)}", choices=tuple(OBJECTIVES))] = (
         "sft"
     )
-    beta: Annotated[float | None, Key("how hard a preference objective holds to its reference", 1e-6, 1e6)] = None
+    beta: Annotated[
+        float | None, Key("how hard dpo and kto hold to the base; of orpo, the odds ratio's weight", 1e-6, 1e6)
+    ] = None
     label_smoothing: Annotated[float | None, Key("share of pairs that dpo takes for labeled wrongly", 0, 0.5)] = None
     batch_size: Annotated[int | None, Key("windows of one forward pass (micro-batch)", 1, 4096)] = None
     gradient_accumulation_steps: Annotated[int | None, Key("micro-batches of an optimizer step", 1, 1 << 20)] = None

@@ -69,9 +69,25 @@ def dpo(logps: torch.Tensor, counts: torch.Tensor, batch: Batch, beta: float, la
     return -((1 - label_smoothing) * logsigmoid(margin) + label_smoothing * logsigmoid(-margin)).sum()
 
 
+def orpo(logps: torch.Tensor, counts: torch.Tensor, batch: Batch, beta: float) -> torch.Tensor:
+    likely = (logps / counts).exp()
+    odds = likely / (1 - likely)
+    return (-torch.log(likely[0::2]) - beta * torch.log(torch.sigmoid(torch.log(odds[0::2] / odds[1::2])))).sum()
+
+
+def kto(logps: torch.Tensor, counts: torch.Tensor, batch: Batch, beta: float) -> torch.Tensor:
+    ratios = logps - known(batch, "reference")
+    distance = ratios[1::2].mean().clamp(min=0).detach()
+    wanted = known(batch, "desirable")[0::2] == 1
+    gains = beta * (ratios[0::2] - distance)
+    return (1 - torch.sigmoid(torch.where(wanted, gains, -gains))).sum()
+
+
 CASES: list[tuple[str, dict[str, float], Callable[..., torch.Tensor]]] = [
     ("dpo", {"beta": 0.3}, dpo),
     ("dpo", {"beta": 0.1, "label_smoothing": 0.2}, dpo),
+    ("orpo", {"beta": 0.4}, orpo),
+    ("kto", {"beta": 0.2}, kto),
 ]
 
 
@@ -151,6 +167,33 @@ def test_swapped_answers_are_another_loss(name: str) -> None:
         for order in ([0, 1], [1, 0])
     ]
     assert values[0] < values[1] - 0.1
+
+
+def test_orpo_by_hand() -> None:
+    """Probabilities per token of 0.5 and 0.25: odds of 1 and 1/3."""
+    policy, lengths = np.array([3 * np.log(0.5), 2 * np.log(0.25)]), np.array([3.0, 2.0])
+    objective = OBJECTIVES["orpo"].Objective(beta=0.1)
+    losses, slopes, figures = objective.measure(Sequences(policy, lengths, NONE[:2], NONE[:2]))
+    assert losses == pytest.approx([np.log(2) - 0.1 * np.log(3 / 4)])
+    assert slopes == pytest.approx(_differences(objective, policy, lengths, NONE[:2], NONE[:2]), rel=1e-5)
+    assert figures["reward_margin"] == pytest.approx([0.1 * np.log(2)])
+    certain = objective.measure(Sequences(np.zeros(2), lengths, NONE[:2], NONE[:2]))
+    assert np.isfinite(certain[0]).all() and np.isfinite(certain[1]).all()
+
+
+def test_kto_by_hand() -> None:
+    """A wanted and an unwanted answer; the mismatched ones rose by 1 and by 3 nats, so z = 2."""
+    policy = np.array([-3.0, -4.0, -5.0, -2.0])
+    reference = policy - [4.0, 1.0, -2.0, 3.0]
+    desirable, lengths = np.array([1, np.nan, 0, np.nan]), np.ones(4)
+    objective = OBJECTIVES["kto"].Objective(beta=0.5)
+    losses, slopes, figures = objective.measure(Sequences(policy, lengths, reference, desirable))
+    gains = np.array([0.5 * (4 - 2), 0.5 * (2 + 2)])
+    assert losses == pytest.approx(1 / (1 + np.exp(gains)))
+    assert slopes[1] == slopes[3] == 0 and slopes[0] < 0 < slopes[2]
+    assert figures["reference_kl"].tolist() == [2, 2] and figures["reward_margin"] == pytest.approx(gains)
+    below = objective.measure(Sequences(policy, lengths, reference + 9, desirable))[2]
+    assert below["reference_kl"].tolist() == [0, 0]
 
 
 def test_extreme_margins_do_not_overflow() -> None:

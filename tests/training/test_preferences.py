@@ -102,8 +102,10 @@ def test_the_reference_is_the_base_whatever_the_adapter(job: Job, tmp_path: Path
 def test_a_run_that_goes_on_ends_with_the_same_bytes(job: Job, run: Run, tmp_path: Path, monkeypatch: Any) -> None:
     stopped = job.train(tmp_path / "run", on_progress=at_step(5, interrupt))
     assert stopped.stopped == "signal"
-    with pytest.raises(CheckpointError, match=r"objective \(dpo before, orpo now\)|beta \(0\.2 before, 0\.3 now\)"):
+    with pytest.raises(CheckpointError, match=r"beta \(0\.2 before, 0\.3 now\)\. Resume"):
         job.train(tmp_path / "run", job.plan(beta=0.3), resume=True)
+    with pytest.raises(CheckpointError, match=r"objective \(dpo before, orpo now\)"):
+        job.train(tmp_path / "run", job.plan(objective="orpo", label_smoothing=None), resume=True)
     with monkeypatch.context() as patched:  # the reference is there and is not measured again
         patched.setattr(reference.Reference, "_measure", lambda *_: pytest.fail("measured again"))
         done = job.train(tmp_path / "run", resume=True)
@@ -136,6 +138,29 @@ def test_how_the_blocks_are_walked_changes_no_bit(job: Job, tmp_path: Path) -> N
     ]
     shas = [job.train(tmp_path / f"run{i}", plan).summary["adapter_sha256"] for i, plan in enumerate(plans)]
     assert len(set(shas)) == 1
+
+
+def test_orpo_needs_no_reference(job: Job, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(reference.Reference, "_measure", lambda *_: pytest.fail("measured a reference"))
+    done = job.train(tmp_path / "run", job.plan(objective="orpo", label_smoothing=None))
+    losses = lines(done, "loss")
+    assert losses[-1] < losses[0] - 1 and lines(done, "eval_reward_accuracy")[-1] == 1
+
+
+def test_kto_tells_what_is_wanted_from_what_is_not(job: Job, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in job.data.read_text().splitlines()]
+    feedback = [
+        {"prompt": row["prompt"], "completion": row[key], "label": key == "chosen"}
+        for row in rows
+        for key in ("chosen", "rejected")
+    ]
+    data = tmp_path / "feedback.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in feedback), encoding="utf-8")
+    plan = job.plan(objective="kto", label_smoothing=None)
+    done = train(plan, job.base, data=data, out=tmp_path / "run")
+    assert lines(done, "loss")[0] == pytest.approx(0.5, abs=1e-5)
+    assert lines(done, "reference_kl")[0] == pytest.approx(0, abs=1e-4)
+    assert lines(done, "loss")[-1] < 0.47 and lines(done, "eval_reward_accuracy")[-1] > 0.8
 
 
 def test_mezo_learns_it_too(job: Job, tmp_path: Path) -> None:
