@@ -32,9 +32,13 @@ class Batches:
 
     def of_step(self, step: int) -> tuple[list[Batch], int]:
         """The micro-batches of a step counted from zero, and how many of their tokens are no padding."""
-        first = step * self.windows_per_step
-        chosen = [self._window(first + i) for i in range(self.windows_per_step)]
+        chosen = self.windows_of_step(step)
         return list(in_batches(chosen, self.batch_size)), sum(window.num_tokens for window in chosen)
+
+    def windows_of_step(self, step: int) -> list[Window]:
+        """The windows of a step, micro-batch by micro-batch."""
+        first = step * self.windows_per_step
+        return [self._window(first + i) for i in range(self.windows_per_step)]
 
     def _window(self, position: int) -> Window:
         epoch, index = divmod(position, len(self.windows))
