@@ -63,6 +63,7 @@ class Row:
     labels: npt.NDArray[np.int32]  # [n]
     line: int
     desirable: bool | None = None  # the label of a feedback row
+    teacher: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None  # [num_supervised, k]: see `data.teacher`
     reference: float | None = None  # the log-probability, in nats, that a reference model gives to what is learned
 
     def __len__(self) -> int:
@@ -411,7 +412,8 @@ def _num_tokens(rows: Sequence[Row]) -> int:
 def stack(windows: Sequence[Window]) -> dict[str, npt.NDArray[Any]]:
     """A micro-batch: "input_ids", "labels", "position_ids" and "segment_ids", each int64 [batch, length].
 
-    "reference" and "desirable" too where rows have them: float64 [batch, the most rows of a window], NaN for none.
+    Where rows have them, also "reference" and "desirable", float64 [batch, the most rows of a window], NaN for none;
+    and "teacher_ids" int64 and "teacher_logps" float32 of all learned positions in turn, [M, k].
     """
     names = ("input_ids", "labels", "position_ids", "segment_ids")
     made: dict[str, npt.NDArray[Any]] = {
@@ -421,6 +423,10 @@ def stack(windows: Sequence[Window]) -> dict[str, npt.NDArray[Any]]:
     for key in ("reference", "desirable"):
         if any(getattr(row, key) is not None for window in windows for row in window.rows):
             made[key] = np.stack([window.of_rows(key, most) for window in windows])
+    taught = [row.teacher for window in windows for row in window.rows if row.teacher is not None]
+    if taught:
+        made["teacher_ids"] = np.concatenate([ids for ids, _ in taught], dtype=np.int64)
+        made["teacher_logps"] = np.concatenate([logps for _, logps in taught], dtype=np.float32)
     return made
 
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from edgetune.data import Rows
+from edgetune.data.teacher import with_teacher
 from edgetune.errors import DataError
-from edgetune.objectives import dpo, kto, orpo, sft
+from edgetune.objectives import distill, dpo, kto, orpo, sft
 from edgetune.objectives.base import Objective
 
-OBJECTIVES = {"sft": sft, "dpo": dpo, "orpo": orpo, "kto": kto}
+OBJECTIVES = {"sft": sft, "dpo": dpo, "orpo": orpo, "kto": kto, "distill": distill}
 
-__all__ = ["OBJECTIVES", "Objective", "check_kind", "objective_of"]
+__all__ = ["OBJECTIVES", "Objective", "check_kind", "objective_of", "with_needed"]
 
 
 def objective_of(settings: Any) -> Objective:
@@ -24,6 +26,17 @@ def objective_of(settings: Any) -> Objective:
     module = OBJECTIVES[settings.objective]
     made: Objective = module.Objective(**{name: getattr(settings, name) for name in module.SETTINGS})
     return made
+
+
+def with_needed(objective: str, rows: Rows, path: str | Path, vocab_size: int) -> Rows:
+    """The rows of a file with all that an objective learns from.
+
+    Raises:
+        DataError: they are of another kind, or there is no record of a teacher where one is needed.
+    """
+    check_kind(objective, rows.kind, path)
+    needs_teacher = OBJECTIVES[objective].Objective.needs_teacher
+    return with_teacher(rows, path, vocab_size) if needs_teacher else rows
 
 
 def check_kind(objective: str, kind: str, path: str | Path) -> None:

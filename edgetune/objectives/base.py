@@ -38,7 +38,9 @@ class Objective(Protocol):
     """A loss is told as its mean over units: tokens, pairs, or whatever the objective counts."""
 
     needs_reference: ClassVar[bool]
-    """Whether rows carry what a frozen model makes of them."""
+    """Whether rows carry what the base makes of them."""
+    needs_teacher: ClassVar[bool]
+    """Whether rows carry what a teacher said of them: see `data.teacher`."""
 
     def units(self, batch: Batch) -> int:
         """How many there are in a micro-batch."""
@@ -73,6 +75,7 @@ class SequenceObjective(ABC):
     """An `Objective` whose loss is a function of the log-probabilities of sequences; its unit is two of them."""
 
     needs_reference: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
 
     @abstractmethod
     def measure(self, found: Sequences) -> tuple[Floats, Floats, dict[str, Floats]]:
@@ -90,12 +93,14 @@ class SequenceObjective(ABC):
     ) -> Measured:
         measured = Measured(0.0)
 
-        def weigh(losses: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        def finish(rows: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, found: torch.Tensor | None) -> None:
             nonlocal measured
-            measured, weights = self._weigh(losses, batch)
-            return weights
+            assert found is not None
+            measured, weights = self._weigh(losses.numpy(), batch)
+            head.subtract_rows(targets, found)
+            found.mul_(found.new_tensor(weights)[:, None])
 
-        sft.loss_and_gradient(hidden, sft.targets(batch), head, buffers, row_step, weigh)
+        sft.loss_and_gradient(hidden, sft.targets(batch), head, buffers, row_step, finish)
         return measured
 
     def _weigh(self, losses: npt.NDArray[np.float32], batch: Batch) -> tuple[Measured, npt.NDArray[np.float32]]:

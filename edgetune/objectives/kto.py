@@ -5,10 +5,10 @@
 
 z estimates the policy's distance from the reference, KL(p || p_ref), and no gradient passes through it. The paper takes
 it from the micro-batch by giving each prompt the answer of another row. A micro-batch of one row has no other, and with
-z = 0 an answer would gain by whatever raises all answers. So the other answer is fixed when the rows are read: it is that
-of the row before, and lies beside the row in its window (`data.read_rows`). The estimate is the paper's for any batch
-size; with one row it is that of a single sample. It costs a second sequence for each row, forward and, with a gradient
-of zero, backward. The reference is that of `dpo`.
+z = 0 an answer would gain by whatever raises all answers. So the other answer is fixed when the rows are read: it is
+that of the row before, and lies beside the row in its window (`data.read_rows`). The estimate is the paper's for any
+batch size; with one row it is that of a single sample. It costs a second sequence for each row, forward and, with a
+gradient of zero, backward. The reference is that of `dpo`.
 
 Left out: other weights than 1 of the two kinds of answers (the paper's lambda_D and lambda_U).
 """

@@ -13,7 +13,7 @@ Only supervised positions are computed. Left out: label smoothing, z-loss, a hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -55,10 +55,21 @@ class Measured:
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
+class Finish(Protocol):
+    """Gets the supervised hidden states [M, H], their targets and cross-entropies, and, where a gradient is wanted,
+    the head's rows in the mean of the predicted distribution [M, H], in whose place it puts its gradient.
+    """
+
+    def __call__(
+        self, rows: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, found: torch.Tensor | None
+    ) -> None: ...
+
+
 class Objective:
     """See `objectives.base`; a unit is a token."""
 
     needs_reference: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
 
     def units(self, batch: Mapping[str, Any]) -> int:
         return int(np.count_nonzero(batch["labels"] != IGNORE_INDEX))
@@ -87,12 +98,18 @@ def loss(hidden: torch.Tensor, targets: torch.Tensor, head: Head, buffers: Buffe
     return _sum(token_losses(hidden, targets, head, buffers))
 
 
-def token_losses(hidden: torch.Tensor, targets: torch.Tensor, head: Head, buffers: Buffers) -> torch.Tensor:
+def token_losses(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, buffers: Buffers, finish: Finish | None = None
+) -> torch.Tensor:
     """The cross-entropy of each supervised position, float32, of the arguments of `loss`."""
     kept = _supervised(targets)
     if not len(kept):
         return hidden.new_zeros(0)
-    return _one_pass(_rows(hidden, kept, buffers, len(kept)), targets[kept], head, buffers, None)[0]
+    rows = _rows(hidden, kept, buffers, len(kept))
+    losses = _one_pass(rows, targets[kept], head, buffers, None)[0]
+    if finish is not None:
+        finish(rows, targets[kept], losses, None)
+    return losses
 
 
 def loss_and_gradient(
@@ -101,15 +118,13 @@ def loss_and_gradient(
     head: Head,
     buffers: Buffers,
     row_step: int = 1,
-    weigh: Callable[[np.ndarray], np.ndarray] | None = None,
+    finish: Finish | None = None,
 ) -> float:
     """The sum of `loss`; its gradient takes the place of `hidden`, zero where not supervised.
 
-    Rows of zeros fill up to a multiple of `row_step`, so that parts of the logits end where whole vectors end. `weigh`
-    is given `token_losses` and says what the gradient of each is multiplied by, float32.
+    Rows of zeros fill up to a multiple of `row_step`, so that parts of the logits end where whole vectors end. Another
+    loss that starts from this pass has a `finish` that makes its gradient.
     """
-    import torch
-
     kept = _supervised(targets)
     if not len(kept):
         hidden.zero_()
@@ -119,9 +134,10 @@ def loss_and_gradient(
     gradient = buffers.take(count, rows.shape[1], "d").zero_()
     losses, total = _one_pass(rows, targets[kept], head, buffers, gradient)
     found = gradient.div_(total[:, None])[: len(kept)]
-    head.subtract_rows(targets[kept], found)
-    if weigh is not None:
-        found.mul_(torch.from_numpy(weigh(losses.numpy()))[:, None])
+    if finish is None:
+        head.subtract_rows(targets[kept], found)
+    else:
+        finish(rows[: len(kept)], targets[kept], losses, found)
     if len(kept) == len(hidden):
         hidden.copy_(found)
     else:

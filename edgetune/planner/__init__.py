@@ -28,7 +28,7 @@ from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
 from edgetune.memory import FLOOR_BYTES, MIB, format_mib, give_back, measure_floor
 from edgetune.models.config import DecoderConfig
-from edgetune.objectives import OBJECTIVES, check_kind
+from edgetune.objectives import OBJECTIVES, with_needed
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.planner import ort_parts
 from edgetune.planner.costs import (
@@ -52,6 +52,7 @@ __all__ = ["Concession", "Plan", "TrainConfig", "plan", "why_untrainable"]
 # Engine -> the parts of its peak.
 ENGINES = {"torch": peak_parts, "ort": ort_parts.peak_parts}
 DEFAULT_EPOCHS = 3.0
+DEFAULT_TEACHER_TOKENS = 64  # of each position, where no record says how many
 # The prediction may be off by this share of the whole, and this one of what is above the floor: onnxruntime's arena
 # goes to pieces in ways that were met 9 % away from its model (`benchmarks/personalize_accuracy.py`).
 MARGIN, MARGIN_ABOVE_FLOOR = 0.02, {"torch": 0.05, "ort": 0.10}
@@ -243,8 +244,7 @@ def read_facts(
         if isinstance(file, Rows):
             return file
         rows = read_rows(file, load_tokenizer(folder), length, skip_bad=skip_bad)
-        check_kind(config.objective, rows.kind, file)
-        return rows
+        return with_needed(config.objective, rows, file, model.vocab_size)
 
     rows, held_out = split_eval(read(data), config.eval_fraction, config.seed)
     if eval_data is not None:
@@ -290,6 +290,7 @@ class _Costs:
             active_adapter_bytes=self.source.active_adapter_bytes,
             fast_products=choice.fast_products,
             objective=self.wishes.config.objective,
+            teacher_tokens=facts.teacher_tokens if facts.rows else DEFAULT_TEACHER_TOKENS,
         )
         return replace(job, cached_windows=self._cached_windows(job, windows)) if windows else job
 

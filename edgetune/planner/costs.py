@@ -23,7 +23,7 @@ from edgetune.base import Base
 from edgetune.device import DeviceProfile
 from edgetune.grids import GRIDS, PIECE_CODES, tile_rows
 from edgetune.models.config import DecoderConfig
-from edgetune.objectives import sft
+from edgetune.objectives import distill, sft
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.products import CODE_BYTES, are_offered
 
@@ -46,6 +46,7 @@ FIRST_BACKWARD = (
 ROW_OBJECT_BYTES = 700
 # A window whose features are cached: its name and its place in a file, as Python objects; 520 measured.
 FEATURE_OBJECT_BYTES = 600
+TEACHER_OBJECT_BYTES = 350  # a row's views of what a teacher recorded; measured
 SEQUENCE_BYTES = 17  # two int64 and a boolean
 FREE_SHARE = 0.5  # of free storage that the cache may take: base, checkpoints and bundle lie there too
 # A tokenizer in memory per byte of its tokenizer.json: 11 in a fresh heap, 15 where the plan was made in this process
@@ -89,6 +90,7 @@ class Job:
     base_copy_bytes: int = 0
     active_adapter_bytes: int = 0  # to load and split that which the bundle uses; of the ort engine
     objective: str = "sft"
+    teacher_tokens: int = 0  # those that are recorded for each learned position, where the objective is distill
     cached_windows: int = 0  # those whose way through the frozen lower blocks is cached: all, or none
     fast_products: bool = False
 
@@ -131,6 +133,11 @@ class Job:
     def supervised(self) -> int:
         """Positions of a micro-batch that the loss computes, at most."""
         return min(self.supervised_per_window * self.batch_size, self.tokens)
+
+    @property
+    def taught(self) -> int:
+        """Tokens of the teacher for each learned position."""
+        return self.teacher_tokens if self.objective == "distill" else 0
 
     @property
     def loss_rows(self) -> int:
@@ -227,7 +234,7 @@ def sequence_bytes(job: Job) -> int:
     """What a loss of whole sequences makes in numpy of a micro-batch: the sequence of every position, and what is
     gathered by sequence of the supervised ones.
     """
-    return 0 if job.objective == "sft" else SEQUENCE_BYTES * (job.tokens + 2 * job.loss_rows)
+    return 0 if job.objective in ("sft", "distill") else SEQUENCE_BYTES * (job.tokens + 2 * job.loss_rows)
 
 
 def pack_bytes(job: Job) -> int:
@@ -273,12 +280,14 @@ def num_fast_products(job: Job) -> int:
 def data_bytes(job: Job) -> int:
     """Rows as int32 ids and labels, the windows of a step as four int64 arrays, and what reading leaves behind."""
     step = 4 * 8 * job.tokens * job.gradient_accumulation_steps
+    step += 12 * job.supervised * job.taught * job.gradient_accumulation_steps  # int64 ids, float32 values
     cached = FEATURE_OBJECT_BYTES * job.cached_windows
     return row_bytes(job) + step + cached + LEFT_BYTES + int(LEFT_BYTES_PER_BYTE * job.tokenizer_file_bytes)
 
 
 def row_bytes(job: Job) -> int:
-    return 2 * 4 * job.num_tokens + ROW_OBJECT_BYTES * job.num_rows
+    views = TEACHER_OBJECT_BYTES if job.taught else 0
+    return 2 * 4 * job.num_tokens + (ROW_OBJECT_BYTES + views) * job.num_rows
 
 
 def buffers(job: Job) -> dict[str, int]:
@@ -303,6 +312,8 @@ def buffers(job: Job) -> dict[str, int]:
         "attention.q": queries * q,
         "attention.scores": model.num_attention_heads * scores,
     }
+    if job.taught:  # the rows of the head of a few positions: their targets', and those that the teacher names
+        floats["picked"] = min(distill.PIECE, job.supervised) * (job.taught + 1) * hidden
     if job.has_gradients:
         floats |= {
             "d": max(positions, job.loss_rows) * hidden,

@@ -37,6 +37,10 @@ class TrainConfig:
     objective: Annotated[str, Key(f"what is minimized: one of {', '.join(OBJECTIVES)}", choices=tuple(OBJECTIVES))] = (
         "sft"
     )
+    temperature: Annotated[float | None, Key("softens teacher and student of distill", 1e-3, 1e3)] = None
+    distill_weight: Annotated[
+        float | None, Key("share of the teacher in the loss of distill; the rest is the rows'", 0, 1)
+    ] = None
     beta: Annotated[
         float | None, Key("how hard dpo and kto hold to the base; of orpo, the odds ratio's weight", 1e-6, 1e6)
     ] = None
@@ -136,6 +140,8 @@ class Plan:
     beta: float | None
     """None, as the others of its kind, where the objective has no such setting."""
     label_smoothing: float | None
+    temperature: float | None
+    distill_weight: float | None
     step_rule: str
     """backprop, or mezo, whose optimizer is sgd."""
     optimizer: str

@@ -54,6 +54,12 @@ class RowFacts:
         parts = (*units(self.rows, self.together), *units(self.held_out, self.together))
         return max((sum(map(len, part)) for part in parts), default=0)
 
+    @property
+    def teacher_tokens(self) -> int:
+        """Tokens that a teacher recorded for each position."""
+        known = self.rows[0].teacher
+        return 0 if known is None else int(known[0].shape[1])
+
     @cached_property
     def num_tokens(self) -> int:
         return sum(map(len, self.rows + self.held_out))

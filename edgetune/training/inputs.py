@@ -10,8 +10,9 @@ from typing import Any
 
 from edgetune.checkpoint import Checkpoint
 from edgetune.data import Rows, Window, pack, read_rows, split_eval
+from edgetune.data.teacher import teacher_path
 from edgetune.errors import CheckpointError, DataError
-from edgetune.objectives import check_kind
+from edgetune.objectives import OBJECTIVES, with_needed
 from edgetune.planner.plans import Plan
 from edgetune.tokenizer import load_tokenizer
 from edgetune.weights import sha256_file
@@ -61,8 +62,7 @@ def read_inputs(plan: Plan, base: Path, base_sha256: str, data: Path, eval_data:
 
     def read(path: Path) -> Rows:
         rows = read_rows(path, tokenizer, plan.max_seq_length, skip_bad=skip_bad)
-        check_kind(plan.objective, rows.kind, path)
-        return rows
+        return with_needed(plan.objective, rows, path, plan.model_config.vocab_size)
 
     rows = read(data)
     identity: dict[str, Any] = {
@@ -76,6 +76,9 @@ def read_inputs(plan: Plan, base: Path, base_sha256: str, data: Path, eval_data:
     else:
         held_out = read(eval_data)
         identity["eval_data_sha256"] = held_out.sha256
+    if OBJECTIVES[plan.objective].Objective.needs_teacher:
+        for name, path in (("teacher", data), ("eval_teacher", eval_data)):
+            identity[f"{name}_sha256"] = None if path is None else sha256_file(teacher_path(path))
     if not rows.num_supervised:
         raise DataError(f"{data} has no token to learn from. Add completions that are not empty.")
     windows, eval_windows = (pack(each, plan.max_seq_length, each.together) for each in (rows, held_out))
