@@ -132,6 +132,73 @@ def test_completions_are_learned_and_prompts_are_not(tokenizers: dict[str, Token
         assert rows.longest_completion == max(int(np.sum(row.labels != -100)) for row in rows)
 
 
+def test_a_pair_of_answers_is_two_sequences_in_one_window(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
+    tokenizer = tokenizers["plain"]
+    pairs = [("Once upon", " a time", " a dime"), ("", "yes", "no, never"), ("Call ", "Zoë", "me")]
+    path = write(tmp_path / "a.jsonl", *({"prompt": p, "chosen": c, "rejected": r} for p, c, r in pairs))
+    rows = read_rows(path, tokenizer, 64)
+    assert (rows.kind, rows.together, len(rows)) == ("preference", 2, 6)
+    for i, (prompt, *answers) in enumerate(pairs):
+        for row, answer in zip(rows.rows[2 * i : 2 * i + 2], answers, strict=True):
+            assert learned(row, tokenizer, skip=True) == answer and row.labels[-1] == tokenizer.eos_token_id
+            alone = write(tmp_path / "b.jsonl", {"prompt": prompt, "completion": answer})
+            assert row.input_ids.tolist() == read_rows(alone, tokenizer, 64)[0].input_ids.tolist()
+            assert row.line == i + 1
+    longest = max(len(rows[i]) + len(rows[i + 1]) for i in (0, 2, 4))
+    windows = pack(rows, longest, rows.together)
+    assert sorted(row.line for window in windows for row in window.rows[::2]) == [1, 2, 3]
+    for window in windows:
+        assert [row.line for row in window.rows[::2]] == [row.line for row in window.rows[1::2]]
+    message = refused(path, tokenizer, window=longest - 1)
+    assert f"has {longest} tokens, its chosen and its rejected sequence together, but a window" in message
+    assert [(e.prompt, e.completion) for e in read_examples(path, tokenizer)] == [(p, c) for p, c, _ in pairs]
+    assert prompt_text({"prompt": "a", "chosen": "b", "rejected": "c"}, tokenizer) == ("a", "b")
+
+
+def test_a_feedback_row_has_the_completion_of_the_row_before(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
+    tokenizer = tokenizers["plain"]
+    given = [("Once upon", " a time", True), ("Call ", "me", False), ("Say ", "it twice", True)]
+    path = write(tmp_path / "a.jsonl", *({"prompt": p, "completion": c, "label": w} for p, c, w in given))
+    rows = read_rows(path, tokenizer, 64)
+    assert [row.desirable for row in rows] == [True, None, False, None, True, None]
+    for i, (prompt, completion, _) in enumerate(given):
+        own, other = rows[2 * i], rows[2 * i + 1]
+        assert learned(own, tokenizer, skip=True) == completion
+        assert learned(other, tokenizer, skip=True) == given[i - 1][1]
+        start = int(np.argmax(own.labels != -100))
+        assert other.input_ids[:start].tolist() == own.input_ids[:start].tolist() == tokenizer.encode(prompt)
+        assert set(other.labels[:start].tolist()) <= {-100}
+    made = stack(pack(rows, 64, 2))["desirable"]
+    assert sorted(made[~np.isnan(made)].tolist()) == [0, 1, 1]
+    longest = max(len(rows[i]) + len(rows[i + 1]) for i in (0, 2, 4))
+    assert "with its prompt once more and the completion of the row before" in refused(
+        path, tokenizer, window=longest - 1
+    )
+    assert [e.completion for e in read_examples(path, tokenizer)] == [" a time", "it twice"]
+    with pytest.raises(DataError, match="is an answer that is not wanted"):
+        prompt_text({"prompt": "a", "completion": "b", "label": False}, tokenizer)
+    assert "has a single row; feedback is compared" in refused(
+        write(tmp_path / "b.jsonl", {"prompt": "a", "completion": "b", "label": True}), tokenizer
+    )
+
+
+def test_answers_as_messages(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
+    """With the prompt for itself or in both lists, as TRL takes both: the sequences of the chats that they are."""
+    tokenizer, asked = tokenizers["smollm2"], CHAT[:2]
+    answers = [{"role": "assistant", "content": text} for text in ("Hello!", "Go away.")]
+    explicit = {"prompt": asked, "chosen": answers[:1], "rejected": answers[1:]}
+    implicit = {"chosen": [*asked, answers[0]], "rejected": [*asked, answers[1]]}
+    chats = [{"messages": [*asked, answer]} for answer in answers]
+    expected = [row.input_ids.tolist() for row in read_rows(write(tmp_path / "c.jsonl", *chats), tokenizer, 128)]
+    for row in (explicit, implicit):
+        rows = read_rows(write(tmp_path / "a.jsonl", row), tokenizer, 128)
+        assert [each.input_ids.tolist() for each in rows] == expected
+        assert ["Hello!" in learned(rows[0], tokenizer), "Go away." in learned(rows[1], tokenizer)] == [True, True]
+    turns = {"prompt": CHAT[:4], "completion": CHAT[4:], "label": False}
+    rows = read_rows(write(tmp_path / "d.jsonl", turns, turns), tokenizer, 256)
+    assert "Hello, Zoë" not in learned(rows[0], tokenizer) and "At seven." in learned(rows[0], tokenizer)
+
+
 @FUZZ
 @given(
     prompt=st.text(st.sampled_from("ab \n'é😀1▁")),

@@ -26,6 +26,8 @@ GOOD_ROWS: dict[str, dict[str, Any]] = {
     "prompt": {"prompt": "Once upon", "completion": " a time"},
     "chat": {"messages": CHAT},
     "instruction": {"instruction": "Say it", "input": "now", "output": "It."},
+    "preference": {"prompt": "Once upon", "chosen": " a time", "rejected": " a dime"},
+    "feedback": {"prompt": "Once upon", "completion": " a time", "label": True},
 }
 
 
@@ -117,6 +119,33 @@ BAD_LINES += [
     (USER + b'"a"}], "tools": {}}', 'has "tools" that are not a list of objects'),
     (USER + b'"a"}], "weight": 1}', 'has the unknown key "weight"'),
 ]
+ANSWER, ASKED = b'[{"role": "assistant", "content": "a"}]', b'[{"role": "user", "content": "a"}]'
+BAD_LINES += [
+    (b'{"prompt": "a", "chosen": "b", "rejected": "b"}', 'has the same "chosen" and "rejected", so there is nothing'),
+    (b'{"prompt": "a", "chosen": "b"}', 'has no "rejected"; a preference row has "chosen", "rejected", "prompt"'),
+    (b'{"chosen": "b", "rejected": "c"}', 'has no "prompt"'),
+    (b'{"prompt": "a", "chosen": "b", "rejected": " "}', 'has an empty "rejected"'),
+    (b'{"prompt": "a", "chosen": "b", "rejected": "c", "tools": []}', 'has "tools" beside texts'),
+    (b'{"prompt": "a", "chosen": "b", "rejected": ' + ANSWER + b"}", 'has a list as "rejected"; a string is needed'),
+    (b'{"prompt": "a", "chosen": ' + ANSWER + b', "rejected": ' + ANSWER + b"}", 'has a string as "prompt" beside'),
+    (
+        b'{"prompt": ' + ASKED + b', "chosen": ' + ASKED + b', "rejected": ' + ANSWER + b"}",
+        'has "chosen" that does not end with a message of the assistant',
+    ),
+    (b'{"chosen": ' + ANSWER + b', "rejected": []}', 'has no "prompt", and no message in "chosen" before the answer'),
+    (
+        b'{"chosen": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a"}], "rejected": '
+        b'[{"role": "user", "content": "y"}, {"role": "assistant", "content": "b"}]}',
+        'has no "prompt", and "chosen" and "rejected" differ before their last messages',
+    ),
+    (
+        b'{"prompt": ' + ASKED + b', "completion": [{"role": "user", "content": "b"}, {"role": "assistant", "content": '
+        b'"a"}], "label": true}',
+        'has 2 messages in "completion"; beside a "prompt"',
+    ),
+    (b'{"prompt": "a", "completion": "b", "label": 1}', 'has 1 as "label"; true is wanted, false is not'),
+    (b'{"prompt": "a", "completion": "", "label": true}', 'has an empty "completion"'),
+]
 
 
 @pytest.mark.parametrize(
@@ -131,8 +160,9 @@ def test_bad_lines(line: bytes, reason: str, tokenizers: dict[str, Tokenizer], t
     assert f"{path}: 1 of 1 line cannot be used, and nothing was read.\n  line 1 " in message
     assert expected in message
     kind = next((kind for kind, row in GOOD_ROWS.items() if set(row) & set(reason.split('"'))), "text")
-    if b'"messages"' in line:
-        kind = "chat"
+    for key, of_key in {"messages": "chat", "chosen": "preference", "label": "feedback"}.items():
+        if f'"{key}"'.encode() in line:
+            kind = of_key
     good = json.dumps(GOOD_ROWS[kind]).encode()
     path.write_bytes(b"\n".join([good, line, good, line, good]) + b"\n")
     message = refused(path, tokenizers["smollm2"], window=2**20)

@@ -175,7 +175,7 @@ def _kind_of(row: Mapping[str, Any], wanted: str | None = None, wanted_line: int
     keys = KINDS[kind].required + KINDS[kind].optional
     missing = [key for key in KINDS[kind].required if key not in row]
     extra = [key for key in row if key not in keys]
-    if wanted is not None and kind not in complete and complete:
+    if wanted is not None and complete and complete[0] != wanted:
         raise RowError(f"is a {complete[0]} row, but the file has {wanted} rows since line {wanted_line}")
     problems = [f'has no "{key}"' for key in missing]
     for key in extra[:_LISTED_KEYS]:

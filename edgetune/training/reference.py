@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 from edgetune.data import Window
+from edgetune.linear import Workspace
 from edgetune.memory import give_back
 from edgetune.models.decoder import load_decoder
 from edgetune.objectives import sft
@@ -44,8 +46,10 @@ class Reference:
         self._key: dict[str, Any] = json.loads(json.dumps(key))  # as it comes back from the manifest
         self.num_measured = 0  # sequences, by this process
 
-    def add(self, reads_ahead: bool, check: Check, tell: Callable[[str], None]) -> Inputs:
-        """The inputs whose rows have their `reference`; `reads_ahead` as that of `linear.Workspace`.
+    def add(
+        self, like: Workspace, limit: AbstractContextManager[None], check: Check, tell: Callable[[str], None]
+    ) -> Inputs:
+        """The inputs whose rows have their `reference`, measured under a limit, with tiles and products as `like` has.
 
         Raises:
             Stopped: `check` asks for it; the next part of the run begins anew with this.
@@ -54,7 +58,7 @@ class Reference:
         logps = self._read()
         if logps is None:
             tell("the base runs once over all rows: it is what this objective compares with")
-            logps = self._measure(reads_ahead, check)
+            logps = self._measure(like, limit, check)
             self._write(logps)
         values = iter(logps.tolist())
         windows, eval_windows = (_with(each, values) for each in (self.inputs.windows, self.inputs.eval_windows))
@@ -74,21 +78,24 @@ class Reference:
         return logps if logps.shape == (self.num_rows,) else None
 
     @torch.no_grad()
-    def _measure(self, reads_ahead: bool, check: Check) -> np.ndarray:
+    def _measure(self, like: Workspace, limit: AbstractContextManager[None], check: Check) -> np.ndarray:
         """Of every row in the order of the windows, float64."""
-        plan = self.inputs.plan
+        every = self.inputs.windows, self.inputs.eval_windows
         decoder = load_decoder(self.inputs.base)
-        decoder.workspace.tile_weights = plan.tile_weights
-        if reads_ahead:
+        decoder.context(max(window.length for windows in every for window in windows))  # as in `torch_trainer`
+        space = decoder.workspace
+        space.tile_weights = like.tile_weights
+        space.fast_positions, space.fast_loss_rows = like.fast_positions, like.fast_loss_rows
+        if like.reads_ahead:
             decoder.read_on_demand()
         found = []
-        for windows in (self.inputs.windows, self.inputs.eval_windows):
-            for batch in in_batches(windows, plan.batch_size):
+        with limit:
+            for batch in (batch for windows in every for batch in in_batches(windows, self.inputs.plan.batch_size)):
                 hidden = last_hidden(decoder, batch, check)
-                losses = sft.token_losses(hidden, sft.targets(batch), decoder.lm_head, decoder.workspace)
+                losses = sft.token_losses(hidden, sft.targets(batch), decoder.lm_head, space)
                 found.append(read_sequences(batch, losses.numpy()).logps)
                 check()
-        del decoder, hidden
+        del decoder, space, hidden
         give_back()
         self.num_measured = self.num_rows
         return np.concatenate(found)

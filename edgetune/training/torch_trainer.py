@@ -95,8 +95,7 @@ class TorchTrainer(Trainer):
         if self.state.step >= self.max_steps and not self.evaluation_is_due():
             return
         if self.reference is not None:
-            with self.limit:
-                self.inputs = self.reference.add(self.decoder.workspace.reads_ahead, self.check, self.tell)
+            self.inputs = self.reference.add(self.decoder.workspace, self.limit, self.check, self.tell)
             self.batches.windows = self.inputs.windows
         if self.cache is None or self.state.step >= self.max_steps:
             return
