@@ -44,7 +44,7 @@ CASES: dict[str, list[tuple[int, int, int, int, str]]] = {
         (128, 1, 1, 8, "q_proj,v_proj"),
         (64, 1, 4, 8, ALL),
     ],
-    # The same shape in cases that the planner's constants were not found by.
+    # The same shape in cases that no constant of the planner was found by, and other shapes.
     "smollm2-135m-unseen": [
         (96, 3, 1, 16, ALL),
         (192, 1, 2, 4, "q_proj,v_proj"),
@@ -52,7 +52,23 @@ CASES: dict[str, list[tuple[int, int, int, int, str]]] = {
         (80, 4, 1, 12, ALL),
         (224, 2, 1, 8, "q_proj,k_proj,v_proj,o_proj"),
     ],
+    "qwen2.5-0.5b": [
+        (64, 1, 1, 8, ALL),
+        (192, 2, 2, 16, ALL),
+        (128, 1, 1, 8, "q_proj,v_proj"),
+    ],
+    "gemma-3-270m": [
+        (64, 1, 1, 8, ALL),
+        (192, 2, 2, 16, ALL),
+        (128, 1, 1, 8, "q_proj,v_proj"),
+    ],
+    # The second run begins with the adapter that the first one left.
+    "smollm2-135m-adapted": [
+        (128, 1, 1, 16, ALL),
+        (96, 1, 1, 8, ALL),
+    ],
 }
+LAYERS = {"qwen2.5-0.5b": 4}  # fewer than the shape has
 WANTED = {"error_percent": (-2, 5), "error_above_floor_percent": (-15, 15)}
 
 
@@ -64,7 +80,9 @@ def write_rows(path: Path) -> Path:
     return path
 
 
-def measure(bundle: Path, rows: Path, folder: Path, steps: int, case: tuple[int, int, int, int, str]) -> dict[str, Any]:
+def measure(
+    bundle: Path, rows: Path, folder: Path, steps: int, case: tuple[int, int, int, int, str], *, keep: bool
+) -> dict[str, Any]:
     length, batch, accumulation, r, targets = case
     command = [
         sys.executable, "-m", "edgetune", "personalize", str(bundle), f"--data={rows}", f"--out={folder}",
@@ -74,7 +92,7 @@ def measure(bundle: Path, rows: Path, folder: Path, steps: int, case: tuple[int,
     ]  # fmt: skip
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     summary = json.loads(done.stdout.splitlines()[-1])
-    if summary["adopted"]:  # the next case finds the bundle as it was
+    if summary["adopted"] and not keep:  # the next case finds the bundle as it was
         remove_adapter(bundle, summary["adopted"])
     keys = ("predicted_peak_bytes", "measured_peak_bytes", "floor_bytes")
     predicted, measured, floor = (summary[key] for key in keys)
@@ -97,10 +115,11 @@ def measure_all(folder: Path, names: Sequence[str], steps: int) -> Iterator[dict
         if not bundle.exists():
             model = sample.BASE if name == "sample" else folder / name
             if not model.exists():
-                write_shape(name.removesuffix("-unseen"), model)
+                shape = name.removesuffix("-unseen").removesuffix("-adapted")
+                write_shape(shape, model, num_hidden_layers=LAYERS.get(shape))
             export(quantize(model, "int4", folder / f"{name}-int4"), out=bundle, with_training=True)
         for case in CASES[name]:
-            result = {"model": name} | measure(bundle, rows, folder / "run", steps, case)
+            result = {"model": name} | measure(bundle, rows, folder / "run", steps, case, keep="adapted" in name)
             print(json.dumps(result), file=sys.stderr, flush=True)
             yield result
 

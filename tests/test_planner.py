@@ -26,7 +26,7 @@ from edgetune.errors import BudgetError, ConfigError, DataError
 from edgetune.memory import MIB
 from edgetune.models import FAMILIES, load_config
 from edgetune.optimizers import OPTIMIZERS
-from edgetune.planner import Plan, TrainConfig, costs, ladder, plan
+from edgetune.planner import Plan, TrainConfig, costs, ladder, ort_work, plan
 from edgetune.planner.arena import Arena
 from edgetune.planner.costs import Job, peak_parts
 from edgetune.planner.ladder import SETTINGS, descend
@@ -1211,15 +1211,57 @@ class TestOrtEngine:
         assert plan(model, "galaxy-watch-7").engine == "torch"
 
 
-def test_an_arena_keeps_pieces_apart() -> None:
-    """What fits no free piece is added; a rest that is as large as what was asked for is split off."""
+def test_an_arena_is_touched_as_far_as_pieces_reach() -> None:
+    """The smallest free piece that is large enough, what is left of it split off, free neighbours joined."""
     arena = Arena()
-    first, second = arena.take("a", 1024), arena.take("a", 600)
-    assert arena.total_bytes == 1024 + 768
-    arena.give(first, second)
-    half = arena.take("b", 512)  # the smallest that is large enough, whole: its rest would be smaller
-    assert arena.take("b", 512).size == 512
-    assert (half.size, arena.total_bytes) == (768, 1792)
-    arena.take("c", 800)
-    assert arena.total_bytes == 1792 + 1024
-    assert arena.at_growth == {"a": 0, "b": 1024, "c": 800}
+    first, second, third, fourth = (arena.take("a", size) for size in (1024, 600, 256, 1))
+    assert [piece.address for piece in (first, second, third, fourth)] == [0, 1024, 1792, 2048]
+    assert arena.touched_bytes == 2304
+    arena.give(first, third)
+    assert arena.take("b", 200).address == 1792, "the smaller of two"
+    assert arena.take("b", 512).address == 0
+    arena.give(second)
+    assert arena.take("b", 1280).address == 512, "what was split off and its neighbour"
+    assert arena.touched_bytes == 2304 and arena.at_growth == {"a": 1881}
+    assert arena.take("c", 1).address == 2304
+    assert arena.touched_bytes == 2560 and arena.at_growth == {"a": 1, "b": 1992, "c": 1}
+    assert arena.taken_bytes == 1881 + 1992 + 1
+
+
+class TestOrtWork:
+    """Operations, traffic and calls of a step by hand, for a block whose weights differ in size."""
+
+    @pytest.fixture
+    def tiny(self, tmp_path: Path) -> Any:
+        return load_config(write_model(tmp_path, TINY, tokenizer=False))
+
+    def job(self, tiny: Any, **settings: Any) -> Job:
+        return job(tiny, **{"grid": "int4", **settings})
+
+    def test_every_product_and_its_second_run(self, tiny: Any) -> None:
+        one = self.job(tiny)
+        sizes = {name: rows * columns for name, (rows, columns) in tiny.linear_shapes.items()}
+        block, down, layers = sum(sizes.values()), sizes["mlp.down_proj"], tiny.num_hidden_layers
+        scores = one.max_seq_length * tiny.num_attention_heads * tiny.head_dim
+        flops = one.tokens * 2 * (layers * (3 * block - down) + 4 * sum(one.tensor_sizes))
+        flops += one.tokens * layers * scores * (2 * 4 + 10)  # two products, again, and five backward
+        flops += 4 * tiny.vocab_size * tiny.hidden_size * one.supervised
+        assert ort_work.step_work(one).flops == pytest.approx(flops)
+        three = ort_work.step_work(self.job(tiny, gradient_accumulation_steps=3))
+        assert three.flops == pytest.approx(3 * flops)
+        tensors = costs.TENSOR_CYCLES * len(one.tensor_sizes)
+        assert three.dispatch_cycles == 3 * 3 * layers * costs.BLOCK_CYCLES + tensors
+
+    def test_blocks_below_the_path_run_once(self, tiny: Any) -> None:
+        adapters = (LoraConfig(r=2, layers_to_transform=layers).resolved(tiny) for layers in (None, (1,)))
+        whole, upper = (self.job(tiny, adapter=adapter) for adapter in adapters)
+        found = [ort_work.step_work(one) for one in (whole, upper)]
+        assert found[0].dispatch_cycles - found[1].dispatch_cycles == (
+            2 * costs.BLOCK_CYCLES + costs.TENSOR_CYCLES * len(upper.tensor_sizes)
+        )
+        assert found[0].flops > found[1].flops and found[0].traffic_bytes > found[1].traffic_bytes
+
+    def test_the_engines_differ(self, model: Path) -> None:
+        config = TrainConfig(batch_size=1, max_seq_length=64, max_steps=1)
+        torch, ort = (plan(model, "rpi-5", engine=name, config=config, grid="int4") for name in ("torch", "ort"))
+        assert ort.predicted_step_seconds != torch.predicted_step_seconds > 0

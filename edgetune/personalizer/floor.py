@@ -20,6 +20,7 @@ from edgetune.personalizer import trainer as _trainer  # noqa: F401 - imported f
 from edgetune.runtime.native import load_part
 
 SIZE = 16
+ARENA_BYTES = 1 << 20
 _FLOAT = 1  # TensorProto.DataType
 _IR_VERSION, _OPSET = 10, 23
 
@@ -49,7 +50,7 @@ def first_call(folder: Path, threads: int) -> None:
     """Load the graph as the training graphs are loaded, and call it."""
     path = folder / "floor.onnx"
     path.write_bytes(tiny_graph())
-    load_part(path, threads).run(["y"], {"x": np.ones((SIZE, SIZE), np.float32)})
+    load_part(path, threads, ARENA_BYTES).run(["y"], {"x": np.ones((SIZE, SIZE), np.float32)})
 
 
 def main(threads: int) -> None:

@@ -23,6 +23,7 @@ from edgetune.data import IGNORED
 from edgetune.errors import AdapterError
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.personalizer.graphs import Adapter, Arrays, Batch, Check, TrainingGraphs, read_description
+from edgetune.planner.ort_parts import arena_bytes
 from edgetune.planner.plans import Plan
 from edgetune.training.batches import in_batches
 from edgetune.training.inputs import Inputs
@@ -58,19 +59,11 @@ class Backprop:
         supervised = max(1, sum(map(num_supervised, batches)))
         loss_sum = 0.0
         for batch in batches:
-            part, blocks = self.graphs.gradients(batch, self.adapter, self.first_block, 1 / supervised, check)
-            loss_sum += part
-            for made in blocks:
-                self._add(made)
+            loss_sum += self.graphs.gradients(
+                batch, self.adapter, self.first_block, 1 / supervised, check, self.gradients
+            )
         self.norm = math.sqrt(sum(float(np.vdot(value, value)) for value in self.gradients.values()))
         return loss_sum / supervised, self.norm
-
-    def _add(self, made: Arrays) -> None:
-        for name, value in made.items():
-            if name in self.gradients:
-                self.gradients[name] += value
-            else:
-                self.gradients[name] = value
 
     def update(self, learning_rate: float) -> None:
         """The optimizer's step, tensor by tensor; a step without a supervised token has no gradients."""
@@ -82,12 +75,14 @@ class Backprop:
         values: Arrays = {name: np.array([value], np.float32) for name, value in numbers.items()}
         values["updates"] = np.array([self.updates], np.int64)
         for name, parameter in self.parameters.items():
-            gradient = self.gradients.pop(name, None)
+            gradient = self.gradients.get(name)
             values |= {"parameter": parameter, "gradient": np.zeros_like(parameter) if gradient is None else gradient}
-            made = self.graphs.optimizer(values | {kind: of[name] for kind, of in self.moments.items()})
-            parameter[...] = made["parameter.next"]
-            for kind, of in self.moments.items():
-                of[name][...] = made[f"{kind}.next"]
+            tensors = {"parameter": parameter} | {kind: of[name] for kind, of in self.moments.items()}
+            buffers = {f"{kind}.next": self.graphs.buffers(f"{kind}.next", parameter.shape) for kind in tensors}
+            self.graphs.optimizer(values | tensors, buffers)
+            for kind, tensor in tensors.items():
+                tensor[...] = buffers[f"{kind}.next"]
+        self.drop()
 
     def drop(self) -> None:
         """Leave the step out."""
@@ -123,7 +118,7 @@ class OrtTrainer(Trainer):
         config = plan.adapter
         assert isinstance(config, LoraConfig), "the planner refuses the others"
         self.parameters = initial(config, plan)
-        graphs = TrainingGraphs(description, plan.threads, plan.optimizer)
+        graphs = TrainingGraphs(description, plan.threads, plan.optimizer, arena_bytes(plan.parts))
         self.rule = Backprop(graphs, self.parameters, config, plan)
         self.active_loss: float | None = None
 
@@ -156,7 +151,7 @@ class OrtTrainer(Trainer):
 
     def release(self) -> None:
         self.rule.drop()
-        self.rule.graphs.give_back()
+        self.rule.graphs.release()
 
     def versions(self) -> dict[str, str]:
         return super().versions() | {"onnxruntime": onnxruntime.__version__}

@@ -5,8 +5,8 @@ down the ladder of concessions (`ladder`). What the user set is never conceded; 
 `BudgetError` says what would fit. Recomputation alone is taken back at the end, as far as the budget then allows,
 because it costs nothing but time; what is left then keeps weights dequantized, which saves a little more.
 
-Step time and energy follow from the profile by a roofline (`costs.step_work`): they are predictions for the device, not
-for the machine that plans; those of the `ort` engine are by the same work, and not calibrated.
+Step time and energy follow from the profile by a roofline over the engine's own work (`costs.step_work`,
+`ort_work.step_work`): they are predictions for the device, not for the machine that plans.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from edgetune.memory import FLOOR_BYTES, MIB, format_mib, give_back, measure_flo
 from edgetune.models.config import DecoderConfig
 from edgetune.objectives import OBJECTIVES, with_needed
 from edgetune.optimizers import OPTIMIZERS
-from edgetune.planner import ort_parts
+from edgetune.planner import ort_parts, ort_work
 from edgetune.planner.costs import (
     FREE_SHARE,
     Job,
@@ -49,13 +49,13 @@ from edgetune.tokenizer import load_tokenizer
 
 __all__ = ["Concession", "Plan", "TrainConfig", "plan", "why_untrainable"]
 
-# Engine -> the parts of its peak.
+# Engine -> the parts of its peak, and the work of a step.
 ENGINES = {"torch": peak_parts, "ort": ort_parts.peak_parts}
+STEP_WORK = {"torch": step_work, "ort": ort_work.step_work}
 DEFAULT_EPOCHS = 3.0
 DEFAULT_TEACHER_TOKENS = 64  # of each position, where no record says how many
-# The prediction may be off by this share of the whole, and this one of what is above the floor: onnxruntime's arena
-# goes to pieces in ways that were met 9 % away from its model (`benchmarks/personalize_accuracy.py`).
-MARGIN, MARGIN_ABOVE_FLOOR = 0.02, {"torch": 0.05, "ort": 0.10}
+# The prediction may be off by this share of the whole, and this one of what is above the floor.
+MARGIN, MARGIN_ABOVE_FLOOR = 0.02, 0.05
 # What SmolLM2-135M takes above the floor with everything conceded: no model of usual size takes less.
 LEAST_ROOM = 16 * MIB
 
@@ -312,7 +312,7 @@ class _Costs:
     def needed_bytes(self, choice: Choice) -> int:
         """The smallest budget for a choice: the predicted peak, and what the prediction may be off by."""
         peak = sum(self.parts(choice)[1].values())
-        above = MARGIN_ABOVE_FLOOR[self.wishes.engine] * (peak - self.floor_bytes)
+        above = MARGIN_ABOVE_FLOOR * (peak - self.floor_bytes)
         return math.ceil(peak + MARGIN * peak + above)
 
     def learning_rate(self, choice: Choice) -> float:
@@ -382,7 +382,7 @@ def _made(
     config, facts = wishes.config, wishes.facts
     moment, parts = costs.parts(choice)
     job, storage = costs.job(choice), profile.storage
-    step_seconds = step_work(job).seconds(profile)
+    step_seconds = STEP_WORK[wishes.engine](job).seconds(profile)
     cache_bytes = feature_bytes(job, job.cached_windows)
     fill_seconds = lower_work(job, job.cached_windows).seconds(profile) + cache_bytes / storage.write_mb_s / 1e6
     if OBJECTIVES[config.objective].Objective.needs_reference and facts.rows:

@@ -1,10 +1,9 @@
-"""onnxruntime's arena: how many bytes it holds after a sequence of allocations.
+"""onnxruntime's arena: how far it is touched by a sequence of allocations.
 
-A session frees each value after its last reader, but the arena (`BFCArena`, extended by what is asked for) gives
-nothing back to the system, and joins free neighbours only inside one extension. So it grows wherever no free piece is
-large enough, however much is free in smaller ones, and its size follows from the order of the allocations alone. This
-is that bookkeeping without the memory: the smallest free piece that is large enough is taken, of equal ones that with
-the lowest address, and the rest is split off where it is no smaller than what was asked for.
+The arena of the training graphs (`BFCArena`, made in `runtime.native`) is one range of addresses, of which a page is
+memory from when it is first used. The smallest free piece that is large enough is taken, of equal ones that with the
+lowest address; the rest is split off, and free neighbours are joined. So the range is touched up to the highest end of
+any piece, a little beyond what is in use at once. This is that bookkeeping without the memory.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from collections import Counter
 from dataclasses import dataclass
 
 ALIGNMENT = 256
-SMALLEST_SPLIT = 128 << 20  # a rest of this size is split off in any case
-_FAR = 1 << 40  # between extensions, each below the one before: so Linux maps them
+HANDLE_SHARE = 32  # the arena notes 8 bytes for each 256 of its range, from the beginning
+_ENDLESS = 1 << 60
 
 
 @dataclass(eq=False)
 class Piece:
-    """A range of an extension: a value's memory, or free."""
+    """A part of the range: a value's memory, or free."""
 
     size: int
     address: int
@@ -31,32 +30,28 @@ class Piece:
 
 
 class Arena:
-    """The arena of one process; `take` and `give` are an allocation and its end."""
+    """An arena in which nothing lies yet; `take` and `give` are an allocation and its end."""
 
     def __init__(self) -> None:
-        self.total_bytes = 0
+        self.touched_bytes = 0
+        self.taken_bytes = 0
+        """All values together, whether or not they exist at once."""
         self.live: Counter[str] = Counter()
         self.at_growth: Counter[str] = Counter()
-        """Bytes in use by part when it grew last."""
-        self._free: list[tuple[int, int, Piece]] = []
-        self._count = 0
+        """Bytes in use by part when it was touched further for the last time."""
+        self._free = [(_ENDLESS, 0, Piece(_ENDLESS, 0))]
 
     def take(self, part: str, asked: int) -> Piece:
         """Memory for a value of so many bytes, which count as this part."""
         size = max(ALIGNMENT, -(-asked // ALIGNMENT) * ALIGNMENT)
-        at = bisect_left(self._free, (size,))
-        if at < len(self._free):
-            piece = self._free.pop(at)[2]
-            if piece.size >= 2 * size or piece.size - size >= SMALLEST_SPLIT:
-                self._split(piece, size)
-            grows = False
-        else:
-            self._count += 1
-            piece, grows = Piece(size, -self._count * _FAR), True
-            self.total_bytes += size
+        piece = self._free.pop(bisect_left(self._free, (size,)))[2]
+        if piece.size > size:
+            self._split(piece, size)
         piece.part, piece.asked = part, asked
         self.live[part] += asked
-        if grows:
+        self.taken_bytes += asked
+        if piece.address + size > self.touched_bytes:
+            self.touched_bytes = piece.address + size
             self.at_growth = self.live.copy()
         return piece
 

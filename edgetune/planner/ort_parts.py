@@ -1,9 +1,11 @@
 """What a step of the `ort` engine costs: every byte of its peak by part.
 
-The parts have the names of the torch engine's (`costs`) where they are the same thing. What graphs allocate lies in one
-arena that never shrinks in a run, so the peak is reached in the first step; `ort_walk` gives the arena's size, and what
-of it is in use where it grows for the last time. Those are the parts `block_inputs`, `gradients`, `dequantized`,
-`block_workspace`, `logits` and `context`; the rest of it is `arena`: held, in pieces, and not in use then.
+The parts have the names of the torch engine's (`costs`) where they are the same thing. What outlives a call of a graph
+lies in `personalizer.graphs.Buffers`, whose sizes follow from the shapes: `block_inputs`, `gradients`, `context` (masks
+and rotary tables), and in `data` the sums of a loss. What a call allocates lies in one arena that never shrinks and is
+empty between calls, so its size is that of the largest graph; `ort_walk` gives it, and what of it is in use where it
+grows for the last time: `dequantized`, `block_workspace` and `logits`. The rest of it is `arena`, held and not in use.
+The peak is reached in the first step.
 
     reading    before the sessions are made: the tokenizer is loaded, and the rows are made
     comparing  the adapter that the bundle uses is evaluated on the held-out rows, before the first step
@@ -16,7 +18,6 @@ The base is mapped and fed as it lies there: it counts as `file_backed_bytes`. A
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from functools import lru_cache
 
 from edgetune.adapters.lora import LoraConfig
@@ -24,7 +25,7 @@ from edgetune.adapters.slot import Slot
 from edgetune.memory import MIB
 from edgetune.models.config import DecoderConfig
 from edgetune.optimizers import OPTIMIZERS
-from edgetune.planner.arena import Piece
+from edgetune.planner.arena import HANDLE_SHARE
 from edgetune.planner.costs import (
     FLOAT_BYTES,
     LEFT_BYTES_PER_BYTE,
@@ -32,16 +33,17 @@ from edgetune.planner.costs import (
     Job,
     row_bytes,
 )
-from edgetune.planner.ort_walk import HEAD_TILE_WEIGHTS, PARTS, Ranks, Walk
+from edgetune.planner.ort_walk import INT64_BYTES, PARTS, Walk
 
+# The arena's range beyond what is predicted, so that it stays one.
+SPARE_SHARE, SPARE_BYTES = 0.05, MIB
 # Sessions of the graphs and their first calls; a block's weights as arrays, with their names. Measured.
 SESSION_BYTES, BLOCK_OBJECT_BYTES = int(2.5 * MIB), 100_000
 # A tensor of the adapter with gradient and moments, as arrays with their names, rounded to pages. Measured.
 TENSOR_OBJECT_BYTES = 4_500
-# Rows of a bundle's probe are this long; its logits are computed for one range of the head, with and without adapter,
-# each beside what decoding leaves. Of three copies of the adapter so much is held at once, with fewer sessions. All
-# measured.
-PROBE_TOKENS, PROBE_TILES, ADOPTED_SHARE, ADOPTING_SESSION_BYTES = 64, 3, 0.87, int(1.5 * MIB)
+# Of three copies of the adapter so much is held at once when it is adopted, and this for the ranges of the head that
+# the logits of probe rows are computed from. Measured.
+ADOPTED_SHARE, PROBE_BYTES = 0.87, 4 * MIB
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # linears that a bundle holds as one
 
 
@@ -52,20 +54,23 @@ def peak_parts(job: Job, floor_bytes: int) -> tuple[str, dict[str, int]]:
     rows = row_bytes(job) + int(LEFT_BYTES_PER_BYTE * job.tokenizer_file_bytes)
     shared = {
         "floor": floor_bytes, "sessions": SESSION_BYTES, "base": BLOCK_OBJECT_BYTES * job.model.num_hidden_layers,
-        "adapter": adapter, "optimizer": OPTIMIZERS[job.optimizer].state_bytes(tensors),
-        "data": rows + batch_bytes(job),
+        "adapter": adapter, "optimizer": OPTIMIZERS[job.optimizer].state_bytes(tensors), "context": context_bytes(job),
     }  # fmt: skip
+    training = {
+        "optimizer": shared["optimizer"] + update_bytes(job), "block_inputs": input_bytes(job, trains=True),
+        "gradients": gradient_bytes(job), "data": rows + batch_bytes(job, trains=True), **arena_parts(job, trains=True),
+    }  # fmt: skip
+    comparing = {
+        "active_adapter": job.active_adapter_bytes, "block_inputs": input_bytes(job, trains=False),
+        "data": rows + batch_bytes(job, trains=False), **arena_parts(job, trains=False),
+    }  # fmt: skip
+    adopted = int(ADOPTED_SHARE * (2 * FLOAT_BYTES * sum(tensors) + stacked_bytes(job)))
+    adopting = {"adapter": adopted, "optimizer": 0, "context": 0, "data": rows + PROBE_BYTES}
     moments = {
         "reading": {"floor": floor_bytes, "data": row_bytes(job) + TOKENIZER_BYTES_PER_BYTE * job.tokenizer_file_bytes},
-        "comparing": shared | {"active_adapter": job.active_adapter_bytes} | _arena_parts(job, trains=False),
-        "backward": shared | _arena_parts(job, trains=True),
-        "adopting": shared
-        | {"adapter": int(ADOPTED_SHARE * (2 * FLOAT_BYTES * sum(tensors) + stacked_bytes(job))), "optimizer": 0}
-        | {"data": rows, "sessions": ADOPTING_SESSION_BYTES}
-        | _arena_parts(
-            replace(job, batch_size=1, max_seq_length=PROBE_TOKENS, supervised_per_window=1), trains=False, losses=False
-        )
-        | {"logits": PROBE_TILES * FLOAT_BYTES * min(HEAD_TILE_WEIGHTS, job.model.vocab_size * job.model.hidden_size)},
+        "comparing": shared | comparing,
+        "backward": shared | training,
+        "adopting": shared | adopting | arena_parts(job, trains=True),
     }
     peak = max(moments, key=lambda name: sum(moments[name].values()))
     names = dict.fromkeys(name for moment in moments.values() for name in moment)
@@ -96,45 +101,73 @@ def _rank(job: Job) -> int:
     return job.adapter.rank
 
 
-def batch_bytes(job: Job) -> int:
-    """A step's windows as four int64 arrays, and the first sums of a loss: of its hidden states, and three numbers."""
-    sums = FLOAT_BYTES * job.supervised * (job.model.hidden_size + 3)
-    return 4 * 8 * job.tokens * job.gradient_accumulation_steps + sums
+def batch_bytes(job: Job, *, trains: bool) -> int:
+    """A step's windows as four int64 arrays, and of the labelled rows the hidden states and the sums of their loss.
+
+    Sums are written by turns into two places; with gradients there is a sum of rows of the head among them.
+    """
+    rows = job.model.hidden_size * (3 if trains else 1)
+    sums = job.supervised * (INT64_BYTES + FLOAT_BYTES * (2 * 3 + rows))
+    return 4 * INT64_BYTES * job.tokens * (job.gradient_accumulation_steps if trains else 1) + sums
 
 
-def _arena_parts(job: Job, *, trains: bool, losses: bool = True) -> dict[str, int]:
-    """What of the arena is in use by part where it grows last, and the rest of it; after an evaluation, or a step."""
-    ranks = tuple(
+def context_bytes(job: Job) -> int:
+    """Masks and rotary tables of each kind of attention."""
+    per_kind = job.max_seq_length + 2 * (job.model.head_dim // 2)
+    return FLOAT_BYTES * job.tokens * per_kind * len(job.model.attention_kinds)
+
+
+def input_bytes(job: Job, *, trains: bool) -> int:
+    """Of blocks on the gradient's path all inputs, the last output and a gradient; two by turns below the path."""
+    path = job.path_layers + 1 if trains else 0
+    count = path + 1 + min(2, job.model.num_hidden_layers - job.path_layers if trains else 2)
+    return FLOAT_BYTES * job.tokens * job.model.hidden_size * count
+
+
+def gradient_bytes(job: Job) -> int:
+    """One for each tensor; where they are summed over micro-batches, those of one block more."""
+    blocks = {slot.place.split(".", 3)[2] for slot in job.slots}  # all alike
+    gradients = FLOAT_BYTES * sum(job.tensor_sizes)
+    return gradients + (gradients // len(blocks) if job.gradient_accumulation_steps > 1 else 0)
+
+
+def update_bytes(job: Job) -> int:
+    """What the optimizer's graph makes of the largest tensor and its moments, before that takes their place."""
+    return FLOAT_BYTES * max(job.tensor_sizes) * (1 + len(OPTIMIZERS[job.optimizer].rule.MOMENTS))
+
+
+def arena_parts(job: Job, *, trains: bool) -> dict[str, int]:
+    """What of the arena is in use by part where it grows last, and the rest of it; in an evaluation, or in a step."""
+    blocks = {
         tuple((slot.place.split(".", 3)[3], _rank(job)) for slot in job.slots if slot.place.startswith(block))
         for block in (f"{job.model.block(index)}." for index in range(job.model.num_hidden_layers))
-    )
-    micro_batches = min(2, job.gradient_accumulation_steps) if trains else 0
-    held, live = _arena(
-        job.model,
-        job.batch_size,
-        job.max_seq_length,
-        job.supervised if losses else 0,
-        ranks,
-        job.first_block,
-        micro_batches,
-    )
-    # A step's first sums of the loss lie beside the arena, and what numpy rounds to pages.
-    beside = FLOAT_BYTES * job.tokens * job.model.hidden_size if trains else 0
-    return {part: live.get(part, 0) for part in PARTS} | {"arena": held + beside - sum(live.values())}
+    }
+    touched, live = _arena(job.model, job.batch_size, job.max_seq_length, job.supervised, tuple(sorted(blocks)), trains)
+    return {part: live.get(part, 0) for part in PARTS} | {
+        "arena": touched - sum(live.values()) + reserved_bytes(touched) // HANDLE_SHARE
+    }
+
+
+def arena_bytes(parts: Mapping[str, int]) -> int:
+    """The range that the arena of a plan with these parts takes."""
+    return reserved_bytes(sum(parts.get(part, 0) for part in (*PARTS, "arena")))
+
+
+def reserved_bytes(touched_bytes: int) -> int:
+    """The range of which so much is expected to be touched."""
+    return int((1 + SPARE_SHARE) * touched_bytes) + SPARE_BYTES
 
 
 @lru_cache(maxsize=256)
 def _arena(
-    model: DecoderConfig, batch: int, length: int, supervised: int, ranks: tuple[tuple[tuple[str, int], ...], ...],
-    first_block: int, micro_batches: int,
+    model: DecoderConfig, batch: int, length: int, supervised: int, blocks: tuple[tuple[tuple[str, int], ...], ...],
+    trains: bool,
 ) -> tuple[int, Mapping[str, int]]:  # fmt: skip
-    """Bytes that the arena holds, and those in use by part when it grew last."""
-    by_block: list[Ranks] = [dict(block) for block in ranks]
-    walks = [Walk(model, batch, length, supervised, by_block, first_block) for _ in range(2)]
-    walks[0].evaluation()  # the other begins with a step: pieces lie otherwise then, and a run may come out as either
-    for walk in walks:
-        gradients: dict[int, list[Piece]] = {}
-        for _ in range(micro_batches):
-            walk.training(gradients)
-    largest = max((walk.arena for walk in walks), key=lambda arena: arena.total_bytes)
-    return largest.total_bytes, largest.at_growth
+    """Bytes of the arena that are touched, and those in use by part when that grew last."""
+    walk = Walk(model, batch, length, supervised)
+    calls = [walk.start(), walk.head_start(), walk.tile(gradient=trains)]
+    calls += [walk.forward(dict(ranks)) for ranks in blocks]
+    if trains:
+        calls += [walk.head_end(), *(walk.backward(dict(ranks)) for ranks in blocks)]
+    largest = max(calls, key=lambda arena: arena.touched_bytes)
+    return largest.touched_bytes, largest.at_growth

@@ -1,14 +1,15 @@
-"""What a step of the `ort` engine allocates, in order: the larger values of its graphs, each up to its last reader.
+"""What one call of each training graph allocates, in order: its larger values, each up to its last reader.
 
-It follows `graphs.training`, `graphs.block` and the loop of `personalizer.graphs`, in the order in which onnxruntime
-runs a graph's nodes, and leaves out what has less than a few numbers for each position. onnxruntime writes over an
-input that is read no more only where the graph's shapes say that it fits: before attention, and nowhere behind it. A
-value's name here is the one in `graphs.block`; names serve as long as the graph runs.
+It follows `graphs.training` and `graphs.block` in the order in which onnxruntime runs a graph's nodes, and leaves out
+what has less than a few numbers for each position, and what a call writes into memory of the client's
+(`personalizer.graphs`). onnxruntime writes over an input that is read no more only where the graph's shapes say that it
+fits: before attention, and nowhere behind it. A value's name here is the one in `graphs.block`; names serve as long as
+the graph runs. The arena is empty before each call, so its size is that of the largest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from edgetune.grids import row_tiles
 from edgetune.models.config import DecoderConfig
@@ -16,61 +17,26 @@ from edgetune.planner.arena import Arena, Piece
 
 FLOAT_BYTES, INT64_BYTES = 4, 8
 HEAD_TILE_WEIGHTS = 1 << 21  # 8 MiB of float32 at once; `personalizer.graphs` cuts the head by it
-TILES = 2  # of the head: the arena looks the same after each further one
 
-INPUTS, GRADIENTS, WEIGHTS, WORK, LOGITS, CONTEXT = PARTS = (
-    "block_inputs", "gradients", "dequantized", "block_workspace", "logits", "context",
-)  # fmt: skip
+WEIGHTS, WORK, LOGITS = PARTS = ("dequantized", "block_workspace", "logits")
 Ranks = Mapping[str, int]  # of the adapted linears of a block, by their names in it
 
 
 class Walk:
-    """Micro-batches of `batch` windows of `length` tokens; `supervised` positions of each have a label."""
+    """Micro-batches of `batch` windows of `length` tokens; `supervised` positions of each have a label.
 
-    def __init__(
-        self, model: DecoderConfig, batch: int, length: int, supervised: int, ranks: Sequence[Ranks], first_block: int
-    ) -> None:
-        self.arena = Arena()
-        self.model, self.length, self.supervised = model, length, supervised
-        self.positions, self.ranks, self.first_block = batch * length, ranks, first_block
+    Each public method is a call of the graph of its name: what it leaves is the arena after it.
+    """
+
+    def __init__(self, model: DecoderConfig, batch: int, length: int, supervised: int) -> None:
+        self.model, self.length, self.supervised, self.positions = model, length, supervised, batch * length
         self.hidden, self.inner = model.hidden_size, model.intermediate_size
         self.q, self.kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-        self._held: dict[str, Piece] = {}
+        self._begin({}, keep=False)
 
-    def training(self, made: dict[int, list[Piece]]) -> None:
-        """A micro-batch; the gradients of blocks that are not in `made` yet stay, those of the others are added."""
-        x, shared = self._start()
-        kept: list[tuple[int, Piece]] = []
-        for index in range(self.model.num_hidden_layers):
-            y = self._forward(self.ranks[index])
-            if index < self.first_block:
-                self.arena.give(x)
-            else:
-                kept.append((index, x))
-            x = y
-        d = self._head(x)
-        self.arena.give(x)
-        while kept:
-            index, x = kept.pop()
-            new, d_x = self._backward(self.ranks[index])
-            self.arena.give(x, d)
-            if index in made:
-                self.arena.give(*new)
-            else:
-                made[index] = new
-            d = d_x
-        self.arena.give(d, *shared)
-
-    def evaluation(self) -> None:
-        """A micro-batch without gradients; without a loss where no position has a label."""
-        x, shared = self._start()
-        for ranks in self.ranks:
-            y = self._forward(ranks)
-            self.arena.give(x)
-            x = y
-        if self.supervised:
-            self._loss(x)
-        self.arena.give(x, *shared)
+    def _begin(self, ranks: Ranks, *, keep: bool) -> None:
+        self.arena, self._held = Arena(), dict[str, Piece]()
+        self._block_ranks, self._keep = ranks, keep
 
     def _new(self, name: str, width: int, part: str = WORK) -> None:
         """A value of so many numbers for each position."""
@@ -107,28 +73,21 @@ class Walk:
             self._end(f"z {linear}")
 
     def _gradient(self, linear: str) -> None:
-        rank = self._block_ranks.get(linear, 0)
-        if rank:
-            rows, columns = self.model.linear_shapes[linear]
-            self._made += [self.arena.take(GRADIENTS, FLOAT_BYTES * rank * size) for size in (columns, rows)]
+        if self._block_ranks.get(linear, 0):
             self._end(f"z {linear}")
 
-    def _start(self) -> tuple[Piece, list[Piece]]:
+    def start(self) -> Arena:
+        """The embedding, and the masks of each kind of attention."""
+        self._begin({}, keep=False)
         arena, pairs = self.arena, self.positions * self.length
-        shared = [arena.take(CONTEXT, FLOAT_BYTES * self.positions * self.model.head_dim // 2) for _ in "cs"]
-        behind = arena.take(CONTEXT, INT64_BYTES * self.length**2)
-        ahead = arena.take(CONTEXT, self.length**2)
-        arena.give(behind)
-        same, allowed = arena.take(CONTEXT, pairs), arena.take(CONTEXT, pairs)
+        behind = arena.take(WORK, INT64_BYTES * self.length**2)
+        ahead = arena.take(WORK, self.length**2)
+        same, allowed = arena.take(WORK, pairs), arena.take(WORK, pairs)
         arena.give(same, ahead)
-        *choices, mask = (arena.take(CONTEXT, FLOAT_BYTES * pairs) for _ in "abc")
-        arena.give(allowed, *choices)
-        shared.append(arena.take(CONTEXT, FLOAT_BYTES * pairs))
-        arena.give(mask)
+        choices = [arena.take(WORK, FLOAT_BYTES * pairs) for _ in "abc"]
+        arena.give(behind, allowed, *choices)
         self._new("rows", self.hidden)
-        self._new("x", self.hidden, INPUTS)
-        self._end("rows")
-        return self._held.pop("x"), shared
+        return arena
 
     def _attended(self) -> None:
         """The first half of a block, up to x2; with `_keep` all that backward needs stays."""
@@ -187,9 +146,10 @@ class Walk:
         self._end("gate_up")
         self._again("gate", inner, "lora")
 
-    def _forward(self, ranks: Ranks) -> Piece:
+    def forward(self, ranks: Ranks) -> Arena:
+        """A block with adapters of these ranks."""
         hidden, inner = self.hidden, self.inner
-        self._block_ranks, self._keep = ranks, False
+        self._begin(ranks, keep=False)
         self._attended()
         self._gate_up()
         self._again("gate", inner)  # its activation
@@ -203,23 +163,23 @@ class Walk:
         self._again("y", hidden, "lora")
         if self.model.block_norms.after_mlp:
             self._again("y", hidden)
-        self._new("out", hidden, INPUTS)
-        self._end("y", "x2")
-        return self._held.pop("out")
+        return self.arena
 
-    def _backward(self, ranks: Ranks) -> tuple[list[Piece], Piece]:
-        """The gradients of the block's adapter, and of its input."""
-        self._block_ranks, self._keep, self._made = ranks, True, list[Piece]()
+    def backward(self, ranks: Ranks) -> Arena:
+        """The same, and the gradients of its adapters and of its input."""
+        self._begin(ranks, keep=True)
         self._attended()
         self._gate_up()
         self._mlp_backward()
         self._attention_backward()
-        return self._made, self._held.pop("dx")
+        return self.arena
 
     def _mlp_backward(self) -> None:
         hidden, inner = self.hidden, self.inner
         norms = self.model.block_norms
-        self._new("sigmoid", inner)
+        silu = self.model.hidden_act == "silu"
+        if silu:
+            self._new("sigmoid", inner)
         self._new("active", inner)
         self._lora("mlp.up_proj", inner)
         self._again("up", inner, "lora")
@@ -233,10 +193,13 @@ class Walk:
         self._end("lora")
         self._new("d_gate", inner)
         self._end("up")
-        self._new("slope", inner)
-        self._again("slope", inner, "gate")
-        self._again("slope", inner)
-        self._again("slope", inner, "sigmoid")
+        if silu:
+            self._new("slope", inner)
+            self._again("slope", inner, "gate")
+            self._again("slope", inner)
+            self._again("slope", inner, "sigmoid")
+        else:
+            self._gelu_slope()
         self._again("d_gate", inner, "slope")
         self._gradient("mlp.gate_proj")
         self._again("d", inner, "active")  # d_up
@@ -259,6 +222,29 @@ class Walk:
             self._end("attended")
             self._norm_backward("sum", hidden)
             self._end("around")
+
+    def _gelu_slope(self) -> None:
+        """See `graphs.backward.gelu_tanh_backward`."""
+        inner = self.inner
+        self._new("square", inner)
+        self._new("t", inner)
+        self._again("t", inner)
+        self._new("scaled", inner)
+        self._again("t", inner, "scaled")
+        self._again("t", inner)
+        self._again("square", inner)
+        self._again("square", inner)
+        self._again("square", inner)
+        self._new("curved", inner)
+        self._again("curved", inner)
+        self._new("scaled", inner)
+        self._end("gate")
+        self._again("curved", inner, "scaled")
+        self._again("curved", inner, "square")
+        self._again("t", inner)
+        self._again("t", inner)
+        self._new("slope", inner)
+        self._end("t", "curved")
 
     def _norm_backward(self, name: str, width: int, *read: str) -> None:
         """The gradient by a norm's input."""
@@ -315,34 +301,32 @@ class Walk:
         self._end("joined")
         self._again("dh", hidden, "d")
         self._norm_backward("dh", hidden)
-        self._new("dx", hidden, INPUTS)
-        self._end("dh", "sum")
 
-    def _head(self, x: Piece) -> Piece:
-        """The loss's gradient by the last block's output."""
-        arena, row = self.arena, FLOAT_BYTES * self.hidden * self.supervised
-        hidden, sums = self._loss(x, backward=True)
-        d_x = arena.take(INPUTS, FLOAT_BYTES * self.positions * self.hidden)
-        work = [arena.take(LOGITS, row) for _ in range(4)]
-        arena.give(hidden, *sums, *work)
-        return d_x
+    def head_start(self) -> Arena:
+        """The labelled rows."""
+        self._begin({}, keep=False)
+        self.arena.take(LOGITS, FLOAT_BYTES * self.hidden * self.supervised)
+        return self.arena
 
-    def _loss(self, x: Piece, *, backward: bool = False) -> tuple[Piece, list[Piece]]:
-        """The running sums over the head's rows."""
+    def tile(self, *, gradient: bool) -> Arena:
+        """A range of the head's rows; the first one is the largest."""
+        self._begin({}, keep=gradient)
         arena, row = self.arena, FLOAT_BYTES * self.hidden * self.supervised
-        gathered, hidden = arena.take(LOGITS, row), arena.take(LOGITS, row)
-        arena.give(gathered)
-        sums: list[Piece] = []
-        for rows in list(row_tiles((self.model.vocab_size, self.hidden), HEAD_TILE_WEIGHTS))[:TILES]:
-            count = rows.stop - rows.start
-            weight = arena.take(WEIGHTS, FLOAT_BYTES * count * self.hidden)
-            logits = arena.take(LOGITS, FLOAT_BYTES * count * self.supervised)
-            shrunk = [arena.take(LOGITS, row)] if backward else []
-            raised, powers = (arena.take(LOGITS, FLOAT_BYTES * count * self.supervised) for _ in "rp")
-            arena.give(raised)
-            added = [arena.take(LOGITS, row)] if backward else []
-            arena.give(weight, *shrunk, logits, powers, *sums)
-            sums = added
-        if not backward:
-            arena.give(hidden)
-        return hidden, sums
+        rows = next(iter(row_tiles((self.model.vocab_size, self.hidden), HEAD_TILE_WEIGHTS)))
+        count = rows.stop - rows.start
+        numbers = arena.take(LOGITS, INT64_BYTES * count)
+        arena.take(WEIGHTS, FLOAT_BYTES * count * self.hidden)
+        arena.give(numbers)
+        for _ in range(3):  # logits, their distance from the largest, its exponential
+            arena.take(LOGITS, FLOAT_BYTES * count * self.supervised)
+        if gradient:
+            arena.take(LOGITS, row)
+        return arena
+
+    def head_end(self) -> Arena:
+        """The gradient by the last block's output."""
+        self._begin({}, keep=True)
+        for _ in range(6):
+            self.arena.take(LOGITS, FLOAT_BYTES * self.hidden * self.supervised)
+        self.arena.take(LOGITS, FLOAT_BYTES * self.hidden * self.positions)
+        return self.arena

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,9 @@ from edgetune.bundle import MODEL, AnyBundle, load_adapter_tensors
 from edgetune.errors import BundleError, ConfigError
 from edgetune.output import folder_in_progress
 from edgetune.runtime.prepacked import MANIFEST, align, find, identity, save_to, write_manifest
+
+ARENA_ALIGNMENT = 256
+ARENA_EXTENSION_BYTES = 1 << 24
 
 
 def is_file(adapter: bool | str | Path) -> bool:
@@ -60,13 +62,14 @@ def load_graph(
     return _session(folder / MODEL, _options(threads, fp32_compute=fp32_compute))
 
 
-def load_part(path: Path, threads: int) -> onnxruntime.InferenceSession:
+def load_part(path: Path, threads: int, arena_bytes: int) -> onnxruntime.InferenceSession:
     """Onnxruntime's session on one of several graphs that run one after the other, on weights that are fed.
 
+    `arena_bytes` is what the largest of them is expected to need; what the first one says counts.
     Raises BundleError where onnxruntime does not take it.
     """
     options = _options(threads)
-    _share_arena()
+    _share_arena(arena_bytes)
     options.enable_cpu_mem_arena = True
     options.add_session_config_entry("session.use_env_allocators", "1")
     # Threads that wait awake would do so on the cores that the next part needs. One pool for all parts is no way: a
@@ -75,18 +78,30 @@ def load_part(path: Path, threads: int) -> onnxruntime.InferenceSession:
     return _session(path, options)
 
 
-@functools.cache
-def _share_arena() -> None:
+_arena_is_shared = False
+
+
+def _share_arena(num_bytes: int) -> None:
     """One arena for all parts that are loaded: they run one after the other, so it holds what the largest needs.
 
     Without it every weight that a call dequantizes is memory fresh from the system, page by page: 1.04 against 0.44 s
     for eight blocks of the SmolLM2-135M shape, forward and backward over 128 tokens, at the same peak.
+
+    All of it is one range of addresses, in which free neighbours are joined; grown piece by piece it would stay in
+    pieces. A page of it is memory from when it is first used. What is needed beyond the range is a second one.
     """
+    global _arena_is_shared
+    if _arena_is_shared:
+        return
     memory = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
-    as_requested = {"max_mem": 0, "arena_extend_strategy": 1, "initial_chunk_size_bytes": 1 << 20}
-    onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(as_requested))
+    one_range = {
+        "max_mem": 0, "arena_extend_strategy": 0, "initial_chunk_size_bytes": num_bytes,
+        "max_dead_bytes_per_chunk": ARENA_ALIGNMENT, "max_power_of_two_extend_bytes": ARENA_EXTENSION_BYTES,
+    }  # fmt: skip
+    onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(one_range))
+    _arena_is_shared = True
 
 
 def _options(threads: int, *, fp32_compute: bool = False) -> onnxruntime.SessionOptions:

@@ -26,6 +26,7 @@ from tests.personalizer.conftest import describe
 from tests.tiny_run import adapter_tensors
 from tests.training.conftest import make_base, make_plan, random_batch
 
+ARENA_BYTES = 1 << 20
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "smollm3")
 
 
@@ -47,7 +48,7 @@ def torch_gradients(
 
 def ort_rule(base: Path, folder: Path, config: LoraConfig, tensors: Arrays, optimizer: str = "adamw") -> Backprop:
     plan = make_plan(base, adapter=config, optimizer=optimizer)
-    made = TrainingGraphs(describe(base, folder), 1, optimizer)
+    made = TrainingGraphs(describe(base, folder), 1, optimizer, ARENA_BYTES)
     return Backprop(made, {name: np.ascontiguousarray(value.T) for name, value in tensors.items()}, config, plan)
 
 
@@ -120,7 +121,7 @@ def test_losses_agree_after_fifty_steps(optimizer: str, tmp_path: Path) -> None:
     plan = make_plan(base, adapter=config, optimizer=optimizer, weight_decay=0.1)
     decoder = load_decoder(base)
     mine = backprop.Rule(decoder, attach(decoder, config, plan.seed), plan, None)
-    made = TrainingGraphs(describe(base, tmp_path / "graphs"), 1, optimizer)
+    made = TrainingGraphs(describe(base, tmp_path / "graphs"), 1, optimizer, ARENA_BYTES)
     theirs = Backprop(made, initial(config, plan), config, plan)
     for step in range(50):
         batches = [random_batch(301, 2, 13, seed=step % 4)]
