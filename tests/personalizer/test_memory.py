@@ -83,7 +83,7 @@ def test_what_outlives_a_call(layers: Any, accumulation: int, tmp_path: Path) ->
     rule.gradient(batches, (0, 0), no_check)
     rule.update(1e-3)
     job = Job(
-        model=load_config(base), method="lora", adapter=config, optimizer="adamw", grid="int4", batch_size=2,
+        model=load_config(base), adapter=config, optimizer="adamw", grid="int4", batch_size=2,
         gradient_accumulation_steps=accumulation, max_seq_length=19, recompute_layers=0, tile_weights=1,
         activation_offloading=False, dequantized_layers=0, step_rule="backprop", threads=1, supervised_per_window=19,
     )  # fmt: skip
