@@ -6,7 +6,8 @@
 Each linear adds what its adapter makes of its input. A family may norm q and k by head, and o Wo and the MLP's output
 before they are added. Everything that differs from block to block is an input, so one graph serves all of them: 90
 sessions took 60 MiB on the SmolLM2-135M shape. Backward dequantizes every matrix once more rather than keeping it since
-forward, so that one of them exists at a time.
+forward, so that one of them exists at a time. It computes the block's forward again, or takes what that has kept:
+`kept_widths`, of which norms, attention's scores and the MLP's product are made anew, as `training.blocks` does.
 """
 
 from __future__ import annotations
@@ -28,6 +29,16 @@ DOWN: Linears = ("mlp.down_proj",)
 
 
 Gradients = dict[str, tuple[ir.Value, list[int | str]]]
+
+
+def kept_widths(config: DecoderConfig) -> dict[str, int]:
+    """What a block may keep from forward to backward, as rows: name -> features."""
+    shapes = config.linear_shapes
+    widths = {"q": shapes[QKV[0]][0], "k": shapes[QKV[1]][0], "v": shapes[QKV[2]][0], "o": shapes[OUT[0]][1]}
+    widths |= {"x2": config.hidden_size, "gate": shapes[GATE_UP[0]][0], "up": shapes[GATE_UP[1]][0]}
+    norms = config.block_norms
+    inside = {"attention_out": norms.after_attention, "mlp_out": norms.after_mlp}
+    return widths | {name: config.hidden_size for name, norm in inside.items() if norm}
 
 
 class Block:
@@ -60,6 +71,7 @@ class Block:
         self.heads = Heads(n("Shape", self.mask, start=0, end=1), n("Shape", self.mask, start=2, end=3))
         self.z: dict[str, ir.Value] = {}  # of each linear, what its adapter's backward needs
         self.raw: dict[str, ir.Value] = {}  # what a norm inside the block took
+        self.kept: dict[str, ir.Value] = {}  # the values of `kept_widths`, after `forward`
         self.gradients: Gradients = {}
 
     def _norm_sizes(self) -> dict[str, tuple[int]]:
@@ -90,25 +102,49 @@ class Block:
         """The block's output; without `to_output` only what backward needs, and x2, what the MLP is added to."""
         norms = self.config.block_norms
         self.h = self._norm(norms.before_attention, self.x)
-        self.o = self._attend(*self._linears(QKV, self.h))
+        q, k, v = self._linears(QKV, self.h)
+        self.o = self._attend(q, k, v)
         (attended,) = self._linears(OUT, self.o)
+        self.kept = {"q": q, "k": k, "v": v, "o": self.o}
         if norms.after_attention:
+            self.kept["attention_out"] = attended
             attended = self._norm(norms.after_attention, attended)
         self.x2 = self.b.op("/attention/Add", "Add", [self.x, attended])
         self.h2 = self._norm(norms.before_mlp, self.x2)
         self.gate, self.up = self._linears(GATE_UP, self.h2)
+        self.kept |= {"x2": self.x2, "gate": self.gate, "up": self.up}
         self.product = ops.GATES[self.config.hidden_act](self.b, "/mlp", self.gate, self.up)
         if not to_output and not norms.after_mlp:
             self._z(DOWN[0], self.product)
             return self.x2
         (added,) = self._linears(DOWN, self.product)
         if norms.after_mlp:
+            self.kept["mlp_out"] = added
             added = self._norm(norms.after_mlp, added)
         return self.b.op("/mlp/Add", "Add", [self.x2, added])
 
+    def recall(self) -> None:
+        """In the place of `forward` before `backward`: what it kept is an input, the rest is computed again."""
+        norms = self.config.block_norms
+        self.kept = {
+            name: self.b.input(f"kept.{name}", "float32", ["positions", width])
+            for name, width in kept_widths(self.config).items()
+        }
+        self.h = self._norm(norms.before_attention, self.x)
+        self._attend(self.kept["q"], self.kept["k"], self.kept["v"])
+        self.o, self.x2 = self.kept["o"], self.kept["x2"]
+        self.h2 = self._norm(norms.before_mlp, self.x2)
+        self.gate, self.up = self.kept["gate"], self.kept["up"]
+        self.product = ops.GATES[self.config.hidden_act](self.b, "/mlp", self.gate, self.up)
+        for norm, name in ((norms.after_attention, "attention_out"), (norms.after_mlp, "mlp_out")):
+            if norm:
+                self.raw[norm] = self.kept[name]
+        for linears, x in ((QKV, self.h), (OUT, self.o), (GATE_UP, self.h2), (DOWN, self.product)):
+            for linear in linears:
+                self._z(linear, x)
+
     def backward(self, d_y: ir.Value) -> tuple[ir.Value, Gradients]:
-        """The gradient of the block's input, and those of its adapter tensors."""
-        self.forward(to_output=False)
+        """The gradient of the block's input, and those of its adapter tensors; after `forward`, or `recall`."""
         norms, n = self.config.block_norms, Nodes(self.b, "/backward")
         d_added = self._norm_backward(norms.after_mlp, d_y) if norms.after_mlp else d_y
         d_product = self._linears_backward(DOWN, self.product, [d_added])

@@ -3,6 +3,7 @@
     start        input_ids, position_ids, segment_ids [B, T]     -> x [N, H]; mask.k, cos.k, sin.k of attention kind k
     forward      x, mask, cos, sin, a block's weights, adapter, scaling      -> y
     backward     the same and dy                                 -> dx, gradient of each adapter tensor
+    forward_kept, backward_kept: the same; the former also gives kept.*, [N, …] each, and the latter takes them
     head_start   x, labels [N]                                   -> hidden [M, H], targets [M] of the M labelled rows
     head_tile    hidden, targets, sums, rows of the head         -> the sums, with a range of the vocabulary
     head_end     x, labels, targets, sums, scale [1]             -> loss_sum, dx [N, H]
@@ -12,7 +13,8 @@
 A graph holds no weights: they are inputs, the bytes of the inference graph's data file under the names that they have
 there, without `model.layers.i.` where a graph serves every block. A client maps the file, so the weights are on disk
 and in memory once. The backward graph computes its block's forward again from the stored x, so only the blocks' inputs
-are kept; in one graph with the forward, onnxruntime would merge the two and keep everything. The loss is the one pass
+are kept; in one graph with the forward, onnxruntime would merge the two and keep everything. Where there is memory for
+what a block keeps (`block.kept_widths`), the other pair saves that third of the work. The loss is the one pass
 over the head of `objectives.sft`: a tile dequantizes one range of rows, so neither the logits nor the head exist whole.
 
 Adapter tensors have the names and the layout of the inference graph, but B without the scaling, so that the optimizer
@@ -29,7 +31,7 @@ import onnx_ir as ir
 
 from edgetune.graphs import FORMATS, backward
 from edgetune.graphs.backward import Nodes
-from edgetune.graphs.block import Block
+from edgetune.graphs.block import Block, kept_widths
 from edgetune.graphs.builder import Builder, part_name
 from edgetune.graphs.fused import FormatOf
 from edgetune.models.config import DecoderConfig
@@ -46,8 +48,10 @@ def training_graphs(config: DecoderConfig, format_of: FormatOf, context_length: 
     head = format_of(head_name(config))
     return {
         "start": _start(config, format_of("model.embed_tokens"), context_length),
-        "forward": _block(config, format_of, gradient=False),
-        "backward": _block(config, format_of, gradient=True),
+        "forward": _forward(config, format_of, keep=False),
+        "backward": _backward(config, format_of, recall=False),
+        "forward_kept": _forward(config, format_of, keep=True),
+        "backward_kept": _backward(config, format_of, recall=True),
         "head_start": _head_start(config),
         "head_tile": _tile(config, head, gradient=True),
         "head_end": _head_end(config, head, gradient=True),
@@ -116,14 +120,25 @@ def _allowed(n: Nodes, segments: ir.Value) -> tuple[ir.Value, ir.Value]:
     return behind, n("And", same, n("GreaterOrEqual", behind, n.whole(0)))
 
 
-def _block(c: DecoderConfig, format_of: FormatOf, *, gradient: bool) -> Builder:
-    """Any block, forward or backward."""
-    b, _ = _graph("backward" if gradient else "forward")
+def _forward(c: DecoderConfig, format_of: FormatOf, *, keep: bool) -> Builder:
+    """Any block, forward."""
+    b, _ = _graph("forward_kept" if keep else "forward")
+    block = Block(b, c, format_of)
+    b.output(block.forward(), "y", "float32", ["positions", c.hidden_size])
+    for name, width in kept_widths(c).items() if keep else ():
+        b.output(block.kept[name], f"kept.{name}", "float32", ["positions", width])
+    return b
+
+
+def _backward(c: DecoderConfig, format_of: FormatOf, *, recall: bool) -> Builder:
+    """Any block, backward."""
+    b, _ = _graph("backward_kept" if recall else "backward")
     block = Block(b, c, format_of)
     width: list[int | str] = ["positions", c.hidden_size]
-    if not gradient:
-        b.output(block.forward(), "y", "float32", width)
-        return b
+    if recall:
+        block.recall()
+    else:
+        block.forward(to_output=False)
     d_x, gradients = block.backward(b.input("dy", "float32", width))
     b.output(d_x, "dx", "float32", width)
     for name, (value, shape) in gradients.items():
