@@ -36,7 +36,8 @@ Batch = Mapping[str, np.ndarray]  # input_ids, labels (shifted), position_ids, s
 Check = Callable[[], None]  # called between graphs; raises to leave a step unfinished
 
 PROBE_TILE_WEIGHTS = 1 << 18  # of the head, dequantized at once for the logits of probe rows
-GRAPHS = ("start", "forward", "backward", "head_start", "head_tile", "head_end", "loss_tile", "loss_end")
+KEPT = ("forward_kept", "backward_kept")
+GRAPHS = ("start", "forward", "backward", *KEPT, "head_start", "head_tile", "head_end", "loss_tile", "loss_end")
 
 
 @dataclass(frozen=True)
@@ -172,15 +173,21 @@ class Graph:
 class TrainingGraphs:
     """All sessions of a bundle's training graphs, and the loss that they compute."""
 
-    def __init__(self, description: Description, threads: int, optimizer: str, arena_bytes: int) -> None:
+    def __init__(
+        self, description: Description, threads: int, optimizer: str, arena_bytes: int, kept_layers: int = 0
+    ) -> None:
         self.model, weights = description.model, description.weights
-        self.graphs = {name: Graph(description.files[name], threads, arena_bytes) for name in GRAPHS}
+        self.kept_layers = kept_layers  # the last ones keep what their backward needs
+        names = [name for name in GRAPHS if kept_layers or name not in KEPT]
+        self.graphs = {name: Graph(description.files[name], threads, arena_bytes) for name in names}
         self.optimizer = Graph(description.files[f"optimizer.{optimizer}"], threads, arena_bytes)
         self.buffers = Buffers()
         blocks = [f"{self.model.block(i)}." for i in range(self.model.num_hidden_layers)]
         self.blocks = [self.graphs["forward"].weights(weights, block) for block in blocks]
         self.outer = {name: self.graphs[name].weights(weights) for name in ("start", "head_start", "head_end")}
         self.tiles = list(self._tiles(description))
+        taken = self.graphs["backward_kept"].shapes if kept_layers else {}
+        self.kept = {name: int(shape[1]) for name, shape in taken.items() if name.startswith("kept.")}
 
     def _tiles(self, description: Description) -> Iterator[Arrays]:
         """The rows of the head in ranges."""
@@ -272,8 +279,14 @@ class TrainingGraphs:
             taken = {"x": x, **{name: shared[f"{name}.{layer}"] for name in ("mask", "cos", "sin")}}
             if index >= keep_from:
                 kept.append((index, taken))
-            values = {**taken, **weights, **adapter.of_block(index)}
-            x = self.graphs["forward"](values, {"y": block_input(index + 1)})["y"]
+            values, outputs = {**taken, **weights, **adapter.of_block(index)}, {"y": block_input(index + 1)}
+            if index >= max(keep_from, self.model.num_hidden_layers - self.kept_layers):
+                made = {name: self.buffers(f"{name}.{index}", (shape[0], width)) for name, width in self.kept.items()}
+                self.graphs["forward_kept"](values, outputs | made)
+                taken |= made
+            else:
+                self.graphs["forward"](values, outputs)
+            x = outputs["y"]
             check()
         return x, kept
 
@@ -323,7 +336,7 @@ class TrainingGraphs:
                     added.append((gradients[full], outputs[f"{name}.gradient"]))
                 else:
                     outputs[f"{name}.gradient"] = gradients[full] = self.buffers(f"gradient.{full}", shape)
-            self.graphs["backward"](values, outputs)
+            self.graphs["backward_kept" if taken.keys() & self.kept.keys() else "backward"](values, outputs)
             for total, value in added:
                 total += value
             x, d = taken["x"], x

@@ -41,7 +41,6 @@ def num_supervised(batch: Batch) -> int:
 class Backprop:
     """The exact gradient by a bundle's graphs, clipped, and an optimizer's graph: a `StepRule`."""
 
-    kept_layers = 0
     figures: Mapping[str, float] = {}
 
     def __init__(self, graphs: TrainingGraphs, parameters: Arrays, config: LoraConfig, plan: Plan) -> None:
@@ -88,8 +87,14 @@ class Backprop:
         """Leave the step out."""
         self.gradients.clear()
 
+    @property
+    def kept_layers(self) -> int:
+        """Blocks that do not run again: their backward takes what forward has kept."""
+        return min(self.graphs.kept_layers, self.plan.model_config.num_hidden_layers - self.first_block)
+
     def keep_layers(self, count: int) -> None:
-        """Every block runs again in any case."""
+        """Which changes no bit."""
+        self.graphs.kept_layers = count
 
     def tensors(self) -> Arrays:
         """The optimizer's moments."""
@@ -118,7 +123,8 @@ class OrtTrainer(Trainer):
         config = plan.adapter
         assert isinstance(config, LoraConfig), "the planner refuses the others"
         self.parameters = initial(config, plan)
-        graphs = TrainingGraphs(description, plan.threads, plan.optimizer, arena_bytes(plan.parts))
+        kept = plan.model_config.num_hidden_layers - config.first_block - plan.recompute_layers
+        graphs = TrainingGraphs(description, plan.threads, plan.optimizer, arena_bytes(plan.parts), kept)
         self.rule = Backprop(graphs, self.parameters, config, plan)
         self.active_loss: float | None = None
 

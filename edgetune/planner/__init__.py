@@ -152,8 +152,8 @@ def make(source: Source, profile: DeviceProfile, wishes: Wishes, budget_name: st
     if costs.needed_bytes(walked[-1]) > budget_bytes:
         raise BudgetError(_refusal(wishes, costs, budget_bytes, profile, budget_name, Path(source.name).name))
     choice = walked[-1]
+    choice = _less_recomputation(wishes, costs, choice, budget_bytes)
     if wishes.engine == "torch":
-        choice = _less_recomputation(wishes, costs, choice, budget_bytes)
         choice = _more_dequantized(costs, choice, budget_bytes)
     concessions = _concessions(walked, choice, costs, budget_name, budget_bytes)
     return _made(source, profile, wishes, costs, choice, budget_name, budget_bytes, concessions)
@@ -169,15 +169,14 @@ def check_engine(wishes: Wishes, grid: str) -> None:
         "lora_dropout": bool(adapter.dropout),
         "step_rule": config.step_rule not in (None, "backprop"),
         "objective": config.objective != "sft",
-        "recompute_layers": config.recompute_layers is not None,
         "activation_offloading": bool(config.activation_offloading),
         "fast_products": bool(config.fast_products),
     }
     refused = [name for name, asked in wanted.items() if asked]
     if refused:
         raise ConfigError(
-            f"{', '.join(refused)} cannot be set here: training graphs learn by sft, have no dropout, and "
-            "compute every block again. Leave that out, or use `edgetune train` (engine torch)."
+            f"{', '.join(refused)} cannot be set here: training graphs learn by sft, and have neither dropout nor a "
+            "file for what a step keeps. Leave that out, or use `edgetune train` (engine torch)."
         )
     if config.optimizer not in (None, *ORT_OPTIMIZERS):
         raise ConfigError(f"optimizer = {config.optimizer!r}; training graphs have {', '.join(ORT_OPTIMIZERS)}.")

@@ -58,6 +58,7 @@ def peak_parts(job: Job, floor_bytes: int) -> tuple[str, dict[str, int]]:
     }  # fmt: skip
     training = {
         "optimizer": shared["optimizer"] + update_bytes(job), "block_inputs": input_bytes(job, trains=True),
+        "kept_activations": kept_bytes(job),
         "gradients": gradient_bytes(job), "data": rows + batch_bytes(job, trains=True), **arena_parts(job, trains=True),
     }  # fmt: skip
     comparing = {
@@ -122,6 +123,15 @@ def input_bytes(job: Job, *, trains: bool) -> int:
     path = job.path_layers + 1 if trains else 0
     count = path + 1 + min(2, job.model.num_hidden_layers - job.path_layers if trains else 2)
     return FLOAT_BYTES * job.tokens * job.model.hidden_size * count
+
+
+def kept_bytes(job: Job) -> int:
+    """What blocks that do not run again keep for their backward: `graphs.block.kept_widths`."""
+    model, norms = job.model, job.model.block_norms
+    q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    width = 2 * (q + kv + model.intermediate_size)
+    width += model.hidden_size * (1 + bool(norms.after_attention) + bool(norms.after_mlp))
+    return FLOAT_BYTES * job.tokens * width * (job.path_layers - job.recompute_layers)
 
 
 def gradient_bytes(job: Job) -> int:

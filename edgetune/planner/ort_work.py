@@ -1,8 +1,7 @@
 """What a step of the `ort` engine takes: operations, traffic and calls, for the roofline of `costs.StepWork`.
 
-A block's graphs compute everything again: a step multiplies with each weight forward, and on the gradient's path twice
-more, for the activations and for the gradient of the block's input; the product that ends a block is not computed
-again. Nothing stays dequantized, and attention has no tiles: all keys are multiplied, those that are masked too. What
+A step multiplies with each weight forward, and on the gradient's path once more for the gradient of the block's input,
+and where the block runs again for its activations; the product that ends a block is not computed again. Nothing stays dequantized, and attention has no tiles: all keys are multiplied, those that are masked too. What
 moves is what `ort_walk` lists: each value is written once and read once, and of a weight its codes are read besides.
 """
 
@@ -27,14 +26,14 @@ PASSES = 2  # of a value: written by its operator, and read by another
 
 def step_work(job: Job) -> StepWork:
     """One optimizer step: all its micro-batches, and the update."""
-    model, layers, path = job.model, job.model.num_hidden_layers, job.path_layers
+    model, layers, path, again = job.model, job.model.num_hidden_layers, job.path_layers, job.recompute_layers
     sizes = {name: rows * columns for name, (rows, columns) in model.linear_shapes.items()}
     weights, last = sum(sizes.values()), sizes["mlp.down_proj"]
-    visited = weights * layers + (2 * weights - last) * path
+    visited = weights * (layers + path) + (weights - last) * again
     attention = 4.0 * job.max_seq_length * model.num_attention_heads * model.head_dim
     head = model.vocab_size * model.hidden_size
     # An adapter: two products forward, again, and two for each of its gradients and that of its input.
-    adapter = sum(job.tensor_sizes) * (1 + 1 + 2)
+    adapter = sum(job.tensor_sizes) * (1 + again / path + 2)
     flops = job.tokens * 2.0 * (visited + adapter)
     flops += job.tokens * attention * (layers + path * (1 + ATTENTION_BACKWARD))
     flops += 4.0 * head * job.supervised  # the logits, and the weighted sum of the head's rows
@@ -43,7 +42,8 @@ def step_work(job: Job) -> StepWork:
     times = job.gradient_accumulation_steps
     # An update reads and writes parameters and moments, by way of a buffer, and reads gradients.
     update = 5 * FLOAT_BYTES * sum(job.tensor_sizes) + 4 * OPTIMIZERS[job.optimizer].state_bytes(job.tensor_sizes)
-    return StepWork(flops * times, traffic * times + update, cycles * times + TENSOR_CYCLES * len(job.tensor_sizes))
+    cycles = cycles * times + TENSOR_CYCLES * len(job.tensor_sizes)
+    return StepWork(flops * times, traffic * times + update, cycles, fast_flops=flops * times)
 
 
 def _values_bytes(job: Job) -> int:

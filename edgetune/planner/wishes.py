@@ -20,8 +20,8 @@ ORT_OPTIMIZERS = ("adamw", "sgd")  # those that training graphs are written for
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_WINDOW = 512  # for texts, which can be cut; other rows get the window that they need
 SHORTEST_WINDOW = 64
-# What the ort engine does in one way: every block runs again, a matrix is dequantized whole, inputs stay in memory.
-ORT_FIXED = frozenset({"recompute_layers", "tile_weights", "activation_offloading", "fast_products", "step_rule"})
+# What the ort engine does in one way: a matrix is dequantized whole, inputs stay in memory, products are its own.
+ORT_FIXED = frozenset({"tile_weights", "activation_offloading", "fast_products", "step_rule"})
 WINDOW_STEP = 16
 
 
@@ -155,8 +155,6 @@ class Wishes:
             step_rule=config.step_rule or "backprop",
             fast_products=self._fast_products(),
         )
-        if self.engine == "ort":
-            return replace(choice, recompute_layers=choice.path_layers)
         if choice.recompute_layers > choice.path_layers:
             raise ConfigError(
                 f"recompute_layers = {choice.recompute_layers}; the gradient passes {choice.path_layers} blocks. "

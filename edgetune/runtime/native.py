@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def load_part(path: Path, threads: int, arena_bytes: int) -> onnxruntime.Inferen
     # Threads that wait awake would do so on the cores that the next part needs. One pool for all parts is no way: a
     # process that has one can make no session with threads of its own any more.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return _session(path, options)
+    # Which sums become part of a product would depend on the rest of the graph, and so would the last bits of both.
+    return _session(path, options, without=["MatMulAddFusion"])
 
 
 _arena_is_shared = False
@@ -117,9 +119,13 @@ def _options(threads: int, *, fp32_compute: bool = False) -> onnxruntime.Session
     return options
 
 
-def _session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def _session(
+    path: Path, options: onnxruntime.SessionOptions, without: Sequence[str] = ()
+) -> onnxruntime.InferenceSession:
+    """`without` names graph optimizations that are left out."""
+    providers = ["CPUExecutionProvider"]
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(path, options, providers=providers, disabled_optimizers=list(without))
     except Exception as error:  # the exceptions of onnxruntime share no other base
         reason = str(error).strip().partition("\n")[0][:300]
         raise BundleError(

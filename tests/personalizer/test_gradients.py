@@ -46,9 +46,11 @@ def torch_gradients(
     return decoder, loss, {name: value.grad.numpy() for name, value in parameters.items() if value.grad is not None}
 
 
-def ort_rule(base: Path, folder: Path, config: LoraConfig, tensors: Arrays, optimizer: str = "adamw") -> Backprop:
+def ort_rule(
+    base: Path, folder: Path, config: LoraConfig, tensors: Arrays, optimizer: str = "adamw", kept_layers: int = 0
+) -> Backprop:
     plan = make_plan(base, adapter=config, optimizer=optimizer)
-    made = TrainingGraphs(describe(base, folder), 1, optimizer, ARENA_BYTES)
+    made = TrainingGraphs(describe(base, folder), 1, optimizer, ARENA_BYTES, kept_layers)
     return Backprop(made, {name: np.ascontiguousarray(value.T) for name, value in tensors.items()}, config, plan)
 
 
