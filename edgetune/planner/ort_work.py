@@ -1,8 +1,9 @@
 """What a step of the `ort` engine takes: operations, traffic and calls, for the roofline of `costs.StepWork`.
 
 A step multiplies with each weight forward, and on the gradient's path once more for the gradient of the block's input,
-and where the block runs again for its activations; the product that ends a block is not computed again. Nothing stays dequantized, and attention has no tiles: all keys are multiplied, those that are masked too. What
-moves is what `ort_walk` lists: each value is written once and read once, and of a weight its codes are read besides.
+and where the block runs again for its activations; the product that ends a block is not computed again. Nothing stays
+dequantized, and attention has no tiles: all keys are multiplied, those that are masked too. What moves is what
+`ort_walk` lists: each value is written once and read once, and of a weight its codes are read besides.
 """
 
 from __future__ import annotations
