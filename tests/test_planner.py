@@ -25,6 +25,7 @@ from edgetune.device import Cluster, list_devices, load_device
 from edgetune.errors import BudgetError, ConfigError, DataError
 from edgetune.memory import MIB
 from edgetune.models import FAMILIES, load_config
+from edgetune.objectives import OBJECTIVES, objective_of
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.planner import Plan, TrainConfig, costs, ladder, ort_work, plan
 from edgetune.planner.arena import Arena
@@ -227,6 +228,44 @@ def test_buffers_are_those_of_the_trainer(
         assert decoder.workspace.sizes == counted
 
 
+@pytest.mark.parametrize("step_rule", ["backprop", "mezo"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_buffers_of_every_objective_are_those_of_the_trainer(tmp_path: Path, objective: str, step_rule: str) -> None:
+    from edgetune.adapters.attach import attach
+    from edgetune.models.decoder import load_decoder
+    from edgetune.training.backprop import Path as Walk
+    from edgetune.training.backprop import loss_and_gradients
+    from edgetune.training.forward import evaluate
+    from tests.training.conftest import random_batch
+
+    source = write_model(tmp_path / "model", tiny_config("llama", hidden_size=128), tokenizer=False)
+    decoder = load_decoder(quantize(source, "nf4", tmp_path / "base"))
+    decoder.workspace.tile_weights = 3000
+    adapter = LoraConfig(r=4).resolved(decoder.config)
+    attach(decoder, adapter)
+    rows = random_batch(301, 3, 150)  # of two segments each
+    count = int((rows["labels"] != -100).sum())
+    ids = np.tile(np.arange(5), (count, 1))
+    rows |= {"reference": np.zeros((3, 2)), "desirable": np.ones((3, 2)), "teacher_ids": ids}
+    rows["teacher_logps"] = np.full(ids.shape, -2.0, np.float32)
+    made = objective_of(plan(source, "host", config=TrainConfig(objective=objective)))
+    if step_rule == "mezo":
+        evaluate(decoder, [rows], check=lambda: None, objective=made)
+    else:
+        loss_and_gradients(
+            decoder, [rows], Walk(0, 2), dropout_key=(0, 0), check=lambda: None, objective=made
+        )  # fmt: skip
+    counted = job(
+        decoder.config, adapter=adapter, batch_size=3, max_seq_length=150, tile_weights=3000, step_rule=step_rule,
+        supervised_per_window=-(-count // 3), objective=objective, teacher_tokens=5,
+    )  # fmt: skip
+    assert decoder.workspace.sizes == costs.buffers(counted)
+    if objective == "distill":
+        assert counted.supervised * 5 * 12 == sum(rows[f"teacher_{name}"].nbytes for name in ("ids", "logps")) + (
+            12 * 5 * (counted.supervised - count)
+        )
+
+
 @pytest.mark.parametrize("length", [7, 11, 40])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_context_s_bytes_are_those_of_the_trainer(tmp_path: Path, family: str, length: int) -> None:
@@ -365,6 +404,11 @@ class TestPlan:
             ({"config": TrainConfig(optimizer="adamw8bit")}, "optimizer: found 'adamw8bit'.*did you mean 'adamw_8bit'"),
             ({"config": TrainConfig(lr_scheduler_type="cosin")}, "did you mean 'cosine'"),
             ({"config": TrainConfig(max_seq_length=257)}, "max_seq_length = 257; the model has 256 positions"),
+            ({"config": TrainConfig(objective="dpoo")}, "objective: found 'dpoo'.*did you mean 'dpo'"),
+            ({"config": TrainConfig(beta=0.2)}, "beta = 0.2 goes with objective dpo or orpo or kto; this one is sft"),
+            ({"config": TrainConfig(objective="orpo", label_smoothing=0.2)}, "label_smoothing = 0.2 goes with .* dpo;"),
+            ({"config": TrainConfig(objective="dpo", label_smoothing=0.6)}, "label_smoothing: found 0.6"),
+            ({"config": TrainConfig(objective="dpo"), "engine": "ort"}, "objective cannot be set here: .*learn by sft"),
             ({"config": TrainConfig(step_rule="meso")}, "step_rule: found 'meso'.*did you mean 'mezo'"),
             ({"config": TrainConfig(recompute_layers=9)}, "recompute_layers = 9; the gradient passes 8 blocks"),
             (
@@ -377,6 +421,28 @@ class TestPlan:
     def test_wrong_wishes(self, model: Path, wishes: dict[str, Any], said: str) -> None:
         with pytest.raises(ConfigError, match=said):
             plan(model, "pixel-9", **wishes)
+
+    def test_pairs_stay_together(self, model: Path, tmp_path: Path) -> None:
+        """The window holds the longest pair, whatever the budget, and the reference is in the run's time."""
+        rows = tmp_path / "rows.jsonl"
+        pairs = [{"prompt": "ab " * i, "chosen": "c" * (3 * i), "rejected": "d"} for i in range(1, 12)]
+        rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        write_model(tmp_path / "model", tiny_config("llama", num_hidden_layers=4))
+        read = read_rows(rows, load_tokenizer(tmp_path / "model"), 256)
+        longest = max(len(read[i]) + len(read[i + 1]) for i in range(0, len(read), 2))
+        plans = {
+            name: plan(
+                tmp_path / "model", "rpi-5", data=rows, config=TrainConfig(objective=name, max_steps=5), budget=budget
+            )
+            for name in ("dpo", "orpo")
+            for budget in ("foreground", "min")
+        }
+        for made in plans.values():
+            assert made.max_seq_length >= longest > max(map(len, read))
+        assert plans["dpo"].predicted_run_seconds > 5 * plans["dpo"].predicted_step_seconds
+        assert plans["orpo"].predicted_run_seconds == pytest.approx(5 * plans["orpo"].predicted_step_seconds)
+        assert "objective   dpo, beta 0.1, label_smoothing 0" in plans["dpo"].explain()
+        assert Plan.from_dict(json.loads(json.dumps(plans["dpo"].to_dict()))) == plans["dpo"]
 
     def test_every_setting_changes_the_plan(self, model: Path) -> None:
         """No field of the configs may be read and forgotten."""
