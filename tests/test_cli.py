@@ -774,8 +774,10 @@ TRAIN_VALUES = {
     "max_steps": ("17", 17), "learning_rate": ("3e-3", 0.003), "optimizer": ("lion_8bit", "lion_8bit"),
     "lr_scheduler_type": ("linear", "linear"), "warmup_ratio": ("0.5", 0.5), "weight_decay": ("0.125", 0.125),
     "max_grad_norm": ("2", 2.0), "eval_fraction": ("0.25", 0.25), "seed": ("9", 9),
-    "step_rule": ("mezo", "mezo"), "fast_products": (None, True),
+    "step_rule": ("mezo", "mezo"), "fast_products": (None, True), "objective": ("orpo", "orpo"),
+    "beta": ("0.25", 0.25), "label_smoothing": ("0.1", 0.1), "temperature": ("3", 3.0), "distill_weight": ("1", 1.0),
 }  # fmt: skip
+OBJECTIVE_OF = {"beta": "kto", "label_smoothing": "dpo", "temperature": "distill", "distill_weight": "distill"}
 
 
 @pytest.mark.parametrize("verb", ["plan", "train", "personalize"])
@@ -793,7 +795,8 @@ def test_every_flag_reaches_the_plan(
     monkeypatch.setattr("edgetune.planner.wishes.are_offered", lambda: True)
     typed, value = (ADAPTER_VALUES | TRAIN_VALUES)[field]
     flag = "--" + {"layers_to_transform": "layers"}.get(field, field).replace("_", "-")
-    assert call("plan", model, "--device", "host", "--json", flag, *([typed] if typed else [])) == 0
+    needed = ["--objective", OBJECTIVE_OF[field]] if field in OBJECTIVE_OF else []
+    assert call("plan", model, "--device", "host", "--json", *needed, flag, *([typed] if typed else [])) == 0
     made = json.loads(capsys.readouterr().out)
     found = (made["adapter"] if field in ADAPTER_VALUES else made)[field] if field != "warmup_ratio" else made[field]
     assert (tuple(found) if isinstance(value, tuple) else found) == value

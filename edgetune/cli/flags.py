@@ -43,7 +43,8 @@ Rows = Annotated[
     Path | None,
     typer.Option(
         "--data", metavar="FILE", show_default=False,
-        help='Rows as JSON Lines: {"text"}, {"prompt","completion"}, {"messages"} or {"instruction","input","output"}.',
+        help='Rows as JSON Lines: {"text"}, {"prompt","completion"}, {"messages"} or {"instruction","input","output"}; '
+        'for dpo and orpo {"prompt","chosen","rejected"}, for kto {"prompt","completion","label"}.',
     ),
 ]  # fmt: skip
 EvalRows = Annotated[

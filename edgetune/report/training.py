@@ -39,7 +39,7 @@ def run_cards(run: RunFiles) -> list[Card]:
         speed = number(summary, "tokens_per_second")
         cards += [
             Card("Peak memory", mib(number(summary, "measured_peak_bytes")), "measured", "anonymous + swap"),
-            Card("Held-out loss", shown(number(summary, "eval_loss"), "{:.4f}"), "measured", "nats per token"),
+            Card("Held-out loss", shown(number(summary, "eval_loss"), "{:.4f}"), "measured", _loss_of(run)),
             Card("Training", shown(speed, "{:,.0f} tokens/s"), "measured", _where(run)),
             Card(
                 "Adapter",
@@ -169,7 +169,7 @@ def _loss(run: RunFiles) -> Iterator[Block]:
         _line("training rows", *_series(run.steps, "loss")),
         Line("held-out rows", *_series(run.evaluations, "eval_loss"), dots=True),
     ]
-    chart = line_chart("Loss in nats per token", [line for line in lines if line.xs], x_name="step", from_zero=False)
+    chart = line_chart(f"Loss, {_loss_of(run)}", [line for line in lines if line.xs], x_name="step", from_zero=False)
     if chart is None:
         yield Missing("No step has been made yet.", f"edgetune train --resume {run.folder}")
         return
@@ -183,12 +183,24 @@ def _loss(run: RunFiles) -> Iterator[Block]:
                 ("", "measured"),
                 ("training loss, last steps", shown(number(run.summary, "train_loss"), "{:.4f}")),
                 ("held-out loss, best", shown(number(run.summary, "eval_loss"), "{:.4f}")),
+                *_figures(run.summary),
                 ("adapter taken from step", "the last" if best is None else f"{best}"),
                 ("steps skipped as not finite", shown(skipped, "{:,}")),
             ],
         )
     if not run.evaluations:
         yield Missing("Nothing was held out, so there is no evaluation.", "edgetune train … --eval-data held-out.jsonl")
+
+
+def _loss_of(run: RunFiles) -> str:
+    return "nats per token" if run.plan.objective == "sft" else f"of {run.plan.objective}"
+
+
+def _figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the objective told of the held-out rows beside its loss."""
+    told = [name for name in summary if name.startswith("eval_") and name not in ("eval_loss", "eval_fraction")]
+    names = [name for name in told if isinstance(summary[name], float)]
+    return [(f"held-out {name[5:].replace('_', ' ')}", f"{summary[name]:.4f}") for name in names]
 
 
 def _speed(run: RunFiles) -> Iterator[Block]:
@@ -220,6 +232,7 @@ def _settings(run: RunFiles) -> Table:
         ("grid, engine, step rule", f"{plan.grid}, {plan.engine}, {plan.step_rule}"),
         ("adapter", f"{plan.method}, {plan.adapter.brief}".rstrip(", ")),
         ("on", plan.adapter.where(plan.model_config)),
+        ("objective", ", ".join(plan.objective_words)),
         ("step", f"{plan.batch_size} x {plan.gradient_accumulation_steps} windows of {plan.max_seq_length} tokens"),
         ("blocks computed again", f"{plan.recompute_layers}"),
         ("optimizer", f"{plan.optimizer}, learning rate {plan.learning_rate:g}, {plan.lr_scheduler_type}"),

@@ -17,6 +17,7 @@ from edgetune.adapters.attach import attach, set_dropout
 from edgetune.adapters.lora import LoraConfig
 from edgetune.checkpoint import read_checkpoint
 from edgetune.models.decoder import Decoder, load_decoder
+from edgetune.objectives.sft import Measured
 from edgetune.training import loop, mezo
 from edgetune.training.forward import evaluate
 from edgetune.training.stop import Guard, Stopped
@@ -203,7 +204,7 @@ def test_a_run_is_stopped_anywhere_and_resumed_to_the_bit(tmp_path: Path, monkey
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, data = make_base(tmp_path), write_rows(tmp_path / "rows.jsonl", 40)
-    monkeypatch.setattr(mezo, "loss_sum", lambda *_: float("inf"))
+    monkeypatch.setattr(mezo, "measure", lambda *_: Measured(float("inf")))
     plan = make_plan(base, step_rule="mezo", eval_fraction=0.0)
     run = loop.train(plan, base, data=data, out=tmp_path / "run")
     assert (run.summary["steps"], run.summary["skipped_steps"]) == (12, 12)
