@@ -136,7 +136,7 @@ def test_charts_are_drawn_and_named(made: tuple[Path, Path]) -> None:
     found = page(*made)
     titles = {value for name, value in found.attributes if name == "aria-label"}
     assert titles == {
-        "Anonymous + swap memory over the run", "Parts of the predicted peak", "Loss in nats per token",
+        "Anonymous + swap memory over the run", "Parts of the predicted peak", "Loss, nats per token",
         "Tokens per second", "Time of a generated token", "Memory while it is measured", "Memory during the soak",
         next(title for title in titles if title and "without a pause" in title),
     }  # fmt: skip
@@ -185,7 +185,7 @@ def test_lines_have_the_numbers_of_the_steps(run: Path, monkeypatch: pytest.Monk
     (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
     edit(run / "summary.json", measured_peak_bytes=190 * MIB)
     page(run)
-    (loss,), _ = drawn["Loss in nats per token"]
+    (loss,), _ = drawn["Loss, nats per token"]
     assert (loss.xs[0], loss.ys[0], loss.xs[-1], loss.ys[-1]) == (1.5, 2.5, MOST_POINTS + 1, (MOST_POINTS + 1) ** 2)
     (speed,), _ = drawn["Tokens per second"]
     assert set(speed.ys) == {200}
