@@ -1,8 +1,8 @@
 """The bundle of a network: what `export_module` writes, and what reads it without torch.
 
-    model.onnx  model.onnx.data                    the network; stock onnxruntime runs it
-    adapter.safetensors  adapter.onnx_adapter      the adapter as graph inputs, unless it is merged
-    edgetune.json                                  inputs, outputs, layers, parity, hashes, versions
+model.onnx  model.onnx.data                    the network; stock onnxruntime runs it
+adapter.safetensors  adapter.onnx_adapter      the adapter as graph inputs, unless it is merged
+edgetune.json                                  inputs, outputs, layers, parity, hashes, versions
 """
 
 from __future__ import annotations

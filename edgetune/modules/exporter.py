@@ -42,7 +42,7 @@ from edgetune.modules.forms import TracedLayer, feeds_of
 from edgetune.output import folder_in_progress
 from edgetune.weights import sha256_file
 
-_ALIGNMENT, _EXTERNAL_BYTES = 64, 256
+_PAGE_BYTES, _PAGE_THRESHOLD, _EXTERNAL_BYTES = 16384, 65536, 256  # as `graphs.builder` places weights
 Feeds = dict[str, np.ndarray]
 
 
@@ -151,7 +151,7 @@ def _in_traced_form(attached: AttachedModule, *, merge: bool) -> Iterator[None]:
     }
     places = [(parent, key) for parent in attached.module.modules() for key in parent._modules]
     before = [(parent, key, parent._modules[key]) for parent, key in places]
-    fast_path = torch.backends.mha.get_fastpath_enabled()  # type: ignore[no-untyped-call]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole encoder layer, past its linears
         for parent, key, child in before:
@@ -220,15 +220,23 @@ def _finish_graph(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> None:
 
 def _save(model: ir.Model, folder: Path) -> None:
     """Raises ParityError where onnx's checker refuses the file."""
+    weights = model.graph.initializers
+    for value in sorted(weights.values(), key=lambda value: -_item_bytes(value)):
+        weights[str(value.name)] = weights.pop(str(value.name))  # so each lies at a multiple of its element's size
     ir.save(
-        model, folder / MODEL, external_data=DATA, size_threshold_bytes=_EXTERNAL_BYTES, alignment=_ALIGNMENT,
-        align_threshold=0,
+        model, folder / MODEL, external_data=DATA, size_threshold_bytes=_EXTERNAL_BYTES, alignment=_PAGE_BYTES,
+        align_threshold=_PAGE_THRESHOLD,
     )  # fmt: skip
     (folder / DATA).touch()  # nothing of a small network may be above the threshold
     try:
         onnx.checker.check_model(str(folder / MODEL))
     except onnx.checker.ValidationError as error:
         raise ParityError(f"onnx's checker refuses the graph: {_first_line(error)}. Nothing was written.") from error
+
+
+def _item_bytes(value: ir.Value) -> float:
+    assert value.const_value is not None
+    return value.const_value.dtype.itemsize
 
 
 def _check(
@@ -238,7 +246,7 @@ def _check(
     """The gate's figures. Raises ParityError where the graph computes something else."""
     session = _session(folder, fp32_compute=True)
     found = _run_graph(session, inputs, adapter)
-    figures = {"max_abs": _difference(expected, found), "argmax_agreement": _agreement(expected, found)}
+    figures: dict[str, Any] = {"max_abs": _difference(expected, found), "argmax_agreement": _agreement(expected, found)}
     pairs = [(expected, found)]
     if free_rows:
         first = [value[:1] for value in inputs]

@@ -1,25 +1,28 @@
 """Frozen layers as ONNX nodes, while torch.onnx.export traces the network around them.
 
-    linear, int4        x ── MatMulNBits(codes, scales, bias) ── y
-    linear, nf4         x ── MatMulBnb4(codes, absmax) ── Add(bias) ── y
-    convolution, int4   codes ── GatherBlockQuantized ── Reshape ── W;   x ── Conv(W, bias) ── y
-    anything dense      Gemm or Conv in float32; so are convolutions on nf4, which no operator reads but MatMulBnb4
+    linear, int4       x ── MatMulNBits(codes, scales, bias) ── y
+    linear, nf4        x ── MatMulBnb4(codes, absmax) ── Add(bias) ── y
+    convolution        codes ── BitwiseAnd, BitShift ── … ── Mul(scales) ── Reshape ── W;   x ── Conv(W, bias) ── y
+    anything dense     Gemm or Conv in float32
 
-The codes in the file are those of training. A convolution's are decoded by onnxruntime when it loads the graph (they
-are constants), so a call costs what a dense one costs and the file holds 4 bits.
+The codes in the file are those of training. No kernel convolves with 4 bits, so a convolution's are decoded in standard
+operators of constants, which onnxruntime computes once, when it loads the graph: the file holds 4 bits, a call costs
+what a dense one does. (Operators that decode in one node, DequantizeLinear and GatherBlockQuantized, are not folded and
+run in every call; measured on onnxruntime 1.31.)
 
 With an adapter as inputs, A [in, r] and B [r, out] are such for every layer, with the scaling in B:
 
-    linear              y + (x A) B
-    convolution         W + (A B)^T in the place of W, A [in * k…, r]
+    linear             y + (x A) B
+    convolution        W + (A B)^T in the place of W, A [in * k…, r]
 
 which is LoRA's convolution merged on the fly: its product is as large as the weight, and not as the signal is long.
-Without them `merged` layers compute in float32, with the adapter in the weight.
+Adapted layers that are merged compute in float32, with the adapter in the weight.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,68 +43,72 @@ class TracedLayer(nn.Module):
     codes: torch.Tensor
     scales: torch.Tensor
     absmax: torch.Tensor
-    rows: torch.Tensor
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    levels: torch.Tensor
 
     def __init__(self, layer: FrozenLayer, *, merge: bool) -> None:
         super().__init__()
-        self.frozen, self.pads, self.geometry = layer.frozen.shape, layer.pads, layer.geometry
-        self.padded = layer.padded
-        grid = None if merge and layer.adapted else layer.frozen.grid
-        self.grid = "" if grid is None or (grid == nf4.NAME and self.geometry) else grid
-        if not self.grid:
-            weight = layer.weight if merge else layer.frozen.dense()
-            self.register_buffer("weight", weight.detach().clone())
-        for key, array in layer.frozen.arrays().items() if self.grid else ():
-            widened = array.astype("float32") if array.dtype == "float16" else array
-            by_row = self.geometry and key == "scales"
-            self.register_buffer(key, torch.from_numpy(widened[..., None] if by_row else widened))
-        self.register_buffer("rows", torch.arange(self.frozen[0]) if self.grid and self.geometry else None)
+        self.shape, self.matrix, self.geometry = layer.frozen.shape, layer.frozen.matrix, layer.geometry
+        self.padded, self.takes_adapter = layer.padded, layer.adapted and not merge
+        self.grid = None if merge and layer.adapted else layer.frozen.grid
+        if self.grid is None:
+            self.register_buffer("weight", layer.weight.detach() if merge else layer.frozen.dense())
+        else:
+            for key, array in layer.frozen.arrays().items():
+                widened = array.astype("float32") if array.dtype == "float16" else array
+                self.register_buffer(key, torch.from_numpy(widened))
+            if self.geometry and self.grid == nf4.NAME:
+                self.register_buffer("levels", torch.from_numpy(nf4.LEVELS))
         self.register_buffer("bias", layer.bias)
-        self.takes_adapter = layer.adapted and not merge
         if self.takes_adapter:
             for name, value in feeds_of(layer).items():
                 self.register_parameter(name, nn.Parameter(value))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, in operators that the exporter writes as they stand."""
+        y: torch.Tensor
         if self.geometry:
-            convolve, _ = CONVOLUTIONS[len(self.frozen) - 2]
-            y: torch.Tensor = convolve(self.padded(x), self._filters(), self.bias, **self.geometry)
+            convolve, _ = CONVOLUTIONS[len(self.shape) - 2]
+            y = convolve(self.padded(x), self._filters(), self.bias, **self.geometry)
             return y
         y = self._product(x)
-        return y + _matmul(_matmul(x, self.lora_A), self.lora_B) if self.takes_adapter else y
+        return y + _matmul(_matmul(x, self.get_parameter("lora_A")), self._lora_b()) if self.takes_adapter else y
+
+    def _lora_b(self) -> torch.Tensor:
+        return self.get_parameter("lora_B")
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        rows, columns = self.frozen
-        if not self.grid:
+        if self.grid is None:
             return functional.linear(x, self.weight, self.bias)
-        sizes = {"K": columns, "N": rows}
-        shape = (*x.shape[:-1], rows)
+        rows, columns = self.matrix
+        attributes, shape = {"K": columns, "N": rows}, (*x.shape[:-1], rows)
         if self.grid == int4.NAME:
-            attributes = sizes | {"bits": 4, "block_size": int4.BLOCK, "accuracy_level": 4}
-            inputs: list[Any] = [x, self.codes, self.scales] + ([] if self.bias is None else [None, None, self.bias])
-            return _operator("MatMulNBits", inputs, attributes, shape)
-        attributes = sizes | {"block_size": nf4.BLOCK, "quant_type": 1}
-        y = _operator("MatMulBnb4", [x, self.codes, self.absmax], attributes, shape)
+            attributes |= {"bits": 4, "block_size": int4.BLOCK, "accuracy_level": 4}
+            inputs: list[Any] = [x, self.codes, self.scales, *([] if self.bias is None else [None, None, self.bias])]
+            return _operator(f"{CONTRIB}::MatMulNBits", inputs, attributes, shape)
+        attributes |= {"block_size": nf4.BLOCK, "quant_type": 1}
+        y = _operator(f"{CONTRIB}::MatMulBnb4", [x, self.codes, self.absmax], attributes, shape)
         return y if self.bias is None else y + self.bias
 
     def _filters(self) -> torch.Tensor:
         """The weight of a convolution."""
-        rows, columns = self.frozen[0], math.prod(self.frozen[1:])
-        if not self.grid:
-            weight = self.weight
-        else:
-            blocks = -(-columns // int4.BLOCK)
-            attributes = {"bits": 4, "block_size": int4.BLOCK, "gather_axis": 0, "quantize_axis": 2}
-            inputs = [self.codes, self.rows, self.scales]
-            weight = _operator("GatherBlockQuantized", inputs, attributes, (rows, blocks, int4.BLOCK))
-            weight = weight.reshape(rows, -1)
-            weight = weight if columns == blocks * int4.BLOCK else weight[:, :columns]
+        weight = self.weight if self.grid is None else self._decoded()
         if self.takes_adapter:
-            weight = weight.reshape(rows, columns) + _matmul(self.lora_A, self.lora_B).T
-        return weight.reshape(self.frozen)
+            weight = weight.reshape(self.matrix) + _matmul(self.get_parameter("lora_A"), self._lora_b()).T
+        return weight.reshape(self.shape)
+
+    def _decoded(self) -> torch.Tensor:
+        """The matrix [out, in * k…] of codes, as the grid's `dequantize` computes it."""
+        # Not `>>`, which torch's exporter (2.13) takes for that of int8.
+        four = torch.full((), 4, dtype=torch.uint8)
+        high = _operator("BitShift", [self.codes, four], {"direction": "RIGHT"}, self.codes.shape, torch.uint8)
+        low = self.codes & 15
+        if self.grid == int4.NAME:
+            levels = torch.stack([low, high], -1).reshape(*self.scales.shape, int4.BLOCK).to(torch.float32) - 8
+            return (levels * self.scales[..., None]).reshape(self.matrix[0], -1)[:, : self.matrix[1]]
+        levels = self.levels[torch.stack([high, low], -1).reshape(-1).to(torch.int32)]
+        levels = functional.pad(levels, (0, len(self.absmax) * nf4.BLOCK - len(levels)))
+        flat = (levels.reshape(-1, nf4.BLOCK) * self.absmax[:, None]).reshape(-1)
+        return flat[: math.prod(self.matrix)].reshape(self.matrix)
 
 
 def feeds_of(layer: FrozenLayer) -> dict[str, torch.Tensor]:
@@ -112,13 +119,13 @@ def feeds_of(layer: FrozenLayer) -> dict[str, torch.Tensor]:
 
 
 def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """A product that is one node, whatever the rank: torch's own is written with reshapes by the rank of the example."""
+    """A product that is one node whatever the rank: torch's own may be written with the rank of the example."""
     return _operator("MatMul", [a, b], {}, (*a.shape[:-1], b.shape[-1]))
 
 
-def _operator(name: str, inputs: list[Any], attributes: dict[str, Any], shape: tuple[Any, ...]) -> torch.Tensor:
-    """A float32 result of an ONNX operator: of onnxruntime's own where it has attributes, else a standard one."""
-    domain, version = (f"{CONTRIB}::", 1) if attributes else ("", OPSET)
-    return torch.onnx.ops.symbolic(
-        f"{domain}{name}", inputs, attributes, dtype=torch.float32, shape=shape, version=version
-    )
+def _operator(
+    name: str, inputs: list[Any], attributes: dict[str, Any], shape: Sequence[Any], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The result of one ONNX operator; `name` is of ONNX itself, or `domain::name`."""
+    version = 1 if "::" in name else OPSET
+    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape, version=version)
