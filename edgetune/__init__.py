@@ -10,6 +10,10 @@
     embed(bundle, texts)                                 embeddings, from the bundle of an encoder
     write_report(run, bundle) -> Path                    all of it on one HTML page
 
+    attach(net, adapter)                                 any torch.nn.Module: frozen in 4 bits, with LoRA
+    plan_module · train_module · budget(device)          its training inside a device's budget
+    export_module(net, example, out=) · bench_module     its bundle, and numbers
+
 Names are loaded when they are first used: `import edgetune` imports neither numpy nor torch nor onnxruntime, and a
 device without the extra `[train]` has everything that it can run.
 """
@@ -44,6 +48,13 @@ if TYPE_CHECKING:
     from edgetune.bundle import Bundle, EncoderBundle
     from edgetune.device import DeviceProfile, list_devices, load_device
     from edgetune.exporter import export
+    from edgetune.modules.attached import AttachedModule, attach
+    from edgetune.modules.bench import bench_module
+    from edgetune.modules.budget import budget
+    from edgetune.modules.bundle import ModuleBundle
+    from edgetune.modules.exporter import export_module
+    from edgetune.modules.plan import ModulePlan, plan_module
+    from edgetune.modules.trainer import train_module
     from edgetune.personalizer import personalize
     from edgetune.planner import Plan, TrainConfig, plan
     from edgetune.quantizer import quantize
@@ -68,6 +79,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
     "AdapterError",
+    "AttachedModule",
     "BudgetError",
     "Bundle",
     "BundleError",
@@ -84,52 +96,69 @@ __all__ = [
     "LoraConfig",
     "MissingExtraError",
     "ModelError",
+    "ModuleBundle",
+    "ModulePlan",
     "ParityError",
     "Plan",
     "Run",
     "TrainConfig",
     "add_adapter",
+    "attach",
     "bench",
+    "bench_module",
+    "budget",
     "check_adapters",
     "embed",
     "export",
+    "export_module",
     "generate",
     "list_adapters",
     "list_devices",
     "load_device",
     "personalize",
     "plan",
+    "plan_module",
     "quantize",
     "remove_adapter",
     "set_default_adapter",
     "train",
+    "train_module",
     "write_report",
 ]
 
 # Public name -> module. No module shares its name with a function here, or the second `et.plan` would be the module.
 _HOME = {
+    "AttachedModule": "edgetune.modules.attached",
     "Bundle": "edgetune.bundle",
     "DeviceProfile": "edgetune.device",
     "EncoderBundle": "edgetune.bundle",
     "LoraConfig": "edgetune.adapters.lora",
+    "ModuleBundle": "edgetune.modules.bundle",
+    "ModulePlan": "edgetune.modules.plan",
     "Plan": "edgetune.planner",
     "Run": "edgetune.training.run",
     "TrainConfig": "edgetune.planner",
     "add_adapter": "edgetune.runtime.adapters",
+    "attach": "edgetune.modules.attached",
     "bench": "edgetune.benchmark",
+    "bench_module": "edgetune.modules.bench",
+    "budget": "edgetune.modules.budget",
     "check_adapters": "edgetune.runtime.adapters",
     "embed": "edgetune.runtime.embedding",
     "export": "edgetune.exporter",
+    "export_module": "edgetune.modules.exporter",
     "generate": "edgetune.runtime.generate",
     "list_adapters": "edgetune.runtime.adapters",
     "list_devices": "edgetune.device",
     "load_device": "edgetune.device",
     "personalize": "edgetune.personalizer",
     "plan": "edgetune.planner",
+    "plan_module": "edgetune.modules.plan",
     "quantize": "edgetune.quantizer",
     "remove_adapter": "edgetune.runtime.adapters",
     "set_default_adapter": "edgetune.runtime.adapters",
     "train": "edgetune.training.loop",
+    "train_module": "edgetune.modules.trainer",
     "write_report": "edgetune.report",
 }
 

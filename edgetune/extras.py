@@ -9,7 +9,10 @@ from __future__ import annotations
 from edgetune.errors import MissingExtraError
 
 # Import name -> extra in pyproject.toml.
-EXTRAS = {"torch": "train", "bitsandbytes": "train", "onnx": "train", "onnx_ir": "train", "huggingface_hub": "hub"}
+EXTRAS = {
+    "torch": "train", "bitsandbytes": "train", "onnx": "train", "onnx_ir": "train", "onnxscript": "train",
+    "huggingface_hub": "hub",
+}  # fmt: skip
 
 
 def missing_extra(error: ModuleNotFoundError) -> MissingExtraError | None:

@@ -105,7 +105,8 @@ class TracedLayer(nn.Module):
         if self.grid == int4.NAME:
             levels = torch.stack([low, high], -1).reshape(*self.scales.shape, int4.BLOCK).to(torch.float32) - 8
             return (levels * self.scales[..., None]).reshape(self.matrix[0], -1)[:, : self.matrix[1]]
-        levels = self.levels[torch.stack([high, low], -1).reshape(-1).to(torch.int32)]
+        indices = torch.stack([high, low], -1).reshape(-1).to(torch.int32)
+        levels = _operator("Gather", [self.levels, indices], {"axis": 0}, indices.shape)
         levels = functional.pad(levels, (0, len(self.absmax) * nf4.BLOCK - len(levels)))
         flat = (levels.reshape(-1, nf4.BLOCK) * self.absmax[:, None]).reshape(-1)
         return flat[: math.prod(self.matrix)].reshape(self.matrix)
