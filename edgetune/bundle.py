@@ -381,6 +381,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise BundleError(f"{path} is not valid JSON: {error}. Export the bundle again") from error
     if not isinstance(manifest, dict):
         raise BundleError(f"{path} holds a {type(manifest).__name__}, expected an object. Export the bundle again")
+    if manifest.get("kind") == "module":
+        raise BundleError(
+            f"{folder} is the bundle of a network of its user's own: there is no text in it. Run it with onnxruntime, "
+            f"measure it with edgetune.bench_module()"
+        )
     version = manifest.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise BundleError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -283,7 +284,7 @@ def _replace(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _report(name: str, layer: nn.Module, frozen: FrozenLayer | None, grid: str, *, targeted: bool) -> LayerReport:
-    dense = _nbytes(layer.parameters(recurse=False))
+    dense = _nbytes(itertools.chain(layer.parameters(recurse=False), layer.buffers(recurse=False)))
     kind = type(layer).__name__
     if frozen is None:
         return LayerReport(name, kind, (), None, False, dense, dense, untouched_reason(layer) or "")

@@ -192,7 +192,8 @@ def _traced_bytes(attached: AttachedModule, inputs: Sequence[torch.Tensor], targ
     on_grid = [
         layer.frozen.matrix for layer in attached.modules() if isinstance(layer, FrozenLayer) and layer.frozen.grid
     ]
-    return ledger.peak_bytes + 2 * max((4 * rows * columns for rows, columns in on_grid), default=0)
+    largest: int = max((4 * rows * columns for rows, columns in on_grid), default=0)
+    return ledger.peak_bytes + 2 * largest
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]

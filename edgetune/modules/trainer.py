@@ -238,7 +238,7 @@ class _Trainer:
         value = mean_loss(self.attached, [part[at] for part in self.inputs], self.targets[at], self.loss)
         share = value * (len(at) / rows)
         share.backward()
-        return float(share)
+        return float(share.detach())
 
     def _save(self) -> None:
         adapter = {name: value.detach().numpy() for name, value in self.parameters.items()}
