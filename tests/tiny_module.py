@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+import edgetune as et
+
 
 class SensorNet(nn.Module):
     """x [N, 3, T] -> [N, 5]: convolutions of every kind that matters, statistics, attention, a recurrent layer."""
@@ -49,6 +51,14 @@ def seeded(kind: type[nn.Module]) -> nn.Module:
             layer.running_mean.normal_()  # type: ignore[union-attr]
             layer.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
     return net.eval()
+
+
+def drawn(attached: et.AttachedModule) -> et.AttachedModule:
+    """The same with an adapter that is not zero."""
+    generator = torch.Generator().manual_seed(3)
+    for value in attached.trainable().values():
+        value.data.normal_(0, 0.1, generator=generator)
+    return attached
 
 
 def accelerometer_rows(count: int, length: int = 40) -> tuple[torch.Tensor, torch.Tensor]:

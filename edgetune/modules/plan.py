@@ -192,8 +192,8 @@ def _traced_bytes(attached: AttachedModule, inputs: Sequence[torch.Tensor], targ
     on_grid = [
         layer.frozen.matrix for layer in attached.modules() if isinstance(layer, FrozenLayer) and layer.frozen.grid
     ]
-    largest: int = max((4 * rows * columns for rows, columns in on_grid), default=0)
-    return ledger.peak_bytes + 2 * largest
+    peak: int = ledger.peak_bytes
+    return peak + 2 * max((4 * rows * columns for rows, columns in on_grid), default=0)
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -10,25 +10,17 @@ import peft
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from tiny_module import ImageNet2d, SensorNet, drawn, seeded
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import edgetune as et
 from edgetune.grids import GRIDS
 from edgetune.modules.layers import FrozenLayer
-from tiny_module import ImageNet2d, SensorNet, seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # torch.nn's own
 
 NETS = [(SensorNet, (4, 3, 41)), (ImageNet2d, (4, 2, 13, 11))]
-
-
-def drawn(attached: et.AttachedModule) -> et.AttachedModule:
-    """The same with an adapter that is not zero."""
-    generator = torch.Generator().manual_seed(3)
-    for value in attached.trainable().values():
-        value.data.normal_(0, 0.1, generator=generator)
-    return attached
 
 
 def with_frozen_weights(net: nn.Module, attached: et.AttachedModule, *, merged: bool = False) -> nn.Module:

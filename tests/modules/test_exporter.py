@@ -10,14 +10,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from test_attached import drawn
+from tiny_module import ImageNet2d, SensorNet, drawn, seeded
 from torch import nn
 
 import edgetune as et
 from edgetune.bundle import load_any_bundle
 from edgetune.grids import GRIDS
 from edgetune.modules.bundle import load_module_bundle
-from tiny_module import ImageNet2d, SensorNet, seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # torch.nn's own
 
