@@ -29,6 +29,19 @@ class SensorNet(nn.Module):
         return self.head(self.gru(h)[0][:, -1])
 
 
+class SmallNet(nn.Module):
+    """x [N, 3, T] -> [N, 5]: two convolutions, a mean over time and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv1d(3, 40, 5, padding="same")
+        self.b = nn.Conv1d(40, 44, 4, stride=2, padding=1)
+        self.mlp = nn.Sequential(nn.Linear(44, 70), nn.ReLU(), nn.Linear(70, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(torch.relu(self.b(torch.relu(self.a(x)))).mean(-1))
+
+
 class ImageNet2d(nn.Module):
     """x [N, 2, H, W] -> [N, 3]: two-dimensional convolutions and an MLP."""
 

@@ -124,8 +124,8 @@ def plan_module(
         f"network, a step {format_mib(step)}. "
         + (
             "Ask for a smaller batch_size."
-            if size > 1
-            else "Start a new process that imports only what training needs."
+            if size > 1 and sum(parts.values()) + step_bytes(1) + RESERVE_BYTES < limit
+            else "Train in a new process, which imports and holds nothing else."
         )
     )
 
