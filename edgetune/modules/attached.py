@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from edgetune.modules.layers import FrozenLayer, dense_reason, no_adapter_reason
 
 _KIB = 1024
 _WITH_STATISTICS = (nn.modules.batchnorm._BatchNorm,)  # instance norms too
-_NO_MEANING = ("layers_to_transform",)  # settings of LoRA that speak of a decoder's blocks
+_SETTINGS = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}  # others speak of a decoder's blocks
 
 
 @dataclass(frozen=True)
@@ -190,11 +190,17 @@ def attach(
 
 def _resolved(config: LoraConfig) -> LoraConfig:
     """The config with every field that means something here filled. Raises ConfigError."""
-    if not isinstance(config, LoraConfig):
+    if type(config) is not LoraConfig:  # a subclass is another method
         raise ConfigError(f"adapter is {config!r:.80}; a LoraConfig was expected. Other methods have no form here.")
-    for field in _NO_MEANING:
-        if getattr(config, field) is not None:
-            raise ConfigError(f"{field} speaks of a decoder's blocks. Name layers of the network in target_modules.")
+    wrong = [
+        field.name
+        for field in fields(config)
+        if field.name not in _SETTINGS and getattr(config, field.name) != field.default
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{', '.join(wrong)} speaks of a decoder's blocks. Name layers of the network in target_modules."
+        )
     r = 8 if config.r is None else config.r
     alpha = 2 * r if config.lora_alpha is None else config.lora_alpha
     dropout = config.lora_dropout or 0.0

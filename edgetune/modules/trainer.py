@@ -38,7 +38,10 @@ from edgetune.training.stop import DataLimit, Guard, Stopped, is_out_of_memory
 FORMAT_VERSION = 1
 EPOCHS = 20.0
 RATE = 25  # of a language model's, whose tensors are a thousand times larger
-_NO_MEANING = ("max_seq_length", "recompute_layers", "activation_offloading")  # of windows and blocks
+_SETTINGS = {
+    "batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps", "optimizer", "learning_rate",
+    "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "seed",
+}  # fmt: skip
 
 
 def train_module(
@@ -65,7 +68,7 @@ def train_module(
             `torch.nn.functional.cross_entropy`.
         out: the run folder.
         config: settings; what is left open is 20 epochs, batches of at most 16 and 25 times the optimizer's rate for
-            language models. `eval_fraction` is not used: evaluate the network as you like.
+            language models. What speaks of windows, blocks or objectives is refused; nothing is held out.
         enforce: "governor" stops at the budget; "rlimit" also lets allocations beyond it fail.
         resume: go on where the folder's last checkpoint stands.
         force: replace what an earlier run left in the folder.
@@ -108,9 +111,11 @@ def train_module(
 def _settings(config: TrainConfig) -> TrainConfig:
     """Raises ConfigError."""
     config = config.checked()
-    wrong = [name for name in _NO_MEANING if getattr(config, name) is not None]
-    if config.step_rule not in (None, "backprop"):
-        wrong.append("step_rule")
+    wrong = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name not in _SETTINGS and getattr(config, field.name) != field.default
+    ]
     if wrong:
         raise ConfigError(f"{', '.join(wrong)} means nothing for a network of your own. Leave it out.")
     return config
