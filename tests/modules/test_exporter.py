@@ -170,6 +170,12 @@ def test_what_cannot_be_exported_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_onnxscript_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(et.MissingExtraError, match=r"onnxscript is not installed.*edgetune\[train\]"):
+        et.export_module(small_net(), ROWS, out=tmp_path / "b")
+
+
 def test_damaged_bundles_are_refused(bundle: ModuleBundle, tmp_path: Path) -> None:
     bundle = ModuleBundle(Path(shutil.copytree(bundle.folder, tmp_path / "b")), bundle.manifest)
     with pytest.raises(et.BundleError, match="bundle of a network of its user's own"):
