@@ -44,6 +44,7 @@ from edgetune.extras import missing_extra
 
 if TYPE_CHECKING:
     from edgetune.adapters.lora import LoraConfig
+    from edgetune.arithmetic import merge_adapters
     from edgetune.benchmark import bench
     from edgetune.bundle import Bundle, EncoderBundle
     from edgetune.device import DeviceProfile, list_devices, load_device
@@ -115,6 +116,7 @@ __all__ = [
     "list_adapters",
     "list_devices",
     "load_device",
+    "merge_adapters",
     "personalize",
     "plan",
     "plan_module",
@@ -151,6 +153,7 @@ _HOME = {
     "list_adapters": "edgetune.runtime.adapters",
     "list_devices": "edgetune.device",
     "load_device": "edgetune.device",
+    "merge_adapters": "edgetune.arithmetic",
     "personalize": "edgetune.personalizer",
     "plan": "edgetune.planner",
     "plan_module": "edgetune.modules.plan",

@@ -21,12 +21,15 @@ from typing import Annotated
 
 import numpy as np
 
+from edgetune.adapters.base import CONFIG
+from edgetune.base import open_any_base, weights_sha256
 from edgetune.errors import AdapterError, ModelError
 from edgetune.schema import Key, Reader
-from edgetune.weights import TensorInfo, open_tensors, write_safetensors
+from edgetune.weights import TensorInfo, open_tensors, sha256_file, write_safetensors
 
 FORMAT_VERSION = 1
 SUFFIXES = (".safetensors", ".onnx_adapter")
+SUMMARY, MERGE = "summary.json", "merge.json"  # beside an adapter that was trained, or merged from others
 _METADATA = "edgetune"  # key in the safetensors header, whose values are strings
 # As a share of the largest logit. What changes less cannot be told from the rounding of float32.
 MIN_PROBE_CHANGE = 1e-6
@@ -46,6 +49,47 @@ class Binding:
     lora_alpha: Annotated[float, Key("strength that training used; it is folded into lora_B", low=0)]
     slots: tuple[str, ...]
     "those of the graph that it fills"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The base that an adapter folder was trained on."""
+
+    base: str  # its folder, as far as it is known
+    base_sha256: str
+    grid: str | None
+    tokenizer_sha256: str | None
+
+
+def read_origin(folder: Path) -> Origin:
+    """The base of an adapter folder.
+
+    A run says so itself, and so does what was merged. Of another folder, and of a run that does not, it is what the
+    base that it names has now.
+
+    Raises:
+        AdapterError: it names none, or none that is here.
+    """
+    path = next((folder / name for name in (SUMMARY, MERGE) if (folder / name).is_file()), folder / CONFIG)
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        keys = ("base_sha256", "grid", "tokenizer_sha256")
+        if all(key in said for key in keys):
+            base_sha256, grid, tokenizer_sha256 = (said[key] for key in keys)
+            return Origin(str(said.get("base", "")), str(base_sha256), grid, tokenizer_sha256)
+        base = Path(said["base_model_name_or_path" if path.name == CONFIG else "base"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise AdapterError(
+            f"{path} does not say which base was trained on ({error!r}). Train the adapter again"
+        ) from error
+    if not base.is_dir():
+        raise AdapterError(
+            f"{path} names the base {str(base)!r}, and there is no such folder to compare with. Put it there, or "
+            f"correct the path"
+        )
+    tokenizer = base / "tokenizer.json"
+    known = sha256_file(tokenizer) if tokenizer.is_file() else None
+    return Origin(str(base), weights_sha256(base), open_any_base(base).grid, known)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`edgetune adapter`: list, add, remove, choose and check the adapters of a bundle."""
+"""`edgetune adapter`: list, add, remove, choose and check the adapters of a bundle; merge adapters into one."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from edgetune.cli.console import answer, warnings_told
-from edgetune.cli.flags import Bundle, Json
+from edgetune.cli.flags import Bundle, Force, Json, Out
 from edgetune.memory import format_mib
 
 app = typer.Typer(
-    help="The adapters of a bundle: list, add, remove, choose the default, check.", no_args_is_help=True,
-    pretty_exceptions_enable=False, rich_markup_mode="rich",
-)  # fmt: skip
+    help="The adapters of a bundle: list, add, remove, choose the default, check; merge several into one.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="An adapter of the bundle.", show_default=False)]
 
@@ -105,6 +107,75 @@ def check(bundle: Bundle, *, as_json: Json = False) -> None:
 
     found = check_adapters(bundle)
     answer(found, f"{_table(found)}\nall of it is right", as_json)
+
+
+def _weights(text: str) -> tuple[float, ...]:
+    """`0.7,0.3`."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers; write 0.7,0.3") from None
+
+
+@app.command()
+def merge(
+    adapters: Annotated[
+        list[Path],
+        typer.Argument(metavar="ADAPTER...", help="Run or PEFT folders of one base.", show_default=False),
+    ],
+    *,
+    weights: Annotated[
+        Any,
+        typer.Option(
+            "--weights",
+            metavar="W,W…",
+            parser=_weights,
+            show_default=False,
+            help="One number for each adapter, such as 0.7,0.3; 1,-1 subtracts.",
+        ),
+    ],
+    out: Out,
+    combination_type: Annotated[
+        str,
+        typer.Option(
+            "--combination-type",
+            help="cat (exact, ranks add up), svd (the best at one rank), linear, magnitude_prune, ties, dare_linear, "
+            "dare_ties; each of the last four with _svd too. As PEFT's.",
+        ),
+    ] = "svd",
+    density: Annotated[
+        float | None,
+        typer.Option("--density", help="For magnitude_prune, ties and dare: share of values kept.", show_default=False),
+    ] = None,
+    svd_rank: Annotated[
+        int | None,
+        typer.Option("--svd-rank", help="For svd: rank of the result. (default: the largest)", show_default=False),
+    ] = None,
+    majority_sign_method: Annotated[
+        str, typer.Option("--majority-sign-method", help="For ties: total (by values) or frequency (by counts).")
+    ] = "total",
+    seed: Annotated[int, typer.Option("--seed", help="For dare: fixes which values are left out.")] = 0,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make one adapter of several that were trained on the same base; a weight below zero subtracts.
+
+    Example: edgetune adapter merge run-a/ run-b/ --weights 0.7,0.3 --combination-type ties --density 0.5 --out merged/
+    """
+    from edgetune.arithmetic import merge_adapters, read_merge
+
+    folder = merge_adapters(
+        adapters, weights, out=out, combination_type=combination_type, density=density, svd_rank=svd_rank,
+        majority_sign_method=majority_sign_method, seed=seed, force=force,
+    )  # fmt: skip
+    made = read_merge(folder)
+    size = sum(file["bytes"] for file in made["files"].values())
+    text = (
+        f"{folder}: {len(adapters)} adapters by {combination_type}, rank {made['r']} on {made['linears']} linears, "
+        f"{format_mib(size)}; {made['relative_distance']:.1%} away from their weighted sum"
+    )
+    answer({"adapter": str(folder), "adapter_bytes": size, **made}, text, as_json,
+           following=("adapter", "add", "BUNDLE", folder))  # fmt: skip
 
 
 def _table(found: Mapping[str, Any]) -> str:

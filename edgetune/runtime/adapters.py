@@ -31,12 +31,12 @@ from edgetune.adapter_file import (
     check_probe_change,
     is_name,
     read_adapter,
+    read_origin,
     write_adapter,
 )
 from edgetune.adapters import METHODS
 from edgetune.adapters import base as peft
 from edgetune.adapters.lora import onnx_tensors
-from edgetune.base import open_any_base, weights_sha256
 from edgetune.bundle import MANIFEST, AnyBundle, Bundle, EncoderBundle, check_adapter, load_any_bundle, read_manifest
 from edgetune.errors import AdapterError, BundleError, EdgetuneWarning
 from edgetune.output import sync_folder
@@ -44,7 +44,6 @@ from edgetune.runtime.embedding import Embedder, open_embedder
 from edgetune.runtime.session import Session, open_session
 from edgetune.weights import sha256_file, write_atomic
 
-_SUMMARY = "summary.json"
 _UNFINISHED = (".*.safetensors.tmp-*", ".*.onnx_adapter.tmp", f".{MANIFEST}.tmp-*")  # of an edit that was killed
 
 
@@ -273,30 +272,6 @@ def _read_source(bundle: AnyBundle[Any], source: Path) -> BoundAdapter:
     config, tensors = method.as_lora(config, tensors)
     feeds = by_slot(onnx_tensors(config, tensors), bundle.slots)
     slots = tuple(dict.fromkeys(name.rpartition(".")[0] for name in feeds))
-    return BoundAdapter(Binding(*_origin(source), config.rank, float(config.lora_alpha or 0), slots), feeds)
-
-
-def _origin(folder: Path) -> tuple[str, str | None, str | None]:
-    """(base_sha256, grid, tokenizer_sha256) that an adapter folder was trained on.
-
-    A run says so itself. Of another folder, and of a run that does not, it is what the base that it names has now.
-    """
-    path = folder / (_SUMMARY if (folder / _SUMMARY).is_file() else peft.CONFIG)
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        keys = ("base_sha256", "grid", "tokenizer_sha256")
-        if all(key in said for key in keys):
-            base_sha256, grid, tokenizer_sha256 = (said[key] for key in keys)
-            return str(base_sha256), grid, tokenizer_sha256
-        base = Path(said["base" if path.name == _SUMMARY else "base_model_name_or_path"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise AdapterError(
-            f"{path} does not say which base was trained on ({error!r}). Train the adapter again"
-        ) from error
-    if not base.is_dir():
-        raise AdapterError(
-            f"{path} names the base {str(base)!r}, and there is no such folder to compare with the bundle. Put it "
-            f"there, or correct the path"
-        )
-    tokenizer = base / "tokenizer.json"
-    return weights_sha256(base), open_any_base(base).grid, sha256_file(tokenizer) if tokenizer.is_file() else None
+    origin = read_origin(source)
+    known = origin.base_sha256, origin.grid, origin.tokenizer_sha256
+    return BoundAdapter(Binding(*known, config.rank, float(config.lora_alpha or 0), slots), feeds)

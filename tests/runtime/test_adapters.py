@@ -551,6 +551,15 @@ def test_a_folder_that_peft_wrote_is_added_by_the_base_that_it_names(trained: Pa
     assert list(add_adapter(bundle, run).adapters) == ["adapter", "mail"]
 
 
+def test_what_was_merged_is_added_by_the_base_that_it_says(trained: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(trained / "bundle", tmp_path / "bundle"))
+    merged = et.merge_adapters([trained / "run", trained / "run-mail"], [1, 0.5], out=tmp_path / "both")
+    said = json.loads((merged / "merge.json").read_text(encoding="utf-8"))
+    (merged / "merge.json").write_text(json.dumps(said | {"base": "moved"}), encoding="utf-8")
+    entry = add_adapter(bundle, merged).adapters["both"]
+    assert (entry.binding.r, entry.binding.lora_alpha, len(entry.binding.slots)) == (5, 5.0, 6)
+
+
 def test_a_run_of_another_shape_is_refused_by_name(trained: Path, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", tiny_config("llama", hidden_size=64, num_hidden_layers=3))
     run = write_run(tmp_path / "run", et.quantize(model, "int4", tmp_path / "base"))
