@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from edgetune.arithmetic import merge_adapters
     from edgetune.benchmark import bench
     from edgetune.bundle import Bundle, EncoderBundle
+    from edgetune.data_check import check_data
     from edgetune.device import DeviceProfile, list_devices, load_device
     from edgetune.exporter import export
     from edgetune.modules.attached import AttachedModule, attach
@@ -109,6 +110,7 @@ __all__ = [
     "bench_module",
     "budget",
     "check_adapters",
+    "check_data",
     "embed",
     "export",
     "export_module",
@@ -146,6 +148,7 @@ _HOME = {
     "bench_module": "edgetune.modules.bench",
     "budget": "edgetune.modules.budget",
     "check_adapters": "edgetune.runtime.adapters",
+    "check_data": "edgetune.data_check",
     "embed": "edgetune.runtime.embedding",
     "export": "edgetune.exporter",
     "export_module": "edgetune.modules.exporter",

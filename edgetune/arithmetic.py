@@ -189,11 +189,13 @@ def _read(folder: Path) -> _Source:
         except ModelError as error:
             raise AdapterError(str(error)) from error
     config, tensors = peft.read_adapter(folder, linears)
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(f"{folder} is of the method {config.method}; what is merged has LoRA's form. Merge LoRA's.")
     return _Source(folder, config, tensors, read_origin(folder))
 
 
 def _linears(weights: Weights) -> dict[str, tuple[int, int]]:
-    """Linear -> (out_features, in_features), by the tensors alone: the base need not be here."""
+    """Linear -> (out_features, in_features), by LoRA's tensors alone: the base need not be here."""
     found = {}
     for name in weights:
         linear = name.removesuffix(".lora_A.weight")
@@ -243,7 +245,10 @@ def _config(sources: Sequence[_Source], rank: int) -> LoraConfig:
     """That of the result. Values of zero stand where an adapter of its targets and blocks has nothing."""
     targets = (name for source in sources for name in source.config.target_modules or ())
     blocks = {block for source in sources for block in source.config.layers_to_transform or ()}
-    return LoraConfig(rank, rank, 0.0, tuple(dict.fromkeys(targets)), False, tuple(sorted(blocks)))
+    return LoraConfig(
+        r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=tuple(dict.fromkeys(targets)), use_rslora=False,
+        layers_to_transform=tuple(sorted(blocks)),
+    )  # fmt: skip
 
 
 def _merge(

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from edgetune import __version__
-from edgetune.cli import adapters, benchmarking
+from edgetune.cli import adapters, benchmarking, rows
 from edgetune.cli.console import answer, fail, flat, stream_text, tell, tell_text, tensor_progress, warnings_told
 from edgetune.cli.flags import (
     Budget,
@@ -58,6 +58,7 @@ app = typer.Typer(
 
 
 app.add_typer(adapters.app, name="adapter")
+app.add_typer(rows.app, name="data")
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,325 @@
+"""What is in a file of rows, before it is trained on: duplicates, leakage, labels, lengths, what a window cuts.
+
+Every finding is a figure with examples and their lines; none is an error. What `read_rows` refuses is refused here too,
+with the lines. Exact means the same strings. Near means that prompts, or texts, share four fifths of their 5-grams
+(`data.near`); a near duplicate also has the same answer, or a near one.
+
+A row has an answer where it has a completion, an output, a label or a last turn of an assistant. Answers count as
+labels where they are short and few: at most `LABEL_CHARACTERS` each, and on average in two rows or more.
+
+What `check_data` returns, ready for JSON:
+
+    data, kind, rows, sha256, skipped     of the file
+    duplicates    exact, near: rows that repeat an earlier one; compared: rows that were; examples: line, of, similarity
+    conflicts     prompts: prompts with several answers; rows: those that have them; examples: lines
+    labels        null, or distinct, counts (label -> rows, most frequent first), singletons, balance: entropy of the
+                  labels by that of as many equally frequent ones, 1 where all are
+    lengths       unit (tokens with a tokenizer, else characters), min, p50, p95, max, mean, total,
+                  histogram: [up_to, rows], in doubling steps
+    window        null without a tokenizer, or max_seq_length, windows, fill: share of their positions that hold tokens,
+                  cut: texts that take several windows, too_long: rows that training refuses, too_long_lines
+    eval          null, or all of the above of the held-out rows, and unseen_labels (label -> lines)
+    leakage       null, or of the held-out rows: exact, prompts: same prompt, near; share: any of them; examples
+    findings      sentences, the gravest first; empty where nothing was found
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgetune.data import Rows, pack, read_rows
+from edgetune.data.jsonl import Report, RowError, RowFile
+from edgetune.data.near import MAX_TEXTS, THRESHOLD, near_matches, similarity
+from edgetune.planner.wishes import DEFAULT_WINDOW, WINDOW_STEP
+from edgetune.tokenizer import Tokenizer
+
+__all__ = ["LABEL_CHARACTERS", "check_data", "label_counts"]
+
+LABEL_CHARACTERS = 64
+_EXAMPLES = 10
+_NO_WINDOW = 1 << 30  # tokens: rows are read whole
+_IMBALANCE = 10  # times as many rows of one label as of another
+
+
+@dataclass(frozen=True)
+class _Line:
+    number: int
+    text: str  # all of the row
+    prompt: str | None
+    answer: str | None
+
+    @property
+    def compared(self) -> str:
+        """What nearness goes by: long answers that repeat would make different rows alike."""
+        return self.prompt or self.text
+
+
+def check_data(
+    data: str | Path,
+    *,
+    eval_data: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    context_length: int | None = None,
+    max_seq_length: int | None = None,
+    skip_bad: bool = False,
+) -> dict[str, Any]:
+    """Examine a file of rows, alone and beside the held-out ones; see the module for what is returned.
+
+    Args:
+        data: JSON Lines.
+        eval_data: held-out rows, also compared with those of `data`.
+        tokenizer: the model's; without it lengths are in characters and there is no window.
+        context_length: the most tokens that the model takes.
+        max_seq_length: tokens of a window. None is what a plan takes: the longest row, of texts `DEFAULT_WINDOW`.
+        skip_bad: leave bad lines out, up to 1 % of them.
+
+    Raises:
+        DataError: a file or a line of it cannot be used; the first twenty bad lines are named.
+    """
+    limits = context_length, max_seq_length
+    lines, result = _examine(Path(data), tokenizer, limits, skip_bad)
+    result |= {"eval": None, "leakage": None}
+    if eval_data is not None:
+        held_out, result["eval"] = _examine(Path(eval_data), tokenizer, limits, skip_bad)
+        result["eval"]["unseen_labels"] = _unseen(result["labels"], held_out)
+        result["leakage"] = _leakage(lines, held_out)
+    return result | {"findings": _findings(result)}
+
+
+def label_counts(answers: Sequence[str | None]) -> Counter[str] | None:
+    """How often each answer stands, most frequent first; None where they are no labels."""
+    counts = Counter(answer.strip() for answer in answers if answer is not None)
+    few = 1 < len(counts) <= len(answers) / 2 and sum(counts.values()) == len(answers)
+    return counts if few and max(map(len, counts)) <= LABEL_CHARACTERS else None
+
+
+def _examine(
+    path: Path, tokenizer: Tokenizer | None, limits: tuple[int | None, int | None], skip_bad: bool
+) -> tuple[list[_Line], dict[str, Any]]:
+    file = RowFile(path)
+    lines = _read(file, skip_bad)
+    rows = None if tokenizer is None else read_rows(path, tokenizer, _NO_WINDOW, skip_bad=skip_bad)
+    lengths = [len(line.text) for line in lines] if rows is None else [len(row) for row in rows]
+    return lines, {
+        "data": str(path), "kind": file.kind, "rows": len(lines), "sha256": file.sha256,
+        "skipped": file.num_lines - len(lines),
+        "duplicates": _duplicates(lines), "conflicts": _conflicts(lines), "labels": _labels(lines),
+        "lengths": {"unit": "characters" if rows is None else "tokens"} | _lengths(lengths),
+        "window": None if rows is None else _window(
+            rows, lambda length: read_rows(path, tokenizer, length, skip_bad=skip_bad), *limits
+        ),
+    }  # fmt: skip
+
+
+def _read(file: RowFile, skip_bad: bool) -> list[_Line]:
+    report, lines = Report(file.path), []
+    for number, row in file:
+        if isinstance(row, RowError):
+            report.add(number, row)
+        else:
+            lines.append(_Line(number, "\n".join(_strings(row)), *_parts(row)))
+    report.check(file.num_lines, skip_bad)
+    return lines
+
+
+def _strings(value: Any) -> list[str]:
+    """Every string in a row, in its order; keys and roles are none of its text."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        value = [part for key, part in value.items() if key != "role"]
+    return [text for part in value for text in _strings(part)] if isinstance(value, list) else []
+
+
+def _parts(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """What is asked and what is answered; None where a row has no such part."""
+    if "messages" in row:
+        *before, last = (
+            message for message in row["messages"] if message["role"] != "system"
+        )  # that stands in each row
+        return "\n".join(_strings(before)), last["content"] if last["role"] == "assistant" else None
+    answer = next((row[key] for key in ("completion", "output", "chosen", "label") if key in row), None)
+    asked = [text for key in ("prompt", "instruction", "input", "text") for text in _strings(row.get(key))]
+    return (None, None) if answer is None else ("\n".join(asked), "\n".join(_strings(answer)) or str(answer))
+
+
+def _duplicates(lines: Sequence[_Line]) -> dict[str, Any]:
+    first: dict[str, int] = {}
+    exact = [
+        (line.number, first[line.text], 1.0)
+        for line in lines
+        if first.setdefault(line.text, line.number) != line.number
+    ]
+    repeats = {number for number, *_ in exact}
+    once = [line for line in lines if line.number not in repeats]
+
+    def alike(at: int, other: int) -> bool:
+        one, two = once[at].answer or "", once[other].answer or ""
+        return one == two or similarity(one, two) >= THRESHOLD
+
+    matches = near_matches([line.compared for line in once], alike=alike)
+    near = [(once[match.at].number, once[match.other].number, match.similarity) for match in matches]
+    return {
+        "exact": len(exact), "near": len(near), "compared": min(len(once), MAX_TEXTS) + len(exact),
+        "examples": _examples([*exact[: _EXAMPLES // 2], *near[: _EXAMPLES // 2]]),
+    }  # fmt: skip
+
+
+def _examples(found: Sequence[tuple[int, int, float]]) -> list[dict[str, Any]]:
+    return [{"line": line, "of": other, "similarity": round(similarity, 3)} for line, other, similarity in found]
+
+
+def _conflicts(lines: Sequence[_Line]) -> dict[str, Any]:
+    asked: dict[str, list[_Line]] = defaultdict(list)
+    for line in lines:
+        if line.prompt:
+            asked[line.prompt].append(line)
+    several = [same for same in asked.values() if len({line.answer for line in same}) > 1]
+    return {
+        "prompts": len(several), "rows": sum(map(len, several)),
+        "examples": [[line.number for line in same[:_EXAMPLES]] for same in several[:_EXAMPLES]],
+    }  # fmt: skip
+
+
+def _labels(lines: Sequence[_Line]) -> dict[str, Any] | None:
+    counts = label_counts([line.answer for line in lines])
+    if counts is None:
+        return None
+    shares = np.array(list(counts.values())) / counts.total()
+    return {
+        "distinct": len(counts), "counts": dict(counts.most_common()),
+        "singletons": sum(count == 1 for count in counts.values()),
+        "balance": float(-(shares * np.log(shares)).sum() / math.log(len(counts))),
+    }  # fmt: skip
+
+
+def _lengths(lengths: Sequence[int]) -> dict[str, Any]:
+    values = np.array(lengths)
+    steps = 2 ** np.arange(4, max(5, int(values.max()).bit_length() + 1))
+    upto = np.searchsorted(steps, values)
+    histogram = [[int(step), int((upto == i).sum())] for i, step in enumerate(steps)]
+    return {
+        "min": int(values.min()), "p50": float(np.median(values)), "p95": float(np.percentile(values, 95)),
+        "max": int(values.max()), "mean": float(values.mean()), "total": int(values.sum()),
+        "histogram": [bar for bar in histogram if bar[1]],
+    }  # fmt: skip
+
+
+def _window(
+    rows: Rows, cut: Callable[[int], Rows], context_length: int | None, max_seq_length: int | None
+) -> dict[str, Any]:
+    """`cut` reads texts again, for windows of so many tokens."""
+    is_text = rows.kind == "text"
+    needed = -(-rows.longest // WINDOW_STEP) * WINDOW_STEP
+    most = min(context_length or needed, DEFAULT_WINDOW if is_text else needed)
+    length = max_seq_length or most
+    long = [row for row in rows if len(row) > length]
+    fitting = cut(length) if is_text and long else [row for row in rows if len(row) <= length]
+    windows = pack(fitting, length)
+    positions = sum(window.length for window in windows)
+    return {
+        "max_seq_length": length, "windows": len(windows),
+        "fill": sum(window.num_tokens for window in windows) / positions if positions else 0.0,
+        "cut": len(long) if is_text else 0, "too_long": 0 if is_text else len(long),
+        "too_long_lines": [] if is_text else [row.line for row in long[:_EXAMPLES]],
+    }  # fmt: skip
+
+
+def _unseen(labels: Mapping[str, Any] | None, held_out: Sequence[_Line]) -> dict[str, list[int]]:
+    """Labels that no training row has, with the first lines of the held-out rows that do."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for line in held_out if labels else ():
+        if line.answer is not None and labels is not None and line.answer.strip() not in labels["counts"]:
+            found[line.answer.strip()].append(line.number)
+    return {label: numbers[:_EXAMPLES] for label, numbers in found.items()}
+
+
+def _leakage(lines: Sequence[_Line], held_out: Sequence[_Line]) -> dict[str, Any]:
+    texts = {line.text: line.number for line in reversed(lines)}
+    prompts = {line.prompt: line.number for line in reversed(lines) if line.prompt}
+    exact = [(line.number, texts[line.text], 1.0) for line in held_out if line.text in texts]
+    asked = [line.number for line in held_out if line.prompt in prompts]
+    leaked = {number for number, *_ in exact}
+    rest = [line for line in held_out if line.number not in leaked]
+    matches = near_matches([line.compared for line in rest], [line.compared for line in lines])
+    near = [(rest[match.at].number, lines[match.other].number, match.similarity) for match in matches]
+    return {
+        "exact": len(exact), "prompts": len(asked), "near": len(near),
+        "share": len(leaked.union(asked, (number for number, *_ in near))) / len(held_out),
+        "examples": _examples([*exact[: _EXAMPLES // 2], *near[: _EXAMPLES // 2]]),
+    }  # fmt: skip
+
+
+def _findings(result: Mapping[str, Any]) -> list[str]:
+    """Sentences on what is worth a look."""
+    found = []
+    leakage, held_out = result["leakage"], result["eval"]
+    if leakage and leakage["share"]:
+        found.append(
+            f"{leakage['share']:.1%} of the held-out rows stand among the training rows: {leakage['exact']} exactly, "
+            f"{leakage['prompts']} by their prompt, {leakage['near']} nearly. Figures on them are too good: take "
+            "them out."
+        )
+    if held_out and held_out["unseen_labels"]:
+        labels = held_out["unseen_labels"]
+        found.append(
+            f"{len(labels)} labels are in the held-out rows alone: {_listed(list(labels))}. Add training rows of them."
+        )
+    for part, name in ((result, "training"), (held_out, "held-out")):
+        if part:
+            found += _findings_of(part, name)
+    return found
+
+
+def _findings_of(part: Mapping[str, Any], name: str) -> list[str]:
+    found, labels, window = [], part["labels"], part["window"]
+    if window and window["too_long"]:
+        found.append(
+            f"{window['too_long']} {name} rows are longer than {window['max_seq_length']} tokens, and training refuses "
+            f"them: lines {_listed(window['too_long_lines'])}. Shorten them."
+        )
+    if window and window["cut"]:
+        found.append(
+            f"{window['cut']} {name} texts are longer than {window['max_seq_length']} tokens and are cut into windows, "
+            "which do not see each other."
+        )
+    if part["conflicts"]["prompts"]:
+        lines = part["conflicts"]["examples"][0]
+        found.append(
+            f"{part['conflicts']['prompts']} {name} prompts have several answers, such as lines {_listed(lines)}. "
+            "Keep the right one."
+        )
+    duplicates = part["duplicates"]
+    if duplicates["exact"] or duplicates["near"]:
+        found.append(
+            f"{duplicates['exact']} {name} rows repeat an earlier one exactly and {duplicates['near']} nearly. They "
+            "count twice."
+        )
+    if labels:
+        counts = list(labels["counts"].values())
+        if counts[0] >= _IMBALANCE * counts[-1]:
+            names = list(labels["counts"])
+            found.append(
+                f"the most frequent label of the {name} rows, {_shown(names[0])}, stands {counts[0]} times, "
+                f"{_shown(names[-1])} {counts[-1]}. Look at macro-F1 beside the accuracy."
+            )
+    return found
+
+
+def _listed(values: Sequence[object]) -> str:
+    shown = [_shown(value) if isinstance(value, str) else str(value) for value in values[:5]]
+    return ", ".join(shown) + (" …" if len(values) > 5 else "")
+
+
+def _shown(text: str) -> str:
+    """A text of a file, short and with nothing in it that a terminal would obey."""
+    quoted = json.dumps(text, ensure_ascii=False) if text.isprintable() else json.dumps(text)
+    return quoted if len(quoted) <= 40 else quoted[:37] + "…"
