@@ -189,7 +189,7 @@ def _read(folder: Path) -> _Source:
         except ModelError as error:
             raise AdapterError(str(error)) from error
     config, tensors = peft.read_adapter(folder, linears)
-    if not isinstance(config, LoraConfig):
+    if not isinstance(config, LoraConfig) or config.method != LoraConfig.method:
         raise AdapterError(f"{folder} is of the method {config.method}; what is merged has LoRA's form. Merge LoRA's.")
     return _Source(folder, config, tensors, read_origin(folder))
 
