@@ -97,7 +97,7 @@ def test_duplicates_conflicts_and_labels(tmp_path: Path) -> None:
     assert labels["counts"] == {"off": 17, "on": 3, "call": 1} and labels["singletons"] == 1
     shares = np.array([17, 3, 1]) / 21
     assert labels["balance"] == pytest.approx(-(shares * np.log(shares)).sum() / np.log(3))
-    assert found["lengths"]["max"] == len("Turn the kitchen  lamp ON\non")
+    assert found["lengths"]["max"] == len("turn the kitchen lamp off\noff")
     assert [sentence[:30] for sentence in found["findings"]] == [
         "1 training prompts have severa", "14 training rows repeat an ear", "the most frequent label of the",
     ]  # fmt: skip
