@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from edgetune.bundle import Bundle, EncoderBundle
     from edgetune.data_check import check_data
     from edgetune.device import DeviceProfile, list_devices, load_device
+    from edgetune.evaluation import evaluate
     from edgetune.exporter import export
     from edgetune.modules.attached import AttachedModule, attach
     from edgetune.modules.bench import bench_module
@@ -112,6 +113,7 @@ __all__ = [
     "check_adapters",
     "check_data",
     "embed",
+    "evaluate",
     "export",
     "export_module",
     "generate",
@@ -150,6 +152,7 @@ _HOME = {
     "check_adapters": "edgetune.runtime.adapters",
     "check_data": "edgetune.data_check",
     "embed": "edgetune.runtime.embedding",
+    "evaluate": "edgetune.evaluation",
     "export": "edgetune.exporter",
     "export_module": "edgetune.modules.exporter",
     "generate": "edgetune.runtime.generate",

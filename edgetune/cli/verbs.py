@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from edgetune import __version__
-from edgetune.cli import adapters, benchmarking, rows
+from edgetune.cli import adapters, benchmarking, evaluating, rows
 from edgetune.cli.console import answer, fail, flat, stream_text, tell, tell_text, tensor_progress, warnings_told
 from edgetune.cli.flags import (
     Budget,
@@ -562,6 +562,7 @@ def personalize(
     )  # fmt: skip
 
 
+app.command("eval")(evaluating.evaluate)
 app.command()(benchmarking.bench)
 app.command()(benchmarking.report)
 

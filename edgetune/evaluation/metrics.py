@@ -1,8 +1,8 @@
 """Task metrics with 95 % intervals.
 
-A share of independent rows has Wilson's score interval (J. Am. Stat. Assoc. 22, 1927), which stays inside 0 and 1 and is
-right where few rows or extreme shares make others wrong. All else is resampled: rows with replacement, percentiles of
-the metric over `RESAMPLES` such samples (Efron's bootstrap). Two ways to answer are compared on the same resampled rows.
+A share of independent rows has Wilson's score interval (J. Am. Stat. Assoc. 22, 1927), which stays inside 0 and 1 and
+is right where few rows or extreme shares make others wrong. All else is resampled: rows with replacement, percentiles
+of the metric over `RESAMPLES` such samples (Efron's bootstrap). Two ways to answer are compared on the same samples.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def summarize(answers: Answers, truth: np.ndarray | None, out_of_scope: int | No
 
 
 def difference(metric: str, one: Answers, other: Answers, truth: np.ndarray | None) -> dict[str, float]:
-    """How much better `one` is than `other` on the same rows, above zero where it is: of loss, exact_match or accuracy."""
+    """By how much `one` is better than `other`, in loss, exact_match or accuracy of the same rows."""
     if metric == "loss":
         assert one.nll is not None and other.nll is not None
         gain, weight = other.nll - one.nll, one.tokens

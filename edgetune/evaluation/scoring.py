@@ -8,7 +8,6 @@ labels a decoder would choose needs a pass for each token where they part: decod
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from edgetune.objectives.sft import TILE_TOKENS
 from edgetune.training.forward import last_hidden
 
 Ids = tuple[int, ...]
-_STEP = 16
 
 
 class Scorer:
@@ -47,7 +45,7 @@ class Scorer:
             yield [where[id(row)] for window in some for row in window.rows], hidden[kept], targets[kept]
 
     def tokens(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
-        """Of each row the sum of the loss over its supervised tokens, in nats, and whether each has the largest logit."""
+        """Of each row the loss in nats, summed over its supervised tokens, and whether each has the largest logit."""
         nll, exact = np.zeros(len(rows)), np.zeros(len(rows), bool)
         for indices, hidden, targets in self.states(rows):
             losses, right = self._token_losses(hidden, targets)
@@ -72,24 +70,24 @@ class Scorer:
         return (highest + total.log() - of_target).numpy(), (of_target == highest).numpy()
 
     def choose(self, prompts: Sequence[np.ndarray], labels: Sequence[Ids]) -> np.ndarray:
-        """Of each prompt the index of the label whose tokens follow it, by greedy steps along the tree of all labels."""
+        """Of each prompt the index of the label that greedy steps along the tree of all labels lead to."""
+        tree = _Tree(labels)
         found = np.full(len(prompts), -1)
         said: dict[int, Ids] = dict.fromkeys(range(len(prompts)), ())
         while said:
-            options: dict[int, list[int]] = {}
             for index, so_far in list(said.items()):
-                so_far = _forced(so_far, labels)
-                said[index] = so_far
-                if so_far in labels:
-                    found[index] = labels.index(so_far)
+                said[index] = so_far = tree.forced(so_far)
+                if so_far in tree.ends:
+                    found[index] = tree.ends[so_far]
                     del said[index]
-                else:
-                    options[index] = _next(so_far, labels)
+            options = {index: tree.follows[so_far] for index, so_far in said.items()}
             for index, token in self._best(prompts, said, options).items():
                 said[index] += (token,)
         return found
 
-    def _best(self, prompts: Sequence[np.ndarray], said: dict[int, Ids], options: dict[int, list[int]]) -> dict[int, int]:
+    def _best(
+        self, prompts: Sequence[np.ndarray], said: dict[int, Ids], options: dict[int, list[int]]
+    ) -> dict[int, int]:
         """The token among the options of each row that has the largest logit after its prompt and what was said."""
         indices = list(options)
         allowed = sorted({token for tokens in options.values() for token in tokens})
@@ -108,7 +106,7 @@ class Scorer:
         return found
 
     def features(self, prompts: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """The last block's normed hidden states of each prompt, float32 [n, H]: their `mean`, and the `last` token's."""
+        """What the head gets of each prompt, float32 [n, H]: the `mean` over its tokens, and the `last` one's."""
         width = self.decoder.config.hidden_size
         made = {name: np.empty((len(prompts), width), np.float32) for name in ("mean", "last")}
         for indices, hidden, _ in self.states([_asking(ids, all_of_it=True) for ids in prompts]):
@@ -126,19 +124,20 @@ def _asking(ids: np.ndarray, *, all_of_it: bool = False) -> Row:
     return Row(np.append(ids, np.int32(0)), labels, 0)
 
 
-def _next(so_far: Ids, labels: Sequence[Ids]) -> list[int]:
-    """The tokens that may follow."""
-    size = len(so_far)
-    return sorted({label[size] for label in labels if label[:size] == so_far and len(label) > size})
+class _Tree:
+    """Labels by what they begin with. One that another begins with is chosen where it ends."""
 
+    def __init__(self, labels: Sequence[Ids]) -> None:
+        self.ends = {label: index for index, label in enumerate(labels)}
+        self.follows: dict[Ids, list[int]] = {}
+        for label in labels:
+            for size in range(len(label)):
+                follows = self.follows.setdefault(label[:size], [])
+                if label[size] not in follows:
+                    follows.append(label[size])
 
-def _forced(so_far: Ids, labels: Sequence[Ids]) -> Ids:
-    """What was said, gone on with as long as there is no choice."""
-    while so_far not in labels and len(follows := _next(so_far, labels)) == 1:
-        so_far += (follows[0],)
-    return so_far
-
-
-def positions_of(plan: Any) -> int:
-    """What a micro-batch of the plan holds: evaluation with no more than that stays inside of its memory."""
-    return int(plan.batch_size * plan.max_seq_length)
+    def forced(self, so_far: Ids) -> Ids:
+        """What was said, gone on with as long as there is no choice."""
+        while so_far not in self.ends and len(self.follows[so_far]) == 1:
+            so_far += (self.follows[so_far][0],)
+        return so_far
