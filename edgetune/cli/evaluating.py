@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 from edgetune.cli.console import answer, tell
 from edgetune.cli.flags import Json, SkipBad
+from edgetune.host import THREAD_SETTINGS
 from edgetune.memory import format_mib
 
 _METRICS = {
@@ -50,6 +52,8 @@ def evaluate(
 
     Example: edgetune eval run/ --data held-out.jsonl --retention old.jsonl
     """
+    for name, value in THREAD_SETTINGS.items():  # before torch is loaded
+        os.environ.setdefault(name, value)
     from edgetune import evaluation
 
     tell("the base, prompted and not, a head on its features where answers are labels, and the tuned model")
