@@ -30,6 +30,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +107,16 @@ def _examine(
 ) -> tuple[list[_Line], dict[str, Any]]:
     file = RowFile(path)
     lines = _read(file, skip_bad)
-    rows = None if tokenizer is None else read_rows(path, tokenizer, _NO_WINDOW, skip_bad=skip_bad)
-    lengths = [len(line.text) for line in lines] if rows is None else [len(row) for row in rows]
+    window, lengths = None, [len(line.text) for line in lines]
+    if tokenizer is not None:
+        rows = read_rows(path, tokenizer, _NO_WINDOW, skip_bad=skip_bad)
+        lengths = [len(row) for row in rows]
+        window = _window(rows, partial(read_rows, path, tokenizer, skip_bad=skip_bad), *limits)
     return lines, {
         "data": str(path), "kind": file.kind, "rows": len(lines), "sha256": file.sha256,
         "skipped": file.num_lines - len(lines),
         "duplicates": _duplicates(lines), "conflicts": _conflicts(lines), "labels": _labels(lines),
-        "lengths": {"unit": "characters" if rows is None else "tokens"} | _lengths(lengths),
-        "window": None if rows is None else _window(
-            rows, lambda length: read_rows(path, tokenizer, length, skip_bad=skip_bad), *limits
-        ),
+        "lengths": {"unit": "tokens" if window else "characters"} | _lengths(lengths), "window": window,
     }  # fmt: skip
 
 
@@ -218,18 +219,21 @@ def _window(
 ) -> dict[str, Any]:
     """`cut` reads texts again, for windows of so many tokens."""
     is_text = rows.kind == "text"
-    needed = -(-rows.longest // WINDOW_STEP) * WINDOW_STEP
+    units = [rows.rows[at : at + rows.together] for at in range(0, len(rows), rows.together)]
+    sizes = [sum(map(len, unit)) for unit in units]
+    needed = -(-max(sizes) // WINDOW_STEP) * WINDOW_STEP
     most = min(context_length or needed, DEFAULT_WINDOW if is_text else needed)
     length = max_seq_length or most
-    long = [row for row in rows if len(row) > length]
-    fitting = cut(length) if is_text and long else [row for row in rows if len(row) <= length]
-    windows = pack(fitting, length)
+    long = [unit for unit, size in zip(units, sizes, strict=True) if size > length]
+    short = [row for unit, size in zip(units, sizes, strict=True) if size <= length for row in unit]
+    fitting = cut(length) if is_text and long else short
+    windows = pack(fitting, length, rows.together)
     positions = sum(window.length for window in windows)
     return {
         "max_seq_length": length, "windows": len(windows),
         "fill": sum(window.num_tokens for window in windows) / positions if positions else 0.0,
         "cut": len(long) if is_text else 0, "too_long": 0 if is_text else len(long),
-        "too_long_lines": [] if is_text else [row.line for row in long[:_EXAMPLES]],
+        "too_long_lines": [] if is_text else [unit[0].line for unit in long[:_EXAMPLES]],
     }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from edgetune.checkpoint import PLAN
 from edgetune.data import IGNORED, Row, Rows, read_rows, split_eval
 from edgetune.data_check import label_counts
 from edgetune.errors import CheckpointError, ConfigError, DataError, ModelError
+from edgetune.objectives import sft
 from edgetune.planner.plans import Plan
 from edgetune.tokenizer import Tokenizer, load_tokenizer
 from edgetune.training.run import METRICS, Metrics, Run
@@ -128,7 +129,7 @@ def read_job(
         CheckpointError: it is no run that has ended.
         ModelError: its base is gone, or another one.
         DataError: rows cannot be used.
-        ConfigError: `max_rows` is below 2, or the run is of another kind than a decoder's on the torch engine.
+        ConfigError: `max_rows` is below 2, or the rows are of another kind.
     """
     folder = run.folder if isinstance(run, Run) else Path(run)
     run = Run(folder)
@@ -152,6 +153,8 @@ def read_job(
         return read_rows(path, tokenizer, plan.max_seq_length, skip_bad=skip_bad) if rows.kind == "text" else rows
 
     held_out = read(data)
+    if held_out.kind not in sft.KINDS:
+        raise ConfigError(f"{data} has {held_out.kind} rows; rows to answer were expected: {', '.join(sft.KINDS)}.")
     rows = _some(held_out, max_rows)
     if len(rows) < 2:
         raise DataError(f"{data} has {len(rows)} row; an interval needs at least 2. Add rows.")
