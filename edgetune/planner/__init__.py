@@ -434,6 +434,7 @@ def _made(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         eval_fraction=config.eval_fraction,
+        early_stopping_patience=config.early_stopping_patience,
         seed=config.seed,
         threads=costs.threads,
         predicted_step_seconds=step_seconds,

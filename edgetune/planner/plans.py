@@ -63,6 +63,9 @@ class TrainConfig:
     weight_decay: Annotated[float, Key("decay of the adapter's weights", 0, 100)] = 0.0
     max_grad_norm: Annotated[float, Key("gradients are clipped to this norm", 1e-12, 1e12)] = 1.0
     eval_fraction: Annotated[float, Key("share of the rows held out where no other rows are given", 0, 0.9)] = 0.1
+    early_stopping_patience: Annotated[
+        int | None, Key("end after so many evaluations, ten of a run, without a lower held-out loss", 1, 1 << 20)
+    ] = None
     seed: Annotated[int, Key("fixes the adapter's start, the order of the rows and dropout", 0, (1 << 63) - 1)] = 0
 
     def checked(self) -> TrainConfig:
@@ -172,6 +175,7 @@ class Plan:
     weight_decay: float
     max_grad_norm: float
     eval_fraction: float
+    early_stopping_patience: int | None
     seed: int
     threads: int
     predicted_step_seconds: float

@@ -11,7 +11,7 @@ from typing import Any
 from edgetune.checkpoint import Checkpoint
 from edgetune.data import Rows, Window, pack, read_rows, split_eval
 from edgetune.data.teacher import teacher_path
-from edgetune.errors import CheckpointError, DataError
+from edgetune.errors import CheckpointError, ConfigError, DataError
 from edgetune.objectives import OBJECTIVES, with_needed
 from edgetune.planner.plans import Plan
 from edgetune.tokenizer import load_tokenizer
@@ -81,6 +81,11 @@ def read_inputs(plan: Plan, base: Path, base_sha256: str, data: Path, eval_data:
             identity[f"{name}_sha256"] = None if path is None else sha256_file(teacher_path(path))
     if not rows.num_supervised:
         raise DataError(f"{data} has no token to learn from. Add completions that are not empty.")
+    if plan.early_stopping_patience is not None and not held_out.num_supervised:
+        raise ConfigError(
+            f"early_stopping_patience = {plan.early_stopping_patience} goes by held-out rows, and there are none. Give "
+            "--eval-data or an eval_fraction above 0, or leave it out."
+        )
     windows, eval_windows = (pack(each, plan.max_seq_length, each.together) for each in (rows, held_out))
     plan = plan.with_steps(len(windows))
     values = json.loads(json.dumps(plan.to_dict()))  # as it comes back from a checkpoint: lists, no tuples

@@ -180,7 +180,7 @@ class Trainer(ABC):
             if self.evaluation_is_due():
                 self.evaluate()
                 self.save()
-            if self.state.step >= self.max_steps:
+            if self.state.step >= self.max_steps or self.improves_no_more():
                 return "done"
             self.one_step()
             if self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -223,6 +223,13 @@ class Trainer(ABC):
         """Whether this step ends with an evaluation, and has not had it; the last one does."""
         step = self.state.step
         return self.state.evaluated_step < step and (step % self.evaluate_every == 0 or step >= self.max_steps)
+
+    def improves_no_more(self) -> bool:
+        """Whether as many evaluations as the plan has patience for found no lower held-out loss."""
+        best, patience = self.state.best_step, self.plan.early_stopping_patience
+        if best is None or patience is None:
+            return False
+        return self.state.evaluated_step - best >= patience * self.evaluate_every
 
     def one_step(self) -> None:
         """One step over all its micro-batches, or none where loss or gradient is not finite."""

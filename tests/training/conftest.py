@@ -69,7 +69,8 @@ def make_plan(base: Path, **overrides: Any) -> Plan:
         "dequantized_layers": 0, "fast_products": False, "feature_cache_bytes": 0,
         "max_steps": 12, "num_epochs": 1.0, "warmup_steps": 2,
         "warmup_ratio": 0.1, "learning_rate": 5e-3, "lr_scheduler_type": "cosine", "weight_decay": 0.01,
-        "max_grad_norm": 1.0, "eval_fraction": 0.2, "seed": 3, "threads": 1, "predicted_step_seconds": 0.0,
+        "max_grad_norm": 1.0, "eval_fraction": 0.2, "early_stopping_patience": None, "seed": 3, "threads": 1,
+        "predicted_step_seconds": 0.0,
         "predicted_run_seconds": None, "predicted_energy_mwh": None, "fits_training_window": None,
         "slice_seconds": 86400, "grace_seconds": 5.0, "num_slices": None,
     }  # fmt: skip

@@ -711,6 +711,22 @@ def test_the_best_adapter_is_the_one_kept(
     assert all(np.array_equal(tensors[name], best[name]) for name in best)
 
 
+def test_a_run_ends_where_its_patience_does(
+    job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, data = job
+    losses: Iterator[float] = iter([5.0, 2.0, 3.0, 1.5, 1.5, float("nan"), 1.6, 1.0])
+    monkeypatch.setattr(torch_trainer, "evaluate", lambda *_, **__: next(losses))
+    plan = make_plan(base, early_stopping_patience=3)
+    run = train(plan, base, data=data, out=tmp_path / "run")
+    assert (run.stopped, run.summary["best_step"], run.summary["steps"]) == ("done", 4, 7)
+    assert train(plan, base, data=data, out=tmp_path / "run", resume=True).summary["steps"] == 7
+    with pytest.raises(
+        errors.ConfigError, match="early_stopping_patience = 3 goes by held-out rows, and there are none"
+    ):
+        train(make_plan(base, early_stopping_patience=3, eval_fraction=0.0), base, data=data, out=tmp_path / "none")
+
+
 def test_own_rows_for_evaluation(job: tuple[Path, Path], tmp_path: Path) -> None:
     base, data = job
     held_out = write_rows(tmp_path / "held.jsonl", 6, seed=9)
