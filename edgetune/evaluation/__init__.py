@@ -84,7 +84,7 @@ def evaluate(
         CheckpointError: `run` is no run that has ended.
         ModelError: its base is gone, or another one.
         DataError: rows cannot be used.
-        ConfigError: `max_rows` or `shots` is out of its range.
+        ConfigError: `max_rows` is below 2, or the rows are of another kind than answers or texts.
         AdapterError: the adapter does not fit its base.
     """
     job = read_job(run, data, retention, max_rows, skip_bad)

@@ -59,7 +59,7 @@ def _fit(features: np.ndarray, labels: np.ndarray, count: int, pooling: str, l2:
     mean, scale = features.mean(0), features.std(0) + np.float32(1e-6)
     x, y = torch.from_numpy((features - mean) / scale), torch.from_numpy(labels)
     weight, bias = torch.zeros(count, x.shape[1], requires_grad=True), torch.zeros(count, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=_STEPS, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=_STEPS, history_size=10, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()

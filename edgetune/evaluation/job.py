@@ -101,11 +101,11 @@ class Job:
         """A row as it stands before another one: without its first token where that only begins a text."""
         tokenizer = self.tokenizer
         ids: list[int] = row.input_ids.tolist()
+        ids = ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids
         if tokenizer.has_chat_template and self.kind != "prompt":
             return ids
         while ids and ids[-1] in tokenizer.eos_token_ids:
             ids.pop()
-        ids = ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids
         return [*ids, *tokenizer.encode(_SEPARATOR, add_special_tokens=False)]
 
     def prompted(self, shots: Sequence[Row]) -> list[Row]:

@@ -45,9 +45,9 @@ def bootstrap(metric: Callable[[np.ndarray], float], total: int, seed: int = 0) 
 
 
 def macro_f1(truth: np.ndarray, chosen: np.ndarray, count: int) -> float:
-    """The mean over the labels that stand in `truth` of 2 TP / (2 TP + FP + FN)."""
-    right = np.bincount(truth[truth == chosen], minlength=count)
-    there, said = np.bincount(truth, minlength=count), np.bincount(chosen[chosen >= 0], minlength=count)
+    """The mean over the labels that stand in `truth`, but for -1, of 2 TP / (2 TP + FP + FN)."""
+    right = np.bincount(truth[(truth == chosen) & (truth >= 0)], minlength=count)
+    there, said = np.bincount(truth[truth >= 0], minlength=count), np.bincount(chosen[chosen >= 0], minlength=count)
     with np.errstate(invalid="ignore"):
         f1 = 2 * right / (there + said)
     return float(f1[there > 0].mean())

@@ -136,6 +136,8 @@ def test_metrics_by_hand() -> None:
     truth, chosen = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 3, 0])
     f1 = [2 * 2 / (3 + 3), 2 * 1 / (2 + 2), 0.0]
     assert macro_f1(truth, chosen, 4) == pytest.approx(np.mean(f1)), "a label that no row has does not count"
+    unseen = macro_f1(np.append(truth, -1), np.append(chosen, 1), 4)  # a false positive of label 1
+    assert unseen == pytest.approx(np.mean([f1[0], 2 * 1 / (2 + 3), 0.0]))
     answers = Answers(np.array([1.0, 2, 3, 4, 5, 6]), np.array([1, 1, 2, 2, 3, 3]), truth == chosen, chosen)
     figures = summarize(answers, truth, 1, 4)
     assert figures["loss"]["value"] == pytest.approx(21 / 12)
@@ -219,6 +221,13 @@ def test_the_cheapest_of_those_that_are_as_good_is_chosen() -> None:
     assert choose("accuracy", answers, figures, truth) == "tuned"
     answers["tuned"], figures["tuned"] = right(0.97), costs(0.97, 1e6, 0.01)
     assert choose("accuracy", answers, figures, truth) == "tuned", "no cost makes up for a worse answer"
+
+
+def test_a_label_that_no_training_row_has_is_answered_wrong(folder: Path, tmp_path: Path) -> None:
+    held_out = write(tmp_path / "held.jsonl", [*labelled(8, 5), {"prompt": "www ab: ", "completion": "dim"}])
+    found = et.evaluate(folder / "run", held_out, shots=0)
+    assert found["unseen_labels"] == 1 and found["metric"] == "accuracy"
+    assert found["ways"]["head"]["accuracy"]["value"] <= 8 / 9
 
 
 def test_texts_have_a_loss_and_nothing_to_prompt_with(folder: Path) -> None:
