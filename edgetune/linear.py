@@ -145,6 +145,13 @@ class FrozenLinear(nn.Module):
             else:
                 yield rows, self.held[rows]
 
+    def row_norms(self) -> torch.Tensor:
+        """The norm of each row of the weight, float32 [out_features]."""
+        norms = torch.empty(self.out_features)
+        for rows, weight in self.tiles():
+            torch.linalg.vector_norm(weight, dim=1, out=norms[rows])
+        return norms
+
     def hold(self) -> None:
         """Keep the dequantized weight for `tiles`, until `release`."""
         self.held = self.dequantize()

@@ -6,21 +6,31 @@ A method is one file without torch, so that the planner and the device can read 
     CAPABILITIES              what it can do, and where it cannot, why and what to do instead (`adapters.capabilities`)
     slots(config, model)      the tensors that it needs, by place: a list of `Slot`
     slot(place, shape, config)                the slot at one place of that (out_features, in_features)
-    initialize(slot, config, rng)             its values before the first step: the adapted model equals the base
+    initialize(slot, config, rng, frozen)     its values before the first step: the adapted model equals the base.
+                                              `frozen` is the `FrozenLinear`, or None where there is no torch
     PEFT_NAMES, reads_peft, config_to_peft, config_from_peft          its files, where PEFT has the method
 
-A method at linears has, for torch tensors and numpy arrays alike,
+A method at linears computes
 
-    forward(x, y, tensors, config)            the layer's output from its input x and the frozen output y
+    y = outer * (W (inner * x) + added(x)) + bias
+
+for torch tensors, without the factors where its slots scale nothing, and with the bias in brackets where it
+SCALES_BIAS:
+
+    forward(x, y, tensors, config)            y with the sum's second term, for autograd and for numpy arrays
+    add(x, y, tensors, config)                the same into y itself
+    add_gradients(x, d_y, d_x, tensors, gradients, config)            its backward, added to d_x and to the gradients
+    factors(tensors, config, norms)           inner [in] and outer [out], None where they are all one
+    add_factor_gradient(d_factor, tensors, gradients, config, norms)  from that of either, to the gradients
+    squared_norms(weight, squares, tensors, rows, config)             what `norms` are made of, where factors need them
+
+and for numpy arrays
+
     merge(weight, tensors, rows, config)      rows of the frozen weight with the adapter folded in
     changes(tensors)                          whether these tensors of a slot do anything
     weakened(config, tensors, alpha)          the adapter that changes the weight by `alpha` times as much
     as_lora(config, tensors)                  the same adapter as LoRA, where it has that form
-
-and for torch tensors alone
-
-    add(x, y, tensors, config)                `forward` into y itself
-    add_gradients(x, d_y, d_x, tensors, gradients, config)            its backward, added to d_x and to the gradients
+    merge_bias(bias, tensors)                 the same of the bias, where it SCALES_BIAS
 """
 
 from __future__ import annotations
@@ -29,10 +39,10 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from edgetune.adapters import lora
+from edgetune.adapters import dora, ia3, lora
 from edgetune.errors import AdapterError
 
-METHODS = {"lora": lora}
+METHODS = {"lora": lora, "dora": dora, "ia3": ia3}
 
 
 def method_of_peft(peft: Mapping[str, Any]) -> ModuleType:

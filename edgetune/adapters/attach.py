@@ -8,6 +8,7 @@ first pass and a resumed run sees those of an uninterrupted one.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from edgetune.adapters import METHODS
 from edgetune.adapters.config import AdapterConfig
-from edgetune.adapters.slot import Slot
+from edgetune.adapters.slot import FACTOR_COLUMNS, Slot
 from edgetune.errors import AdapterError
 from edgetune.linear import FrozenLinear
 from edgetune.models.decoder import Decoder
@@ -23,7 +24,7 @@ from edgetune.models.encoder import Encoder
 
 
 class AdaptedLinear(nn.Module):
-    """`base_layer` plus a method's contribution from the same input."""
+    """`base_layer` with what a method multiplies and adds: y = outer * (W (inner * x) + added(x)) + bias."""
 
     def __init__(self, base_layer: FrozenLinear, slot: Slot, index: int, config: AdapterConfig) -> None:
         super().__init__()
@@ -33,31 +34,120 @@ class AdaptedLinear(nn.Module):
             {name: nn.Parameter(torch.zeros(shape)) for name, shape in slot.tensors.items()}
         )
         self.dropout_key: tuple[int, ...] | None = None  # None: no dropout, as in evaluation
+        self.frozen_squares: torch.Tensor | None = None  # of the norms of the frozen rows, where factors need them
+        self.norms: torch.Tensor | None = None  # of the rows as they are now
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X [..., in_features] -> [..., out_features]."""
-        y = self.base_layer(x)
-        result: torch.Tensor = self.method.forward(self._dropped(x), y, self.tensors, self.config)
-        return result
+        if not self.multiplies:
+            result: torch.Tensor = self.method.forward(self._dropped(x), self.base_layer(x), self.tensors, self.config)
+            return result
+        self.norms = None
+        inner, outer = self._factors()
+        y = self.base_layer(x if inner is None else x * inner)
+        bias = None if self.method.SCALES_BIAS else self.base_layer.bias
+        y = self.method.forward(self._dropped(x), y if bias is None else y - bias, self.tensors, self.config)
+        made: torch.Tensor = y if outer is None else y * outer
+        return made if bias is None else made + bias
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether the method has factors here."""
+        return self.slot.scales_input or self.slot.scales_output
+
+    def start_pass(self, key: tuple[int, ...] | None) -> None:
+        """Choose the dropout masks of a pass, and forget what was computed from the tensors as they were."""
+        self.dropout_key, self.norms = key, None
+
+    def taken(self, x: torch.Tensor) -> torch.Tensor:
+        """What the frozen weight multiplies: x [N, in_features] itself, or with its factors, in "adapter.x"."""
+        inner = self._factors()[0] if self.slot.scales_input else None
+        return x if inner is None else torch.mul(x, inner, out=self.base_layer.workspace.like(x, "adapter.x"))
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Adds the method's contribution for x [N, in_features] to y [N, out_features]."""
+        """Turns y [N, out_features], the frozen layer's from `taken(x)`, into the layer's output."""
+        if not self.slot.scales_output:
+            self.method.add(self._dropped(x), y, self.tensors, self.config)
+            return
+        bias = None if self.method.SCALES_BIAS else self.base_layer.bias
+        if bias is not None:
+            y.sub_(bias)
         self.method.add(self._dropped(x), y, self.tensors, self.config)
+        y.mul_(self._factors()[1])
+        if bias is not None:
+            y.add_(bias)
+
+    def before_frozen(self, x: torch.Tensor, d_y: torch.Tensor) -> torch.Tensor:
+        """The gradient [N, out_features] of what the frozen weight gives, for d_y: that itself, or with the factors.
+
+        Adds the gradient of those, from the frozen product computed again, some of its columns at a time.
+        """
+        if not self.slot.scales_output:
+            return d_y
+        take, layer, outer = self.base_layer.workspace.take, self.base_layer, self._factors()[1]
+        d_sum = take(len(x), layer.out_features, "adapter.d_y").zero_()
+        self.method.add(self._dropped(x), d_sum, self.tensors, self.config)
+        if self.method.SCALES_BIAS and layer.bias is not None:
+            d_sum.add_(layer.bias)
+        d_outer = d_sum.mul_(d_y).sum(0)
+        for rows, weight in layer.tiles():
+            for start in range(rows.start, rows.stop, FACTOR_COLUMNS):
+                columns = slice(start, min(start + FACTOR_COLUMNS, rows.stop))
+                part = weight[columns.start - rows.start : columns.stop - rows.start]
+                y = torch.mm(x, part.T, out=take(len(x), len(part), "adapter.y"))
+                d_outer[columns].add_(y.mul_(d_y[:, columns]).sum(0))
+        self._add_factor_gradient(d_outer)
+        return torch.mul(d_y, outer, out=d_sum)
 
     def add_gradients(self, x: torch.Tensor, d_y: torch.Tensor, d_x: torch.Tensor | None) -> None:
-        """Backward of `add` for d_y [N, out_features]: adds to d_x [N, in_features] and to `.grad` of the tensors."""
+        """Backward of `add` for d_y [N, out_features] as `before_frozen` gave it: adds to d_x [N, in_features] and to
+        `.grad` of the tensors.
+        """
+        keep = self._keep(x.shape)
+        if keep is None:
+            self.method.add_gradients(x, d_y, d_x, self.tensors, self._gradients(), self.config)
+            return
+        d_dropped = None if d_x is None else torch.zeros_like(x)
+        self.method.add_gradients(x * keep, d_y, d_dropped, self.tensors, self._gradients(), self.config)
+        if d_x is not None and d_dropped is not None:
+            d_x.addcmul_(d_dropped, keep)
+
+    def add_taken_gradient(self, x: torch.Tensor, d_taken: torch.Tensor, d_x: torch.Tensor | None) -> None:
+        """Backward of `taken` for d_taken [N, in_features], which is overwritten: adds to d_x and to `.grad`."""
+        inner = self._factors()[0]
+        if d_x is not None:
+            d_x.addcmul_(d_taken, inner)
+        self._add_factor_gradient(d_taken.mul_(x).sum(0))
+
+    def _factors(self) -> tuple[Any, Any]:
+        """Inner [in_features] and outer [out_features]; None where they are all one."""
+        if not self.slot.kept_floats:
+            found: tuple[Any, Any] = self.method.factors(self.tensors, self.config, None)
+            return found
+        if self.norms is None:
+            self.norms = self._row_norms()
+        found = self.method.factors(self.tensors, self.config, self.norms)
+        return found
+
+    @torch.no_grad()
+    def _row_norms(self) -> torch.Tensor:
+        if self.frozen_squares is None:
+            self.frozen_squares = self.base_layer.row_norms().square_()
+        norms = torch.empty_like(self.frozen_squares)
+        for rows, weight in self.base_layer.tiles():
+            squares = self.frozen_squares[rows]
+            norms[rows] = self.method.squared_norms(weight, squares, self.tensors, rows, self.config)
+        return norms.sqrt_()
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        """`.grad` of the tensors, by name."""
         for value in self.tensors.values():
             if value.grad is None:
                 value.grad = torch.zeros_like(value)
-        gradients = {name: value.grad for name, value in self.tensors.items()}
-        keep = self._keep(x.shape)
-        if keep is None:
-            self.method.add_gradients(x, d_y, d_x, self.tensors, gradients, self.config)
-            return
-        d_dropped = None if d_x is None else torch.zeros_like(x)
-        self.method.add_gradients(x * keep, d_y, d_dropped, self.tensors, gradients, self.config)
-        if d_x is not None and d_dropped is not None:
-            d_x.addcmul_(d_dropped, keep)
+        return {name: value.grad for name, value in self.tensors.items()}
+
+    def _add_factor_gradient(self, d_factor: torch.Tensor) -> None:
+        self.method.add_factor_gradient(d_factor, self.tensors, self._gradients(), self.config, self.norms)
 
     def _dropped(self, x: torch.Tensor) -> torch.Tensor:
         keep = self._keep(x.shape)
@@ -90,7 +180,9 @@ def attach(model: Decoder | Encoder, config: AdapterConfig, seed: int = 0) -> di
         path, _, name = slot.place.removeprefix("model.").rpartition(".")
         parent = model.get_submodule(path)
         layer = AdaptedLinear(getattr(parent, name), slot, index, config)
-        for key, value in method.initialize(slot, config, np.random.default_rng([seed, index])).items():
+        for key, value in method.initialize(
+            slot, config, np.random.default_rng([seed, index]), layer.base_layer
+        ).items():
             layer.tensors[key].data.copy_(torch.from_numpy(value))
             parameters[f"{slot.place}.{key}"] = layer.tensors[key]
         setattr(parent, name, layer)
@@ -120,4 +212,4 @@ def set_dropout(decoder: Decoder, key: tuple[int, ...] | None) -> None:
     """Choose the dropout masks of every adapted linear by counters such as (seed, step, micro-batch); None: none."""
     for module in decoder.modules():
         if isinstance(module, AdaptedLinear):
-            module.dropout_key = key
+            module.start_pass(key)

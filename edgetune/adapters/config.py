@@ -48,6 +48,10 @@ class AdapterConfig:
         """Share of the adapter's inputs that training zeroes."""
         return 0.0
 
+    def lr_ratio(self, tensor: str) -> float:
+        """The learning rate of a tensor, by its short name, over the plan's."""
+        return 1.0
+
     @property
     def brief(self) -> str:
         """The settings of a resolved config in a few words, such as `r 8, alpha 16`."""

@@ -1,5 +1,7 @@
 """LoRA: y = W x + scaling * B (A dropout(x)),  A [r, in], B [out, r]        (Hu et al., arXiv 2106.09685)
 
+LoRA+ lets B learn faster than A, which costs nothing (arXiv 2402.12354): `loraplus_lr_ratio`, of the optimizer alone.
+
 `scaling` is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732). A starts uniform in
 ±1/sqrt(in) (PEFT's Kaiming initialization), B starts at zero, so the adapted layer equals the base. Names and meaning
 follow PEFT. No torch here: `forward` uses only operators that torch tensors and numpy arrays share.
@@ -43,6 +45,9 @@ class LoraConfig(LinearsConfig):
         float | None, Key("Share of the adapter's inputs set to zero in training. (default: 0)")
     ] = None
     use_rslora: Annotated[bool | None, Key("Scale by alpha / sqrt(r), for high ranks. (default: off)")] = None
+    loraplus_lr_ratio: Annotated[
+        float | None, Key("LoRA+: B learns at so many times the learning rate of A. (default: 1)")
+    ] = None
 
     def resolved(self: LoraT, model: ModelConfig) -> LoraT:
         """See `AdapterConfig`."""
@@ -55,11 +60,14 @@ class LoraConfig(LinearsConfig):
             lora_alpha=2 * r if self.lora_alpha is None else self.lora_alpha,
             lora_dropout=self.lora_dropout or 0.0,
             use_rslora=bool(self.use_rslora),
+            loraplus_lr_ratio=1.0 if self.loraplus_lr_ratio is None else self.loraplus_lr_ratio,
         )
         if not 0 < config._alpha < math.inf:
             raise ConfigError(f"lora_alpha = {config.lora_alpha!r}; a positive number was expected.")
         if not 0 <= config.dropout < 1:
             raise ConfigError(f"lora_dropout = {config.lora_dropout!r}; a number from 0 to below 1 was expected.")
+        if not 1 <= config.lr_ratio("lora_B") < math.inf:
+            raise ConfigError(f"loraplus_lr_ratio = {config.loraplus_lr_ratio!r}; a number from 1 up was expected.")
         return config
 
     @property
@@ -71,6 +79,10 @@ class LoraConfig(LinearsConfig):
     def dropout(self) -> float:
         """See `AdapterConfig`."""
         return self.lora_dropout or 0.0
+
+    def lr_ratio(self, tensor: str) -> float:
+        """See `AdapterConfig`."""
+        return self.loraplus_lr_ratio or 1.0 if tensor == "lora_B" else 1.0
 
     @property
     def brief(self) -> str:
@@ -104,7 +116,7 @@ def slot(place: str, shape: tuple[int, int], config: LoraConfig) -> Slot:
     return Slot(place, k, n, {"lora_A": (config.rank, k), "lora_B": (n, config.rank)})
 
 
-def initialize(slot: Slot, config: LoraConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def initialize(slot: Slot, config: LoraConfig, rng: np.random.Generator, frozen: Any) -> dict[str, np.ndarray]:
     """A uniform in ±1/sqrt(in), B zero; float32."""
     bound = 1 / math.sqrt(slot.in_features)
     a = rng.uniform(-bound, bound, slot.tensors["lora_A"]).astype(np.float32)
@@ -185,7 +197,7 @@ def config_to_peft(config: LoraConfig, base_model: str) -> dict[str, Any]:
 
 def reads_peft(peft: Mapping[str, Any]) -> bool:
     """Whether an `adapter_config.json` is of this method."""
-    return peft.get("peft_type") == "LORA"
+    return peft.get("peft_type") == "LORA" and not peft.get("use_dora")
 
 
 def config_from_peft(peft: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> LoraConfig:
@@ -198,7 +210,7 @@ def config_from_peft(peft: Mapping[str, Any], tensors: Mapping[str, tuple[int, .
     """
     unsupported = [
         f"{key} = {peft[key]!r}"
-        for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
+        for key in ("fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
         if peft.get(key)
     ]
     if peft.get("bias", "none") != "none":
@@ -217,6 +229,7 @@ def config_from_peft(peft: Mapping[str, Any], tensors: Mapping[str, tuple[int, .
             lora_dropout=float(peft.get("lora_dropout") or 0.0),
             target_modules=tuple(dict.fromkeys(place.rpartition(".")[2] for place in places)),
             use_rslora=bool(peft.get("use_rslora", False)),
+            loraplus_lr_ratio=1.0,
             layers_to_transform=tuple(sorted(layers)),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:

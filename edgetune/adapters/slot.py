@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+FACTOR_COLUMNS = 256  # of a frozen product that are computed again at a time, for the gradient of its factors
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -18,6 +20,12 @@ class Slot:
     in_features: int
     out_features: int
     tensors: dict[str, tuple[int, ...]]
+    scales_input: bool = False
+    """Its factors multiply what a linear takes."""
+    scales_output: bool = False
+    """Its factors multiply what a linear gives, which backward computes again."""
+    kept_floats: int = 0
+    """What is kept beside the tensors while the model is loaded."""
 
     @property
     def names(self) -> dict[str, tuple[int, ...]]:

@@ -68,13 +68,14 @@ class Backprop:
         """The optimizer's step, tensor by tensor; a step without a supervised token has no gradients."""
         self.updates += 1
         numbers = {
-            "learning_rate": learning_rate, "weight_decay": self.plan.weight_decay, "grad_norm": self.norm,
-            "max_grad_norm": self.plan.max_grad_norm,
+            "weight_decay": self.plan.weight_decay, "grad_norm": self.norm, "max_grad_norm": self.plan.max_grad_norm,
         }  # fmt: skip
         values: Arrays = {name: np.array([value], np.float32) for name, value in numbers.items()}
         values["updates"] = np.array([self.updates], np.int64)
         for name, parameter in self.parameters.items():
             gradient = self.gradients.get(name)
+            own_rate = learning_rate * self.plan.adapter.lr_ratio(name.rpartition(".")[2])
+            values["learning_rate"] = np.array([own_rate], np.float32)
             values |= {"parameter": parameter, "gradient": np.zeros_like(parameter) if gradient is None else gradient}
             tensors = {"parameter": parameter} | {kind: of[name] for kind, of in self.moments.items()}
             buffers = {f"{kind}.next": self.graphs.buffers(f"{kind}.next", parameter.shape) for kind in tensors}
@@ -168,7 +169,7 @@ def initial(config: LoraConfig, plan: Plan) -> Arrays:
     return {
         f"{slot.place}.{name}": np.ascontiguousarray(value.T)
         for index, slot in enumerate(lora.slots(config, plan.model_config))
-        for name, value in lora.initialize(slot, config, np.random.default_rng([plan.seed, index])).items()
+        for name, value in lora.initialize(slot, config, np.random.default_rng([plan.seed, index]), None).items()
     }
 
 

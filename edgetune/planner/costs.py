@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from edgetune.adapters import METHODS
 from edgetune.adapters.config import AdapterConfig
-from edgetune.adapters.slot import Slot
+from edgetune.adapters.slot import FACTOR_COLUMNS, Slot
 from edgetune.base import Base
 from edgetune.device import DeviceProfile
 from edgetune.grids import GRIDS, PIECE_CODES, tile_rows
@@ -215,7 +215,9 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         "floor": floor_bytes,
         "dequantized": FLOAT_BYTES * _per_block(job)[0] * job.dequantized_layers,
         "base": _vector_bytes(job.model) + job.base_copy_bytes + LINEAR_OBJECT_BYTES * len(job.model.matrices()),
-        "adapter": FLOAT_BYTES * sum(trained) * (1 if job.has_gradients else 2) + SLOT_OBJECT_BYTES * len(slots),
+        "adapter": FLOAT_BYTES * sum(trained) * (1 if job.has_gradients else 2)
+        + FLOAT_BYTES * sum(slot.kept_floats for slot in slots)
+        + SLOT_OBJECT_BYTES * len(slots),
         "gradients": 0,
         "optimizer": optimizer.state_bytes(trained) + optimizer.scratch_bytes(trained),
         "data": data_bytes(job),
@@ -333,6 +335,14 @@ def buffers(job: Job) -> dict[str, int]:
     if whole:
         codes = min(PIECE_CODES, max(whole) // 2)
         floats |= {"codes": codes, "scales": 2 * codes // block}
+    inputs = [slot.in_features for slot in job.slots if slot.scales_input]
+    scaled = [slot for slot in job.slots if slot.scales_output] if job.has_gradients else []
+    if inputs:
+        floats["adapter.x"] = positions * max(inputs)
+    if scaled:
+        columns = (tile_rows((slot.out_features, slot.in_features), job.tile_weights) for slot in scaled)
+        floats["adapter.d_y"] = positions * max(slot.out_features for slot in scaled)
+        floats["adapter.y"] = positions * min(FACTOR_COLUMNS, max(columns))
     by_turns = job.activation_offloading or not job.has_gradients
     floats |= {f"input.{index}": positions * hidden for index in range(2 if by_turns else job.path_layers + 1)}
     widths = {"q": q, "k": kv, "v": kv, "o": q, "x2": hidden, "gate": inner, "up": inner}
@@ -443,6 +453,8 @@ def _adapter_work(job: Job, forward: float) -> StepWork:
     """
     inputs, outputs = (sum(slot.in_features for slot in job.slots), sum(slot.out_features for slot in job.slots))
     flops = 2.0 * sum(job.tensor_sizes) * (forward + (2 if job.has_gradients else 0))
+    if job.has_gradients:  # the frozen product again, for the gradient of its factors
+        flops += 2.0 * sum(slot.in_features * slot.out_features for slot in job.slots if slot.scales_output)
     floats = forward * (inputs + 2 * outputs) + (3 * inputs + 2 * outputs if job.has_gradients else 0)
     return StepWork(job.tokens * flops, job.tokens * FLOAT_BYTES * floats, 0)
 

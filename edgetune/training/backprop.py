@@ -52,7 +52,9 @@ class Rule:
         self.decoder, self.parameters, self.max_grad_norm = decoder, parameters, plan.max_grad_norm
         self.objective, self.figures = objective_of(plan), dict[str, float]()
         self.path = Path(plan.adapter.first_block, plan.recompute_layers, features, row_step(plan.threads))
-        self.optimizer = Optimizer(plan.optimizer, parameters, weight_decay=plan.weight_decay)
+        self.optimizer = Optimizer(
+            plan.optimizer, parameters, weight_decay=plan.weight_decay, lr_ratio=plan.adapter.lr_ratio
+        )  # fmt: skip
 
     def gradient(self, batches: Sequence[Batch], key: tuple[int, int], check: Check) -> tuple[float, float]:
         """Leaves the clipped gradients in `.grad`."""

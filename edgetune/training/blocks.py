@@ -186,9 +186,10 @@ class BlockPass:
 
     def _linear(self, layer: Linear, x: torch.Tensor, y: torch.Tensor) -> None:
         frozen = layer.base_layer if isinstance(layer, AdaptedLinear) else layer
+        taken = layer.taken(x) if isinstance(layer, AdaptedLinear) else x
         with self._products():
             for rows, weight in frozen.tiles():
-                torch.mm(x, weight.T, out=y[:, rows])
+                torch.mm(taken, weight.T, out=y[:, rows])
         if frozen.bias is not None:
             y.add_(frozen.bias)
         if isinstance(layer, AdaptedLinear):
@@ -198,6 +199,16 @@ class BlockPass:
         self, layer: Linear, x: torch.Tensor, d_y: torch.Tensor, d_x: torch.Tensor | None, *, first: bool = False
     ) -> None:
         """Adds to d_x, or sets it where it is the `first`; and to the gradients of the layer's adapter."""
+        if isinstance(layer, AdaptedLinear):
+            d_y = layer.before_frozen(x, d_y)
+            if layer.slot.scales_input:
+                d_taken = self.workspace.like(x, "adapter.x")
+                self._linear_backward(layer.base_layer, x, d_y, d_taken, first=True)
+                if d_x is not None and first:
+                    d_x.zero_()
+                layer.add_taken_gradient(x, d_taken, d_x)
+                layer.add_gradients(x, d_y, d_x)
+                return
         frozen = layer.base_layer if isinstance(layer, AdaptedLinear) else layer
         if d_x is not None:
             with self._products():

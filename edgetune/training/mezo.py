@@ -53,6 +53,7 @@ class Rule:
         self.first_block = plan.adapter.first_block
         self.max_grad_norm, self.weight_decay = plan.max_grad_norm, plan.weight_decay
         self.pairs = [(value.detach(), value.detach().clone()) for value in parameters.values()]  # in use, and theta
+        self.ratios = [plan.adapter.lr_ratio(name.rpartition(".")[2]) for name in parameters]
         self.generator = torch.Generator()
         self.seed, self.projected = 0, 0.0  # of the step under way
 
@@ -84,9 +85,9 @@ class Rule:
 
     def update(self, learning_rate: float) -> None:
         """SGD along z, with decoupled weight decay."""
-        for _, theta in self.pairs:
-            theta.mul_(1 - learning_rate * self.weight_decay)
-        self._move(-learning_rate * self.projected)
+        for (_, theta), ratio in zip(self.pairs, self.ratios, strict=True):
+            theta.mul_(1 - learning_rate * ratio * self.weight_decay)
+        self._move(-learning_rate * self.projected, self.ratios)
 
     def drop(self) -> None:
         """Nothing is left of a step."""
@@ -98,11 +99,11 @@ class Rule:
     def load(self, tensors: Mapping[str, np.ndarray], updates: int) -> None:
         """Nothing was kept."""
 
-    def _move(self, distance: float) -> None:
-        """Set the parameters to theta + distance * z."""
+    def _move(self, distance: float, ratios: Sequence[float] | None = None) -> None:
+        """Set the parameters to theta + distance * z, each by its ratio."""
         self.generator.manual_seed(self.seed)
-        for used, theta in self.pairs:
-            torch.add(theta, used.normal_(generator=self.generator), alpha=distance, out=used)
+        for (used, theta), ratio in zip(self.pairs, ratios or [1.0] * len(self.pairs), strict=True):
+            torch.add(theta, used.normal_(generator=self.generator), alpha=distance * ratio, out=used)
 
     def _loss(self, batches: Sequence[Batch], key: tuple[int, int], check: Check) -> float:
         """Mean loss of the objective's units, with the dropout of training."""

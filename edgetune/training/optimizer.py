@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -13,11 +13,18 @@ from edgetune.training.moments import BlockwiseMoment, Float32Moment
 
 
 class Optimizer:
-    """Updates parameters by the rule of that name; `state_bytes` and `scratch_bytes` of its table say what it holds."""
+    """Updates parameters by the rule of that name; `state_bytes` and `scratch_bytes` of its table say what it holds.
 
-    def __init__(self, name: str, parameters: Mapping[str, torch.nn.Parameter], *, weight_decay: float) -> None:
+    `lr_ratio` is by how much the rate of a tensor, named without its place, is higher.
+    """
+
+    def __init__(
+        self, name: str, parameters: Mapping[str, torch.nn.Parameter], *, weight_decay: float,
+        lr_ratio: Callable[[str], float] = lambda tensor: 1.0,
+    ) -> None:  # fmt: skip
         info = OPTIMIZERS[name]
         self.rule, self.parameters, self.weight_decay, self.updates = info.rule, parameters, weight_decay, 0
+        self.ratios = [lr_ratio(name.rpartition(".")[2]) for name in parameters]
         sizes = [parameter.numel() for parameter in parameters.values()]
         self.moments: dict[str, Float32Moment | BlockwiseMoment]
         if info.quantized:
@@ -41,7 +48,8 @@ class Optimizer:
                 tile = slice(at, min(at + TILE, len(values)))
                 self.rule.update(
                     values[tile], slopes[tile], *(moment.read(index, tile) for moment in self.moments.values()),
-                    learning_rate=learning_rate, weight_decay=self.weight_decay, updates=self.updates,
+                    learning_rate=learning_rate * self.ratios[index], weight_decay=self.weight_decay,
+                    updates=self.updates,
                 )  # fmt: skip
                 for moment in self.moments.values():
                     moment.write(index, tile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from conftest import tiny_config, write_model
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM
 
 from edgetune.adapters import METHODS
@@ -22,8 +24,14 @@ from edgetune.grids import GRIDS
 from edgetune.models import load_config
 from edgetune.models.decoder import Decoder, load_decoder
 from edgetune.quantizer import quantize
+from edgetune.training.blocks import BlockPass
 
 BASES = ["dense", *GRIDS]
+OWN: dict[str, dict[str, object]] = {
+    "lora": {"r": 3, "lora_alpha": 7.5},
+    "dora": {"r": 3, "lora_alpha": 7.5},
+    "ia3": {},
+}
 IDS = torch.randint(0, 301, (2, 33), generator=torch.Generator().manual_seed(4))
 
 
@@ -37,14 +45,14 @@ def base(kind: str, tmp_path: Path) -> Path:
 def randomize(parameters: dict[str, torch.nn.Parameter]) -> None:
     generator = torch.Generator().manual_seed(7)
     for value in parameters.values():
-        value.data.copy_(torch.randn(value.shape, generator=generator) * 0.3)
+        value.data.add_(torch.randn(value.shape, generator=generator) * 0.3)
 
 
 def adapted(
     kind: str, method: str, tmp_path: Path, **settings: object
 ) -> tuple[Decoder, dict[str, torch.nn.Parameter]]:
     decoder = load_decoder(base(kind, tmp_path))
-    config = METHODS[method].Config(r=3, lora_alpha=7.5, **settings).resolved(decoder.config)
+    config = METHODS[method].Config(**OWN[method], **settings).resolved(decoder.config)
     return decoder, attach(decoder, config, seed=5)
 
 
@@ -64,11 +72,14 @@ def test_it_starts_as_the_base(method: str, kind: str, tmp_path: Path) -> None:
 def test_forward_is_the_merged_weight(method: str, kind: str, tmp_path: Path) -> None:
     decoder, parameters = adapted(kind, method, tmp_path)
     randomize(parameters)
+    walk = BlockPass(decoder.workspace, [], 2, 5)
     for layer in (m for m in decoder.modules() if isinstance(m, AdaptedLinear)):
         x = torch.randn(2, 5, layer.slot.in_features, generator=torch.Generator().manual_seed(2))
-        assert layer.config.scaling == 2.5
         with torch.no_grad():
             np.testing.assert_allclose(layer(x), x @ layer.merged_weight().T, atol=2e-4)
+            y = torch.empty(10, layer.slot.out_features)
+            walk._linear(layer, x.view(10, -1), y)
+            np.testing.assert_allclose(y.view(2, 5, -1), layer(x), atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -79,6 +90,37 @@ def test_gradients_reach_the_adapter_alone(method: str, kind: str, tmp_path: Pat
     decoder(IDS).square().mean().backward()
     assert {id(p) for p in decoder.parameters()} == {id(p) for p in parameters.values()}
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters.values())
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("method", METHODS)
+def test_backward_is_autograds(method: str, kind: str, first: bool, tmp_path: Path) -> None:
+    decoder, parameters = adapted(kind, method, tmp_path)
+    randomize(parameters)
+    decoder.workspace.tile_weights = 2000  # several tiles of a matrix
+    walk = BlockPass(decoder.workspace, [], 1, 11)
+    generator = torch.Generator().manual_seed(3)
+    for layer in [m for m in decoder.modules() if isinstance(m, AdaptedLinear)][:7]:
+        k, n = layer.slot.in_features, layer.slot.out_features
+        layer.base_layer.bias = torch.randn(n, generator=generator)
+        x, d_y, before = (torch.randn(11, width, generator=generator) for width in (k, n, k))
+        wanted_y = layer(x.requires_grad_())
+        wanted_x, *wanted = torch.autograd.grad(wanted_y, [x, *layer.tensors.values()], d_y)
+        d_x, given = before.clone(), d_y.clone()
+        with torch.no_grad():
+            x, y = x.detach(), torch.empty(11, n)
+            layer.start_pass(None)
+            walk._linear(layer, x, y)
+            np.testing.assert_allclose(y, wanted_y.detach(), rtol=1e-4, atol=1e-4)
+            walk._linear_backward(layer, x, given, d_x, first=first)
+            walk._linear_backward(layer, x, given, None)
+        assert torch.equal(given, d_y), "others need it too"
+        np.testing.assert_allclose(d_x, wanted_x if first else wanted_x + before, rtol=1e-3, atol=1e-3)
+        for name, value in zip(layer.tensors, wanted, strict=True):
+            np.testing.assert_allclose(
+                layer.tensors[name].grad, 2 * value, rtol=1e-3, atol=1e-3, err_msg=f"{layer.slot.place}.{name}"
+            )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -109,9 +151,10 @@ def test_saved_and_loaded_bit_for_bit(method: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(loaded[name], value)
 
 
-def test_peft_loads_our_adapter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_loads_our_adapter(method: str, tmp_path: Path) -> None:
     folder = base("dense", tmp_path)
-    decoder, parameters = adapted("dense", "lora", tmp_path, use_rslora=True)
+    decoder, parameters = adapted("dense", method, tmp_path, layers_to_transform=(1,))
     randomize(parameters)
     config = next(m for m in decoder.modules() if isinstance(m, AdaptedLinear)).config
     (tmp_path / "run").mkdir()
@@ -119,7 +162,36 @@ def test_peft_loads_our_adapter(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     peft = PeftModel.from_pretrained(model, tmp_path / "run").eval()
     with torch.no_grad():
-        assert (peft(IDS).logits - decoder(IDS)).abs().max() < 1e-4
+        np.testing.assert_allclose(peft(IDS).logits, decoder(IDS), atol=1e-4)
+
+
+PEFT_CONFIGS: dict[str, dict[str, Any]] = {
+    "lora": {"peft_type": "LORA", "r": 5, "lora_alpha": 11, "use_rslora": True},
+    "dora": {"peft_type": "LORA", "r": 5, "lora_alpha": 11, "use_dora": True},
+    "ia3": {"peft_type": "IA3", "feedforward_modules": ["down_proj"]},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_we_load_pefts(method: str, tmp_path: Path) -> None:
+    folder = base("dense", tmp_path)
+    settings = dict(PEFT_CONFIGS[method])
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[settings.pop("peft_type")]
+    peft = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        kind(target_modules=["k_proj", "down_proj"], task_type="CAUSAL_LM", **settings),
+    ).eval()
+    torch.manual_seed(3)
+    for p in peft.parameters():
+        if p.requires_grad:
+            p.data.add_(torch.randn(p.shape) * 0.2)
+    peft.save_pretrained(tmp_path / "adapter")
+    decoder = load_decoder(folder)
+    config, tensors = load_adapter(tmp_path / "adapter", decoder.config)
+    assert config.method == method
+    load_tensors(attach(decoder, config), tensors)
+    with torch.no_grad():
+        np.testing.assert_allclose(peft(IDS).logits, decoder(IDS), atol=1e-4)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.(gate|down)_proj"])
@@ -208,8 +280,8 @@ def test_wrong_adapters_are_refused_by_name(tmp_path: Path) -> None:
     refused({k: v for k, v in good.items() if k != first + "B"}, r"q_proj\.lora_B is missing")
     refused(good | {first + "B": np.ones((5, 3), np.float32)}, r"lora_B has shape \[5, 3\]; \[72, 3\] was expected")
     refused(good | {"model.layers.7.mlp.up_proj.lora_A": np.ones((3, 72), np.float32)}, r"layers\.7\.mlp\.up_proj")
-    refused(good, r"use_dora = True", use_dora=True)
-    refused(good, r"peft_type 'IA3'", peft_type="IA3")
+    refused(good, r"lora_bias = True", lora_bias=True)
+    refused(good, r"peft_type 'LOHA'; supported are 'lora', 'dora'", peft_type="LOHA")
     refused(good, r"r = 9; its tensors have rank \[3\]", r=9)
     with pytest.raises(AdapterError, match=r"holds NaN or infinity"):
         save_adapter(tmp_path, config, good | {first + "A": np.full((3, 72), np.nan, np.float32)})
