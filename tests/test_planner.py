@@ -197,10 +197,14 @@ class TestCounts:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("layers", "recompute_layers"), [((0, 1, 2, 3), 0), ((0, 1, 2, 3), 2), ((0, 1, 2, 3), 4), ((2, 3), 1), ((3,), 0)]
-)
+    ("method", "layers", "recompute_layers"),
+    [
+        ("lora", (0, 1, 2, 3), 0), ("lora", (0, 1, 2, 3), 2), ("lora", (0, 1, 2, 3), 4), ("lora", (2, 3), 1),
+        ("lora", (3,), 0), *((method, (2, 3), 1) for method in METHODS if method != "lora"),
+    ],
+)  # fmt: skip
 def test_buffers_are_those_of_the_trainer(
-    tmp_path: Path, family: str, layers: tuple[int, ...], recompute_layers: int
+    tmp_path: Path, family: str, method: str, layers: tuple[int, ...], recompute_layers: int
 ) -> None:
     from edgetune.adapters.attach import attach
     from edgetune.models.decoder import load_decoder
@@ -212,7 +216,7 @@ def test_buffers_are_those_of_the_trainer(
     source = write_model(tmp_path / "model", tiny_config(family, num_hidden_layers=4, hidden_size=128), tokenizer=False)
     decoder = load_decoder(quantize(source, "nf4", tmp_path / "base"))
     decoder.workspace.tile_weights = 3000
-    adapter = LoraConfig(r=4, layers_to_transform=layers).resolved(decoder.config)
+    adapter = METHODS[method].Config(layers_to_transform=layers).resolved(decoder.config)
     attach(decoder, adapter)
     for batch, length, threads in ((1, 24, 1), (1, 24, 2), (3, 150, 1), (3, 150, 2)):  # two fill up the loss's rows
         walk = Walk(min(layers), recompute_layers, row_step=costs.row_step(threads))

@@ -8,7 +8,8 @@ A method is one file without torch, so that the planner and the device can read 
     slot(place, shape, config)                the slot at one place of that (out_features, in_features)
     initialize(slot, config, rng, frozen)     its values before the first step: the adapted model equals the base.
                                               `frozen` is the `FrozenLinear`, or None where there is no torch
-    PEFT_NAMES, reads_peft, config_to_peft, config_from_peft          its files, where PEFT has the method
+    frozen_tensors(config, shape)             what it computes with beside them, and never trains or writes
+    PEFT_NAMES, PEFT_SHARED, reads_peft, config_to_peft, config_from_peft          its files, where PEFT has the method
 
 A method at linears computes
 
@@ -28,8 +29,9 @@ and for numpy arrays
 
     merge(weight, tensors, rows, config)      rows of the frozen weight with the adapter folded in
     changes(tensors)                          whether these tensors of a slot do anything
-    weakened(config, tensors, alpha)          the adapter that changes the weight by `alpha` times as much
-    as_lora(config, tensors)                  the same adapter as LoRA, where it has that form
+    weakened(config, tensors, alpha)          the adapter that changes the weight by `alpha` times as much, where
+                                              there is one (`merge_share`)
+    as_lora(config, tensors, linears)         the same adapter as LoRA, where it has that form
     merge_bias(bias, tensors)                 the same of the bias, where it SCALES_BIAS
 """
 
@@ -39,10 +41,10 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from edgetune.adapters import dora, ia3, lora
+from edgetune.adapters import dora, ia3, lora, vera
 from edgetune.errors import AdapterError
 
-METHODS = {"lora": lora, "dora": dora, "ia3": ia3}
+METHODS = {"lora": lora, "dora": dora, "ia3": ia3, "vera": vera}
 
 
 def method_of_peft(peft: Mapping[str, Any]) -> ModuleType:

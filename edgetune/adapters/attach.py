@@ -33,6 +33,8 @@ class AdaptedLinear(nn.Module):
         self.tensors = nn.ParameterDict(
             {name: nn.Parameter(torch.zeros(shape)) for name, shape in slot.tensors.items()}
         )
+        shared = self.method.frozen_tensors(config, base_layer.shape)
+        self.shared = {name: torch.from_numpy(value) for name, value in shared.items()}
         self.dropout_key: tuple[int, ...] | None = None  # None: no dropout, as in evaluation
         self.frozen_squares: torch.Tensor | None = None  # of the norms of the frozen rows, where factors need them
         self.norms: torch.Tensor | None = None  # of the rows as they are now
@@ -40,7 +42,7 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X [..., in_features] -> [..., out_features]."""
         if not self.multiplies:
-            result: torch.Tensor = self.method.forward(self._dropped(x), self.base_layer(x), self.tensors, self.config)
+            result: torch.Tensor = self.method.forward(self._dropped(x), self.base_layer(x), self._all, self.config)
             return result
         self.norms = None
         inner, outer = self._factors()
@@ -49,6 +51,11 @@ class AdaptedLinear(nn.Module):
         y = self.method.forward(self._dropped(x), y if bias is None else y - bias, self.tensors, self.config)
         made: torch.Tensor = y if outer is None else y * outer
         return made if bias is None else made + bias
+
+    @property
+    def _all(self) -> dict[str, torch.Tensor]:
+        """The tensors that it computes with: those trained, and those shared."""
+        return {**self.tensors, **self.shared}
 
     @property
     def multiplies(self) -> bool:
@@ -67,12 +74,12 @@ class AdaptedLinear(nn.Module):
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Turns y [N, out_features], the frozen layer's from `taken(x)`, into the layer's output."""
         if not self.slot.scales_output:
-            self.method.add(self._dropped(x), y, self.tensors, self.config)
+            self.method.add(self._dropped(x), y, self._all, self.config)
             return
         bias = None if self.method.SCALES_BIAS else self.base_layer.bias
         if bias is not None:
             y.sub_(bias)
-        self.method.add(self._dropped(x), y, self.tensors, self.config)
+        self.method.add(self._dropped(x), y, self._all, self.config)
         y.mul_(self._factors()[1])
         if bias is not None:
             y.add_(bias)
@@ -105,10 +112,10 @@ class AdaptedLinear(nn.Module):
         """
         keep = self._keep(x.shape)
         if keep is None:
-            self.method.add_gradients(x, d_y, d_x, self.tensors, self._gradients(), self.config)
+            self.method.add_gradients(x, d_y, d_x, self._all, self._gradients(), self.config)
             return
         d_dropped = None if d_x is None else torch.zeros_like(x)
-        self.method.add_gradients(x * keep, d_y, d_dropped, self.tensors, self._gradients(), self.config)
+        self.method.add_gradients(x * keep, d_y, d_dropped, self._all, self._gradients(), self.config)
         if d_x is not None and d_dropped is not None:
             d_x.addcmul_(d_dropped, keep)
 
@@ -164,7 +171,7 @@ class AdaptedLinear(nn.Module):
 
     def merged_weight(self) -> torch.Tensor:
         """float32 [out_features, in_features]: the frozen weight with the adapter folded in, as a new tensor."""
-        tensors = {name: value.detach().numpy() for name, value in self.tensors.items()}
+        tensors = {name: value.detach().numpy() for name, value in self._all.items()}
         weight = self.base_layer.dequantize().numpy()
         return torch.from_numpy(self.method.merge(weight, tensors, slice(None), self.config))
 

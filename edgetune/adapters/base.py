@@ -65,6 +65,8 @@ def read_adapter(
     endings = {f".{ending}": f".{short}" for short, ending in method.PEFT_NAMES.items()}
     names: dict[str, str] = {}
     for name in weights:
+        if name in method.PEFT_SHARED:
+            continue
         ending = next((ending for ending in endings if name.endswith(ending)), None)
         if ending is None or not name.startswith(PREFIX):
             like = f"{PREFIX}…{next(iter(endings))}"
@@ -77,13 +79,14 @@ def read_adapter(
             f"{folder / MODEL} adapts {unknown[0]}, which is no linear of this model, or of a bundle that was exported "
             f"with --slots adapter, none with a slot."
         )
-    config = method.config_from_peft(peft, {name: weights[full].shape for name, full in names.items()})
+    shapes = {name: weights[full].shape for name, full in names.items()}
+    adapted = {place: shape for place, shape in places.items() if place in found}
+    config = method.config_from_peft(peft, shapes, adapted)
+    if shared := {name: weights.float32(name) for name in method.PEFT_SHARED if name in weights}:
+        method.check_shared(config, shared)
     # The places found need not be every target in every layer: the shapes come from the model, the set from the file.
     expected = {
-        name: shape
-        for place, size in places.items()
-        if place in found
-        for name, shape in method.slot(place, size, config).names.items()
+        name: shape for place, size in adapted.items() for name, shape in method.slot(place, size, config).names.items()
     }
     problems = [f"{name} is missing" for name in expected if name not in names]
     problems += [f"{name} has no place" for name in names if name not in expected]

@@ -21,6 +21,7 @@ class Capabilities:
     peft_file: str | None = None
     as_lora: str | None = None
     merge: str | None = None
+    merge_share: str | None = None
     own_inputs: str | None = None
 
     def require(self, capability: str, error: type[EdgetuneError]) -> None:
@@ -35,6 +36,7 @@ HEADINGS = {
     "peft_file": "PEFT reads it",
     "as_lora": "export: LoRA inputs",
     "merge": "export: merged",
+    "merge_share": "export: a share merged",
     "own_inputs": "export: own inputs",
 }
 

@@ -20,18 +20,20 @@ from edgetune.adapters import lora
 from edgetune.adapters.capabilities import Capabilities
 from edgetune.adapters.lora import LoraConfig
 from edgetune.adapters.slot import Slot
-from edgetune.errors import ExportError
 from edgetune.models import ModelConfig
 
 NAME = "dora"
 CAPABILITIES = Capabilities(
     train_ort="dora does not train on the ort engine: training graphs scale no rows. Take --adapter lora, or torch.",
     as_lora="dora scales the rows of the frozen weight, which no LoRA does: export it with --merge, or train lora.",
+    merge_share="A share of dora's change of the weights is no dora: merge it whole, or train lora.",
     own_inputs="The graphs of a bundle have no input for the magnitude: export it with --merge.",
 )
 PEFT_NAMES = lora.PEFT_NAMES | {"magnitude": "lora_magnitude_vector"}
+PEFT_SHARED = ()
 SCALES_BIAS = False
 forward, add, add_gradients, changes = lora.forward, lora.add, lora.add_gradients, lora.changes
+frozen_tensors = lora.frozen_tensors
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,6 @@ def merge(weight: np.ndarray, tensors: Mapping[str, np.ndarray], rows: slice, co
     return scaled
 
 
-def weakened(
-    config: DoraConfig, tensors: dict[str, np.ndarray], alpha: float
-) -> tuple[DoraConfig, dict[str, np.ndarray]]:
-    """Raises ExportError: a share of the change of normed rows is no DoRA."""
-    raise ExportError(f"alpha = {alpha:g}; a share of dora's change is no dora. Merge it whole, or train lora.")
-
-
 def reads_peft(peft: Mapping[str, Any]) -> bool:
     """Whether an `adapter_config.json` is of this method."""
     return peft.get("peft_type") == "LORA" and bool(peft.get("use_dora"))
@@ -107,6 +102,8 @@ def config_to_peft(config: DoraConfig, base_model: str) -> dict[str, Any]:
     return lora.config_to_peft(config, base_model) | {"use_dora": True}
 
 
-def config_from_peft(peft: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> DoraConfig:
+def config_from_peft(
+    peft: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], places: Mapping[str, tuple[int, int]]
+) -> DoraConfig:
     """As LoRA's."""
-    return DoraConfig(**vars(lora.config_from_peft({**peft, "use_dora": False}, tensors)))
+    return DoraConfig(**vars(lora.config_from_peft({**peft, "use_dora": False}, tensors, places)))

@@ -29,6 +29,7 @@ CAPABILITIES = Capabilities(
     own_inputs="The graphs of a bundle have no input for the factors: export it with --merge.",
 )
 PEFT_NAMES = {"ia3_l": "ia3_l"}
+PEFT_SHARED = ()
 SCALES_BIAS = True
 FEEDFORWARD = {"down_proj": ("k_proj", "v_proj"), "dense": ("key", "value")}  # of decoders, of encoders; as in PEFT
 
@@ -76,6 +77,11 @@ def slot(place: str, shape: tuple[int, int], config: Ia3Config) -> Slot:
 def initialize(slot: Slot, config: Ia3Config, rng: np.random.Generator, frozen: Any) -> dict[str, np.ndarray]:
     """All one."""
     return {"ia3_l": np.ones(slot.tensors["ia3_l"], np.float32)}
+
+
+def frozen_tensors(config: Ia3Config, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    """None."""
+    return {}
 
 
 def factors(tensors: Mapping[str, Any], config: Ia3Config, norms: Any) -> tuple[Any | None, Any | None]:
@@ -153,7 +159,9 @@ def config_to_peft(config: Ia3Config, base_model: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def config_from_peft(peft: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> Ia3Config:
+def config_from_peft(
+    peft: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], places: Mapping[str, tuple[int, int]]
+) -> Ia3Config:
     """A config from PEFT's keys and the shapes of its tensors: a row of factors is of inputs.
 
     Raises:
@@ -161,9 +169,9 @@ def config_from_peft(peft: Mapping[str, Any], tensors: Mapping[str, tuple[int, .
     """
     if unsupported := [key for key in ("fan_in_fan_out", "modules_to_save") if peft.get(key)]:
         raise AdapterError(f"adapter_config.json sets {', '.join(unsupported)}, which IA3 here does not compute.")
-    places = {name.rpartition(".")[0]: shape[0] == 1 for name, shape in tensors.items()}
-    inputs = dict.fromkeys(place.rpartition(".")[2] for place, at_inputs in places.items() if at_inputs)
-    outputs = dict.fromkeys(place.rpartition(".")[2] for place, at_inputs in places.items() if not at_inputs)
+    found = {name.rpartition(".")[0]: shape[0] == 1 for name, shape in tensors.items()}
+    inputs = dict.fromkeys(place.rpartition(".")[2] for place, at_inputs in found.items() if at_inputs)
+    outputs = dict.fromkeys(place.rpartition(".")[2] for place, at_inputs in found.items() if not at_inputs)
     if both := inputs.keys() & outputs.keys():
         raise AdapterError(f"{', '.join(both)} is scaled at its inputs in one block and at its outputs in another.")
     try:

@@ -27,8 +27,10 @@ NAME = "lora"
 
 
 CAPABILITIES = Capabilities(own_inputs="Its inputs are those of LoRA: export it without --merge.")
+SCALES_BIAS = False
 # Short name of a tensor -> how its name ends in a PEFT file.
 PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+PEFT_SHARED = ()
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,11 @@ def initialize(slot: Slot, config: LoraConfig, rng: np.random.Generator, frozen:
     return {"lora_A": a, "lora_B": np.zeros(slot.tensors["lora_B"], np.float32)}
 
 
+def frozen_tensors(config: LoraConfig, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    """None."""
+    return {}
+
+
 def forward(x: Any, y: Any, tensors: Mapping[str, Any], config: LoraConfig) -> Any:
     """Output [..., out] of the adapted layer from its (dropped) input x [..., in] and the frozen output y."""
     return y + (x @ tensors["lora_A"].T) @ tensors["lora_B"].T * config.scaling
@@ -170,8 +177,10 @@ def weakened(
     return replace(config, lora_alpha=alpha * config._alpha), tensors
 
 
-def as_lora(config: LoraConfig, tensors: dict[str, np.ndarray]) -> tuple[LoraConfig, dict[str, np.ndarray]]:
-    """The same adapter as LoRA, which graphs and bundles know."""
+def as_lora(
+    config: LoraConfig, tensors: dict[str, np.ndarray], linears: Mapping[str, tuple[int, int]]
+) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """The adapter itself: LoRA is what graphs and bundles know."""
     return config, tensors
 
 
@@ -200,7 +209,9 @@ def reads_peft(peft: Mapping[str, Any]) -> bool:
     return peft.get("peft_type") == "LORA" and not peft.get("use_dora")
 
 
-def config_from_peft(peft: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> LoraConfig:
+def config_from_peft(
+    peft: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], places: Mapping[str, tuple[int, int]]
+) -> LoraConfig:
     """A config from PEFT's keys and the shapes of its tensors, by their full names.
 
     PEFT's `target_modules` may be a pattern, so what is adapted is read from the tensors themselves.
@@ -220,7 +231,6 @@ def config_from_peft(peft: Mapping[str, Any], tensors: Mapping[str, tuple[int, .
     ranks = {shape[0] for name, shape in tensors.items() if name.endswith(".lora_A")}
     if ranks != {peft.get("r")}:
         raise AdapterError(f"adapter_config.json has r = {peft.get('r')!r}; its tensors have rank {sorted(ranks)}.")
-    places = [name.rpartition(".")[0] for name in tensors]
     try:
         layers = {int(place.split(".")[2]) for place in places}
         return LoraConfig(

@@ -125,7 +125,7 @@ def _adapter_settings() -> dict[str, tuple[Any, list[str]]]:
     found: dict[str, tuple[Any, list[str]]] = {}
     for method, module in METHODS.items():
         hints = get_type_hints(module.Config, include_extras=True)
-        for field in dataclasses.fields(module.Config):
+        for field in filter(lambda field: get_args(hints[field.name])[1:], dataclasses.fields(module.Config)):
             found.setdefault(field.name, (hints[field.name], []))[1].append(method)
     return found
 

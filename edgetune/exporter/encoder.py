@@ -24,7 +24,7 @@ from edgetune.bundle import DATA, MODEL
 from edgetune.errors import ExportError, ParityError
 from edgetune.exporter import parity
 from edgetune.exporter.job import Job, attach_adapter
-from edgetune.exporter.merging import BaseWeights, RoundedWeights
+from edgetune.exporter.merging import BaseWeights, RoundedWeights, use_merged_biases
 from edgetune.exporter.pieces import cut, serialized
 from edgetune.graphs import FORMATS
 from edgetune.graphs.encoder import encoder_graph
@@ -82,6 +82,8 @@ def _rounded(job: Job, encoder: Encoder, model: Path, texts: Sequence[Feeds]) ->
         attach_adapter(job, encoder)
     trained = run_torch(encoder, texts)
     rounded = load_encoder(job.base.folder)
+    if job.adapter is not None and job.merge:
+        use_merged_biases(rounded, job.adapter)
     parity.use_written_weights(rounded, model, job.weights)
     if job.adapter is not None and not job.merge:
         attach_adapter(job, rounded)

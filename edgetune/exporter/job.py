@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -51,6 +51,8 @@ class Adapter:
 
     config: AdapterConfig
     tensors: dict[str, np.ndarray]
+    linears: dict[str, tuple[int, int]]
+    "(out_features, in_features) of those of the model, by name"
 
     @property
     def method(self) -> ModuleType:
@@ -60,16 +62,21 @@ class Adapter:
     def lora(self) -> tuple[LoraConfig, dict[str, np.ndarray]]:
         """The same in the form that graphs and bundles know. Raises ExportError where the method has none."""
         self.method.CAPABILITIES.require("as_lora", ExportError)
-        made: tuple[LoraConfig, dict[str, np.ndarray]] = self.method.as_lora(self.config, self.tensors)
+        made: tuple[LoraConfig, dict[str, np.ndarray]] = self.method.as_lora(self.config, self.tensors, self.linears)
         return made
 
     def feeds(self, slots: Iterable[AdapterSlot]) -> dict[str, np.ndarray]:
-        """The same as inputs of a graph with these slots."""
-        return by_slot(lora.onnx_tensors(*self.lora), slots)
+        """The same as inputs of a graph with these slots, none where it has none."""
+        slots = tuple(slots)
+        return by_slot(lora.onnx_tensors(*self.lora), slots) if slots else {}
 
     def weakened(self, alpha: float) -> Adapter:
         """The adapter whose change of the weights is `alpha` times this one's."""
-        return self if alpha == 1 else Adapter(*self.method.weakened(self.config, self.tensors, alpha))
+        if alpha == 1:
+            return self
+        self.method.CAPABILITIES.require("merge_share", ExportError)
+        config, tensors = self.method.weakened(self.config, self.tensors, alpha)
+        return replace(self, config=config, tensors=tensors)
 
     @cached_property
     def places(self) -> dict[str, dict[str, np.ndarray]]:
@@ -79,6 +86,12 @@ class Adapter:
             place, _, short = name.rpartition(".")
             found.setdefault(place, {})[short] = value
         return found
+
+    def merged(self, place: str, weight: np.ndarray, rows: slice) -> np.ndarray:
+        """These rows of the weight there with the adapter folded in."""
+        tensors = self.places[place] | self.method.frozen_tensors(self.config, self.linears[place])
+        made: np.ndarray = self.method.merge(weight, tensors, rows, self.config)
+        return made
 
     def changes(self, place: str) -> bool:
         """Whether it has something in it there."""
@@ -168,7 +181,9 @@ def attach_adapter(job: Job, model: Decoder | Encoder) -> Adapter:
         }
     for name, value in values.items():
         parameters[name].data.copy_(torch.from_numpy(value))
-    return Adapter(config, {name: value.detach().numpy() for name, value in parameters.items()})
+    return Adapter(
+        config, {name: value.detach().numpy() for name, value in parameters.items()}, job.base.config.linears()
+    )
 
 
 def read_job(
@@ -252,7 +267,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 def _read_adapter(folder: Path, base: AnyBase[Any], *, merge: bool) -> Adapter:
     config, tensors = load_adapter(folder, base.config)
-    adapter = Adapter(config, tensors)
+    adapter = Adapter(config, tensors, base.config.linears())
     adapter.method.CAPABILITIES.require("merge" if merge else "as_lora", ExportError)
     if not any(adapter.changes(place) for place in adapter.places):
         raise ExportError(f"The adapter of {folder} changes nothing. Train it, or export the base.")

@@ -17,11 +17,15 @@ from collections.abc import Iterator
 from typing import Any, Generic
 
 import numpy as np
+import torch
 
 from edgetune.base import AnyBase, Config
 from edgetune.exporter.job import Adapter
 from edgetune.graphs import FORMATS, standard
 from edgetune.grids import GRIDS, row_tiles
+from edgetune.linear import FrozenLinear
+from edgetune.models.decoder import Decoder
+from edgetune.models.encoder import Encoder
 from edgetune.weights import Matrix
 
 Codes = dict[str, np.ndarray]
@@ -35,6 +39,23 @@ def round_to(weights: str, matrix: Matrix) -> Codes:
         return codes
     codes = GRIDS[weights].load(GRIDS[weights].quantize(matrix).__getitem__)
     return codes
+
+
+def merged_bias(adapter: Adapter, name: str, bias: np.ndarray) -> np.ndarray:
+    """The vector of that name with the adapter folded in."""
+    place, _, kind = name.rpartition(".")
+    if kind != "bias" or place not in adapter.places or not adapter.method.SCALES_BIAS:
+        return bias
+    merged: np.ndarray = adapter.method.merge_bias(bias, adapter.places[place])
+    return merged
+
+
+def use_merged_biases(model: Decoder | Encoder, adapter: Adapter) -> None:
+    """Give the linears of a torch model their merged biases, before it gets merged weights."""
+    for place in adapter.places:
+        layer = model.get_submodule(place.removeprefix("model."))
+        if isinstance(layer, FrozenLinear) and layer.bias is not None:
+            layer.bias = torch.from_numpy(merged_bias(adapter, f"{place}.bias", layer.bias.numpy()))
 
 
 class BaseWeights(Generic[Config]):
@@ -100,6 +121,11 @@ class RoundedWeights(BaseWeights[Config]):
         else:
             yield from self._rounded(module, stored, parts)
 
+    def vector(self, name: str) -> np.ndarray:
+        """As it is, or merged, where the adapter changes biases."""
+        stored = super().vector(name)
+        return merged_bias(self.adapter, name, stored) if self.merge and self.adapter is not None else stored
+
     def _rounded(self, module: str, stored: str, parts: Iterator[tuple[slice, Codes]]) -> Iterator[tuple[slice, Codes]]:
         """The parts of a matrix rounded, with the norms of the error measured on the way."""
         columns = self.base.shape(module)[1]
@@ -108,8 +134,7 @@ class RoundedWeights(BaseWeights[Config]):
             shape = rows.stop - rows.start, columns
             wanted = FORMATS[stored].dequantize(part, shape)
             if self.adapter is not None and self.adapter.changes(module):
-                tensors = self.adapter.places[module]
-                tuned = self.adapter.method.merge(wanted, tensors, rows, self.adapter.config)
+                tuned = self.adapter.merged(module, wanted, rows)
                 change += _squares(tuned - wanted)
                 if self.merge:
                     wanted = tuned

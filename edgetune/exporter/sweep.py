@@ -36,7 +36,8 @@ def choose_alpha(job: Job, adapter: Adapter, alpha: float | None, work: Path) ->
     """
     rows = []
     if job.rows or job.retention:
-        rows = [_measure(job, adapter, at, work) for at in (ALPHAS if alpha is None else (0.0, alpha))]
+        between = ALPHAS if adapter.method.CAPABILITIES.merge_share is None else (0.0, 1.0)
+        rows = [_measure(job, adapter, at, work) for at in (between if alpha is None else (0.0, alpha))]
     chosen, chosen_by = alpha, "user"
     if chosen is None and job.retention:
         chosen, chosen_by = _least_loss(rows), "least sum of task and retention loss"

@@ -269,7 +269,7 @@ def _read_source(bundle: AnyBundle[Any], source: Path) -> BoundAdapter:
     config, tensors = peft.read_adapter(source, shapes)
     method = METHODS[config.method]
     method.CAPABILITIES.require("as_lora", AdapterError)
-    config, tensors = method.as_lora(config, tensors)
+    config, tensors = method.as_lora(config, tensors, shapes)
     feeds = by_slot(onnx_tensors(config, tensors), bundle.slots)
     slots = tuple(dict.fromkeys(name.rpartition(".")[0] for name in feeds))
     origin = read_origin(source)

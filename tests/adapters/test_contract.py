@@ -31,6 +31,7 @@ OWN: dict[str, dict[str, object]] = {
     "lora": {"r": 3, "lora_alpha": 7.5},
     "dora": {"r": 3, "lora_alpha": 7.5},
     "ia3": {},
+    "vera": {"r": 6, "d_initial": 0.4, "projection_prng_key": 9},
 }
 IDS = torch.randint(0, 301, (2, 33), generator=torch.Generator().manual_seed(4))
 
@@ -151,6 +152,7 @@ def test_saved_and_loaded_bit_for_bit(method: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(loaded[name], value)
 
 
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A")
 @pytest.mark.parametrize("method", METHODS)
 def test_peft_loads_our_adapter(method: str, tmp_path: Path) -> None:
     folder = base("dense", tmp_path)
@@ -169,6 +171,7 @@ PEFT_CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {"peft_type": "LORA", "r": 5, "lora_alpha": 11, "use_rslora": True},
     "dora": {"peft_type": "LORA", "r": 5, "lora_alpha": 11, "use_dora": True},
     "ia3": {"peft_type": "IA3", "feedforward_modules": ["down_proj"]},
+    "vera": {"peft_type": "VERA", "r": 5, "projection_prng_key": 11},
 }
 
 
