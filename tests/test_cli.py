@@ -26,8 +26,8 @@ from edgetune.adapters.lora import LoraConfig
 from edgetune.cli import launch
 from edgetune.cli import verbs as cli
 from edgetune.cli.console import STOPPED_EARLY, exit_code
-from edgetune.cli.flags import read_budget, read_settings
-from edgetune.errors import EdgetuneError, MissingExtraError
+from edgetune.cli.flags import _adapter_settings, read_budget, read_settings
+from edgetune.errors import ConfigError, EdgetuneError, MissingExtraError
 from edgetune.planner.plans import Plan, TrainConfig
 from edgetune.quantizer import quantize
 
@@ -766,7 +766,12 @@ def test_the_verbs_are_those_of_the_readme() -> None:
 ADAPTER_VALUES = {
     "r": ("3", 3), "lora_alpha": ("7.5", 7.5), "lora_dropout": ("0.25", 0.25),
     "target_modules": ("q_proj, v_proj", ("q_proj", "v_proj")), "use_rslora": (None, True),
-    "layers_to_transform": ("0,1-1", (0, 1)),
+    "layers_to_transform": ("0,1-1", (0, 1)), "loraplus_lr_ratio": ("16", 16.0),
+    "feedforward_modules": ("v_proj", ("v_proj",)), "vera_dropout": ("0.25", 0.25), "d_initial": ("0.5", 0.5),
+    "projection_prng_key": ("7", 7),
+}  # fmt: skip
+METHOD_OF = {
+    "feedforward_modules": "ia3", "vera_dropout": "vera", "d_initial": "vera", "projection_prng_key": "vera",
 }  # fmt: skip
 TRAIN_VALUES = {
     "batch_size": ("3", 3), "gradient_accumulation_steps": ("5", 5), "max_seq_length": ("48", 48),
@@ -783,7 +788,7 @@ OBJECTIVE_OF = {"beta": "kto", "label_smoothing": "dpo", "temperature": "distill
 
 @pytest.mark.parametrize("verb", ["plan", "train", "personalize"])
 def test_every_field_of_the_configs_has_a_flag(verb: str) -> None:
-    fields = {f.name for config in (LoraConfig, TrainConfig) for f in dataclasses.fields(config)}
+    fields = {f.name for f in dataclasses.fields(TrainConfig)} | _adapter_settings().keys()
     assert fields == ADAPTER_VALUES.keys() | TRAIN_VALUES.keys(), "give the new field a value to test its flag with"
     wanted = {"--" + {"layers_to_transform": "layers"}.get(name, name).replace("_", "-") for name in fields}
     assert wanted <= options(verb).keys()
@@ -797,7 +802,8 @@ def test_every_flag_reaches_the_plan(
     typed, value = (ADAPTER_VALUES | TRAIN_VALUES)[field]
     flag = "--" + {"layers_to_transform": "layers"}.get(field, field).replace("_", "-")
     needed = ["--objective", OBJECTIVE_OF[field]] if field in OBJECTIVE_OF else []
-    assert call("plan", model, "--device", "host", "--json", *needed, flag, *([typed] if typed else [])) == 0
+    words = [*needed, "--adapter", METHOD_OF.get(field, "lora"), flag, *([typed] if typed else [])]
+    assert call("plan", model, "--device", "host", "--json", *words) == 0
     made = json.loads(capsys.readouterr().out)
     found = (made["adapter"] if field in ADAPTER_VALUES else made)[field] if field != "warmup_ratio" else made[field]
     assert (tuple(found) if isinstance(value, tuple) else found) == value
@@ -812,6 +818,19 @@ def test_what_was_not_typed_stays_unset() -> None:
     lora, config = read_settings("lora", dict.fromkeys([*ADAPTER_VALUES, *TRAIN_VALUES]))
     assert lora == LoraConfig()
     assert config == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("loha", {}, r"adapter = 'loha'; choose from lora, dora"),
+        ("ia3", {"r": 4}, r"--r is no setting of ia3; it has --layers, --target-modules, --feedforward-modules\."),
+        ("lora", {"d_initial": 0.5}, r"--d-initial is no setting of lora"),
+    ],
+)
+def test_a_setting_of_another_method_is_refused(method: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_settings(method, settings)
 
 
 def test_budgets_are_names_or_mib(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -467,7 +467,7 @@ class TestPlan:
             assert getattr(after, name) == value != getattr(before, name), name
         adapters: dict[str, Any] = {
             "r": 5, "lora_alpha": 3.0, "lora_dropout": 0.1, "target_modules": ("k_proj",), "use_rslora": True,
-            "layers_to_transform": (1, 3),
+            "layers_to_transform": (1, 3), "loraplus_lr_ratio": 4.0,
         }  # fmt: skip
         assert set(adapters) == {field.name for field in dataclasses.fields(LoraConfig)}
         for name, value in adapters.items():

@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -103,7 +103,11 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(sorted(numbers))
 
 
-_PARSERS: dict[str, Callable[[str], Any]] = {"target_modules": _names, "layers_to_transform": _numbers}
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "target_modules": _names,
+    "feedforward_modules": _names,
+    "layers_to_transform": _numbers,
+}
 
 
 def _flag(field: str) -> str:
@@ -125,8 +129,9 @@ def _adapter_settings() -> dict[str, tuple[Any, list[str]]]:
     found: dict[str, tuple[Any, list[str]]] = {}
     for method, module in METHODS.items():
         hints = get_type_hints(module.Config, include_extras=True)
-        for field in filter(lambda field: get_args(hints[field.name])[1:], dataclasses.fields(module.Config)):
-            found.setdefault(field.name, (hints[field.name], []))[1].append(method)
+        for field in dataclasses.fields(module.Config):
+            if get_origin(hints[field.name]) is Annotated:  # others follow from the model
+                found.setdefault(field.name, (hints[field.name], []))[1].append(method)
     return found
 
 
@@ -170,7 +175,7 @@ def read_settings(method: str, settings: dict[str, Any]) -> tuple[AdapterConfig,
     typed = {name: value for name, value in settings.items() if value is not None}
     for name, (_, methods) in _adapter_settings().items():
         if name in typed and method not in methods:
-            own = ", ".join(_flag(field.name) for field in dataclasses.fields(METHODS[method].Config))
+            own = ", ".join(_flag(other) for other, (_, found) in _adapter_settings().items() if method in found)
             raise ConfigError(f"{_flag(name)} is no setting of {method}; it has {own or 'none'}. Leave it out.")
     return _config(METHODS[method].Config, typed), _config(TrainConfig, typed)
 

@@ -15,10 +15,13 @@ from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM
 
-from edgetune.adapters import METHODS
+from edgetune.adapters import METHODS, ia3, vera
 from edgetune.adapters.attach import AdaptedLinear, attach, load_tensors, set_dropout
 from edgetune.adapters.base import load_adapter, save_adapter
+from edgetune.adapters.config import AdapterConfig
+from edgetune.adapters.ia3 import Ia3Config
 from edgetune.adapters.lora import LoraConfig
+from edgetune.adapters.vera import VeraConfig
 from edgetune.errors import AdapterError, ConfigError
 from edgetune.grids import GRIDS
 from edgetune.models import load_config
@@ -264,6 +267,58 @@ def test_wrong_settings_are_refused_by_value(config: LoraConfig, message: str, t
     model = load_config(write_model(tmp_path / "m", tiny_config("llama")))
     with pytest.raises(ConfigError, match=message):
         config.resolved(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LoraConfig(loraplus_lr_ratio=0.5), r"loraplus_lr_ratio = 0\.5; a number from 1 up"),
+        (
+            Ia3Config(target_modules=("k_proj",), feedforward_modules=("up_proj",)),
+            r"\['up_proj'\]; choose from .*k_proj",
+        ),
+        (VeraConfig(r=0), r"r = 0; an integer from 1 to 65536"),
+        (VeraConfig(vera_dropout=1.0), r"vera_dropout = 1\.0"),
+        (VeraConfig(d_initial=0.0), r"d_initial = 0\.0; a number other than 0"),
+        (VeraConfig(projection_prng_key=-1), r"projection_prng_key = -1"),
+    ],
+)
+def test_wrong_settings_of_the_other_methods(config: AdapterConfig, message: str, tmp_path: Path) -> None:
+    model = load_config(write_model(tmp_path / "m", tiny_config("llama")))
+    with pytest.raises(ConfigError, match=message):
+        config.resolved(model)
+
+
+def test_what_ia3_and_vera_do_not_read_is_refused(tmp_path: Path) -> None:
+    ones, places = {"q.0.1.k_proj.ia3_l": (8, 1), "q.0.2.k_proj.ia3_l": (1, 8)}, {"q.0.1.k_proj": (8, 8)}
+    with pytest.raises(AdapterError, match=r"k_proj is scaled at its inputs in one block and at its outputs"):
+        ia3.config_from_peft({}, ones, places)
+    with pytest.raises(AdapterError, match=r"sets fan_in_fan_out"):
+        ia3.config_from_peft({"fan_in_fan_out": True}, ones, places)
+    with pytest.raises(AdapterError, match=r"bias = 'all', which VeRA here"):
+        vera.config_from_peft({"bias": "all"}, {}, places)
+    decoder, _ = adapted("dense", "vera", tmp_path)
+    config = next(m for m in decoder.modules() if isinstance(m, AdaptedLinear)).config
+    other = np.ones((6, 88), np.float32)
+    with pytest.raises(AdapterError, match=r"vera_A is not what projection_prng_key = 9 gives"):
+        vera.check_shared(config, {"base_model.vera_A": other})
+
+
+def test_dora_folds_as_its_formula_says(tmp_path: Path) -> None:
+    """Float64, and the norm's gradient left out: the formula of the paper, not of this code."""
+    decoder, parameters = adapted("dense", "dora", tmp_path)
+    randomize(parameters)
+    layer = next(m for m in decoder.modules() if isinstance(m, AdaptedLinear))
+    w = layer.base_layer.dequantize().double()
+    a, b, m = (layer.tensors[name].detach().double() for name in ("lora_A", "lora_B", "magnitude"))
+    v = w + 2.5 * b @ a
+    x, d_y = (torch.randn(9, n, dtype=torch.float64) for n in (w.shape[1], w.shape[0]))
+    magnitude, a_, b_ = (t.clone().requires_grad_() for t in (m, a, b))
+    y = (x @ (w + 2.5 * b_ @ a_).T) * (magnitude / v.norm(dim=1))
+    wanted = torch.autograd.grad(y, [a_, b_, magnitude], d_y)
+    layer(x.float()).backward(d_y.float())
+    for name, value in zip(("lora_A", "lora_B", "magnitude"), wanted, strict=True):
+        np.testing.assert_allclose(layer.tensors[name].grad, value, rtol=1e-3, atol=1e-3)
 
 
 def test_wrong_adapters_are_refused_by_name(tmp_path: Path) -> None:

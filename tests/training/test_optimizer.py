@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from edgetune.training.optimizer import clip_gradients
+from edgetune.adapters.lora import LoraConfig
+from edgetune.training.optimizer import Optimizer, clip_gradients
 from edgetune.training.schedule import SCHEDULES, learning_rate
 
 
@@ -61,3 +62,18 @@ def test_schedules_after_the_warm_up_are_those_of_transformers(schedule: str) ->
 
 def test_no_warm_up_begins_at_the_peak() -> None:
     assert learning_rate(0, peak=0.3, warmup_steps=0, max_steps=1, schedule="cosine") == 0.3
+
+
+def test_lora_plus_is_a_group_of_its_own_rate() -> None:
+    """The two groups of PEFT's `create_loraplus_optimizer`: B at `loraplus_lr_ratio` times the rate of A."""
+    ours, theirs = parameters(), parameters()
+    named = {"q_proj.lora_A": ours["a"], "q_proj.lora_B": ours["b"]}
+    optimizer = Optimizer("adamw", named, weight_decay=0.1, lr_ratio=LoraConfig(loraplus_lr_ratio=16).lr_ratio)
+    groups = [{"params": [theirs["a"]]}, {"params": [theirs["b"]], "lr": 16 * 0.01}]
+    reference = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1, foreach=False)
+    for step in range(5):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        optimizer.step(0.01)
+        reference.step()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
