@@ -43,7 +43,10 @@ from edgetune.errors import (
 from edgetune.extras import missing_extra
 
 if TYPE_CHECKING:
+    from edgetune.adapters.dora import DoraConfig
+    from edgetune.adapters.ia3 import Ia3Config
     from edgetune.adapters.lora import LoraConfig
+    from edgetune.adapters.vera import VeraConfig
     from edgetune.arithmetic import merge_adapters
     from edgetune.benchmark import bench
     from edgetune.bundle import Bundle, EncoderBundle
@@ -91,11 +94,13 @@ __all__ = [
     "DataError",
     "DeviceError",
     "DeviceProfile",
+    "DoraConfig",
     "EdgetuneError",
     "EdgetuneWarning",
     "EncoderBundle",
     "ExportError",
     "GateError",
+    "Ia3Config",
     "LoraConfig",
     "MissingExtraError",
     "ModelError",
@@ -105,6 +110,7 @@ __all__ = [
     "Plan",
     "Run",
     "TrainConfig",
+    "VeraConfig",
     "add_adapter",
     "attach",
     "bench",
@@ -137,13 +143,16 @@ _HOME = {
     "AttachedModule": "edgetune.modules.attached",
     "Bundle": "edgetune.bundle",
     "DeviceProfile": "edgetune.device",
+    "DoraConfig": "edgetune.adapters.dora",
     "EncoderBundle": "edgetune.bundle",
+    "Ia3Config": "edgetune.adapters.ia3",
     "LoraConfig": "edgetune.adapters.lora",
     "ModuleBundle": "edgetune.modules.bundle",
     "ModulePlan": "edgetune.modules.plan",
     "Plan": "edgetune.planner",
     "Run": "edgetune.training.run",
     "TrainConfig": "edgetune.planner",
+    "VeraConfig": "edgetune.adapters.vera",
     "add_adapter": "edgetune.runtime.adapters",
     "attach": "edgetune.modules.attached",
     "bench": "edgetune.benchmark",

@@ -270,6 +270,29 @@ def test_buffers_of_every_objective_are_those_of_the_trainer(tmp_path: Path, obj
         )
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_adapter_s_bytes_are_those_of_the_trainer(tmp_path: Path, method: str) -> None:
+    import torch
+
+    from edgetune.adapters.attach import AdaptedLinear, attach
+    from edgetune.models.decoder import load_decoder
+
+    decoder = load_decoder(write_model(tmp_path, tiny_config("llama"), tokenizer=False))
+    adapter = METHODS[method].Config(layers_to_transform=(1,)).resolved(decoder.config)
+    parameters = attach(decoder, adapter)
+    layers = [module for module in decoder.modules() if isinstance(module, AdaptedLinear)]
+    for layer in layers:
+        with torch.no_grad():
+            x, y = torch.ones(2, layer.slot.in_features), torch.ones(2, layer.slot.out_features)
+            layer.add(x, y)
+    kept = [tensor for layer in layers for tensor in (layer.frozen_squares, layer.norms, *layer.shared.values())]
+    storages = sorted((x.data_ptr(), len(x.untyped_storage())) for x in kept if x is not None)
+    bytes_held = sum(dict(storages).values()) + sum(value.nbytes for value in parameters.values())  # the longest views
+    parts = peak_parts(job(decoder.config, adapter=adapter), FLOOR)[1]
+    assert parts["adapter"] == bytes_held + costs.SLOT_OBJECT_BYTES * len(layers)
+    assert parts["gradients"] == sum(value.nbytes for value in parameters.values())
+
+
 @pytest.mark.parametrize("length", [7, 11, 40])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_context_s_bytes_are_those_of_the_trainer(tmp_path: Path, family: str, length: int) -> None:

@@ -36,6 +36,7 @@ OWN: dict[str, dict[str, object]] = {
     "ia3": {},
     "vera": {"r": 6, "d_initial": 0.4, "projection_prng_key": 9},
 }
+DROPOUT = {"lora": {"lora_dropout": 0.3}, "dora": {"lora_dropout": 0.3}, "vera": {"vera_dropout": 0.3}}
 IDS = torch.randint(0, 301, (2, 33), generator=torch.Generator().manual_seed(4))
 
 
@@ -100,7 +101,7 @@ def test_gradients_reach_the_adapter_alone(method: str, kind: str, tmp_path: Pat
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_backward_is_autograds(method: str, kind: str, first: bool, tmp_path: Path) -> None:
-    decoder, parameters = adapted(kind, method, tmp_path)
+    decoder, parameters = adapted(kind, method, tmp_path, **(DROPOUT.get(method, {}) if first else {}))
     randomize(parameters)
     decoder.workspace.tile_weights = 2000  # several tiles of a matrix
     walk = BlockPass(decoder.workspace, [], 1, 11)
@@ -109,12 +110,13 @@ def test_backward_is_autograds(method: str, kind: str, first: bool, tmp_path: Pa
         k, n = layer.slot.in_features, layer.slot.out_features
         layer.base_layer.bias = torch.randn(n, generator=generator)
         x, d_y, before = (torch.randn(11, width, generator=generator) for width in (k, n, k))
+        layer.start_pass((1, 2))
         wanted_y = layer(x.requires_grad_())
         wanted_x, *wanted = torch.autograd.grad(wanted_y, [x, *layer.tensors.values()], d_y)
         d_x, given = before.clone(), d_y.clone()
         with torch.no_grad():
             x, y = x.detach(), torch.empty(11, n)
-            layer.start_pass(None)
+            layer.start_pass((1, 2))
             walk._linear(layer, x, y)
             np.testing.assert_allclose(y, wanted_y.detach(), rtol=1e-4, atol=1e-4)
             walk._linear_backward(layer, x, given, d_x, first=first)
