@@ -33,7 +33,7 @@ class AdaptedLinear(nn.Module):
         self.tensors = nn.ParameterDict(
             {name: nn.Parameter(torch.zeros(shape)) for name, shape in slot.tensors.items()}
         )
-        shared = self.method.frozen_tensors(config, base_layer.shape)
+        shared = self.method.frozen_tensors(config, (slot.out_features, slot.in_features))
         self.shared = {name: torch.from_numpy(value) for name, value in shared.items()}
         self.dropout_key: tuple[int, ...] | None = None  # None: no dropout, as in evaluation
         self.frozen_squares: torch.Tensor | None = None  # of the norms of the frozen rows, where factors need them
