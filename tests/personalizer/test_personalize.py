@@ -241,7 +241,12 @@ def test_defaults_follow_the_rows_and_the_device(made: Path, bundle: Path, tmp_p
 @pytest.mark.parametrize(
     ("adapter", "config", "options", "message"),
     [
-        ({"lora_dropout": 0.1}, {}, {}, "lora_dropout cannot be set here: training graphs learn by sft, have no dropout"),
+        (
+            {"lora_dropout": 0.1},
+            {},
+            {},
+            "lora_dropout cannot be set here: training graphs learn by sft, have no dropout",
+        ),
         ({}, {"step_rule": "mezo"}, {}, "step_rule cannot be set here"),
         ({}, {"optimizer": "lion"}, {}, "optimizer = 'lion'; training graphs have adamw, sgd"),
         ({}, {"max_seq_length": 257}, {}, "max_seq_length = 257; the model has 256 positions"),
