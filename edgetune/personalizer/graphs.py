@@ -186,6 +186,9 @@ class TrainingGraphs:
         self.blocks = [self.graphs["forward"].weights(weights, block) for block in blocks]
         self.outer = {name: self.graphs[name].weights(weights) for name in ("start", "head_start", "head_end")}
         self.tiles = list(self._tiles(description))
+        # The arena's range is there from the first call on: before allocations are limited, where it would count whole.
+        ones = dict.fromkeys(self.graphs["loss_end"].shapes, np.ones((1, 1), np.float32))
+        self.graphs["loss_end"](ones, {"loss_sum": self.buffers("loss_sum", ())})
         taken = self.graphs["backward_kept"].shapes if kept_layers else {}
         self.kept = {name: int(shape[1]) for name, shape in taken.items() if name.startswith("kept.")}
 
