@@ -161,6 +161,12 @@ def by_linear(tensors: Mapping[str, np.ndarray], slots: Iterable[AdapterSlot]) -
     return found
 
 
+def split_bytes(tensors: Mapping[str, np.ndarray], slots: Iterable[AdapterSlot]) -> int:
+    """What `by_linear` copies: B of slots that are several linears."""
+    names = (f"{slot.name}.lora_B" for slot in slots if len(slot.modules) > 1)
+    return sum(tensors[name].nbytes for name in names if name in tensors)
+
+
 def is_name(text: str) -> bool:
     """Whether an adapter may be called so: lower-case letters, digits, _ and -; no path is ever a name."""
     return _NAME.fullmatch(text) is not None and text != "model"  # model.safetensors is what others take for weights

@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+from edgetune.adapter_file import split_bytes
 from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.lora import LoraConfig
 from edgetune.bundle import Bundle
@@ -22,7 +23,6 @@ from edgetune.planner.plans import Plan, TrainConfig
 from edgetune.planner.wishes import RowFacts, Wishes
 
 ENGINE = "ort"
-LOADED = 1.75  # the adapter in use, loaded as it lies in a bundle, then split by linear; measured
 
 
 def make_plan(
@@ -43,7 +43,7 @@ def make_plan(
     source = Source(
         str(bundle.folder), bundle.folder, bundle.manifest["grid"] or "none",
         sum(tensor.nbytes for tensor in description.tensors.values()),
-        active_adapter_bytes=int(LOADED * sum(value.nbytes for value in bundle.adapter_tensors().values())),
+        active_adapter_bytes=split_bytes(bundle.adapter_tensors(), bundle.slots),
     )  # fmt: skip
     wishes = Wishes(model, adapter or LoraConfig(), config, RowFacts(), ENGINE)
     check_engine(wishes, source.grid)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgetune.adapter_file import AdapterSlot, by_linear, split_bytes
 from edgetune.adapters.lora import LoraConfig
 from edgetune.errors import BundleError
 from edgetune.models import load_config
@@ -182,3 +183,19 @@ def test_the_probe_does_not_see_its_tiles(tmp_path: Path, monkeypatch: pytest.Mo
 def replace_tensors(rule: Any) -> Any:
     """The adapter without tensors: the base alone."""
     return type(rule.adapter)(rule.graphs.model, {}, 1.0)
+
+
+def test_an_adapter_in_use_takes_what_splitting_it_copies() -> None:
+    slots = [
+        AdapterSlot("block.qkv_proj", 5, 9, {"block.q_proj": 4, "block.k_proj": 2, "block.v_proj": 3}),
+        AdapterSlot("block.o_proj", 4, 5, {"block.o_proj": 5}),
+        AdapterSlot("other.o_proj", 4, 5, {"other.o_proj": 5}),
+    ]
+    tensors = {
+        f"{slot.name}.{name}": np.ones(shape, np.float32)
+        for slot in slots[:2]
+        for name, shape in (("lora_A", (slot.in_features, 6)), ("lora_B", (6, slot.out_features)))
+    }
+    made = by_linear(tensors, slots).values()
+    copies = [value for value in made if not any(np.shares_memory(value, given) for given in tensors.values())]
+    assert split_bytes(tensors, slots) == sum(value.nbytes for value in copies) == 4 * 6 * 9
