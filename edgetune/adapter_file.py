@@ -21,7 +21,13 @@ from typing import Annotated
 
 import numpy as np
 
+from edgetune.adapters import METHODS, bottleneck, lora
+from edgetune.adapters import prefix as prefix_tuning
 from edgetune.adapters.base import CONFIG
+from edgetune.adapters.bottleneck import BottleneckConfig
+from edgetune.adapters.config import AdapterConfig
+from edgetune.adapters.lora import LoraConfig
+from edgetune.adapters.prefix import PrefixConfig
 from edgetune.base import open_any_base, weights_sha256
 from edgetune.errors import AdapterError, ModelError
 from edgetune.schema import Key, Reader
@@ -30,6 +36,7 @@ from edgetune.weights import TensorInfo, open_tensors, sha256_file, write_safete
 FORMAT_VERSION = 1
 SUFFIXES = (".safetensors", ".onnx_adapter")
 SUMMARY, MERGE = "summary.json", "merge.json"  # beside an adapter that was trained, or merged from others
+PAST = "past_key_values."  # inputs of a decoder's graph: its cache
 _METADATA = "edgetune"  # key in the safetensors header, whose values are strings
 # As a share of the largest logit. What changes less cannot be told from the rounding of float32.
 MIN_PROBE_CHANGE = 1e-6
@@ -45,10 +52,13 @@ class Binding:
     base_sha256: str
     grid: str | None
     tokenizer_sha256: str | None
-    r: Annotated[int, Key("rank", low=1, high=1 << 20)]
+    r: Annotated[int, Key("rank; 0 where it has no slots", low=0, high=1 << 20)]
     lora_alpha: Annotated[float, Key("strength that training used; it is folded into lora_B", low=0)]
     slots: tuple[str, ...]
     "those of the graph that it fills"
+    activation: str | None = None
+    "of a bottleneck, which is that of the slots"
+    virtual_tokens: Annotated[int, Key("positions that its keys and values begin the cache with", low=0)] = 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,7 @@ def read_origin(folder: Path) -> Origin:
 class AdapterSlot:
     """Where an adapter plugs in: inputs `<name>.lora_A` [in_features, n] and `<name>.lora_B` [n, out_features].
 
+    Those of a bottleneck are `adapter_down` and `adapter_up`, of the same shapes, with the activation between them.
     `modules` are the linears whose outputs lie side by side in it, each with its number. Where there are several, their
     lora_A stand side by side and their lora_B along the diagonal (`by_slot`); n is r for each adapted one.
     """
@@ -104,6 +115,27 @@ class AdapterSlot:
     in_features: int
     out_features: int
     modules: dict[str, int]
+    activation: str | None = None
+
+    @property
+    def inputs(self) -> tuple[str, str]:
+        """The names of both."""
+        first, second = ("lora_A", "lora_B") if self.activation is None else ("adapter_down", "adapter_up")
+        return f"{self.name}.{first}", f"{self.name}.{second}"
+
+
+@dataclass(frozen=True)
+class PrefixShape:
+    """What a graph takes as the past of its cache: `layers` keys and values [1, kv_heads, tokens, head_dim]."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    def tensors(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """The inputs with their shapes."""
+        shape = (1, self.kv_heads, tokens, self.head_dim)
+        return {f"{PAST}{i}.{kind}": shape for i in range(self.layers) for kind in ("key", "value")}
 
 
 @dataclass(frozen=True)
@@ -116,7 +148,9 @@ class AdapterEntry:
 
 @dataclass(frozen=True)
 class BoundAdapter:
-    """`<slot>.lora_A` [in_features, n] and `<slot>.lora_B` [n, out_features], float32, scaling folded into lora_B."""
+    """Inputs of the graph, float32: those of slots (`AdapterSlot`), a LoRA's scaling folded into lora_B, and those of a
+    prefix (`PrefixShape`).
+    """
 
     binding: Binding
     tensors: dict[str, np.ndarray]
@@ -131,6 +165,9 @@ def by_slot(tensors: Mapping[str, np.ndarray], slots: Iterable[AdapterSlot]) -> 
     """
     feeds: dict[str, np.ndarray] = {}
     for slot in slots:
+        if slot.activation is not None:
+            feeds |= {name: tensors[name] for name in slot.inputs if name in tensors}
+            continue
         adapted = [module for module in slot.modules if f"{module}.lora_A" in tensors]
         if not adapted:
             continue
@@ -165,6 +202,34 @@ def split_bytes(tensors: Mapping[str, np.ndarray], slots: Iterable[AdapterSlot])
     """What `by_linear` copies: B of slots that are several linears."""
     names = (f"{slot.name}.lora_B" for slot in slots if len(slot.modules) > 1)
     return sum(tensors[name].nbytes for name in names if name in tensors)
+
+
+def bind(
+    config: AdapterConfig, tensors: dict[str, np.ndarray], origin: tuple[str, str | None, str | None],
+    slots: Iterable[AdapterSlot], prefix: PrefixShape | None,
+) -> BoundAdapter:  # fmt: skip
+    """An adapter under training's names as inputs of a graph with these slots and, of a decoder, this prefix.
+
+    `origin` is what it was trained on: hash of the base, grid, hash of the tokenizer.
+
+    Raises:
+        AdapterError: its method has no inputs of a graph; the message says what to do instead.
+    """
+    if isinstance(config, PrefixConfig) and prefix is not None:
+        feeds = prefix_tuning.onnx_tensors(tensors, prefix.layers, prefix.kv_heads)
+        return BoundAdapter(Binding(*origin, 0, 0.0, (), None, config.virtual_tokens), feeds)
+    if isinstance(config, BottleneckConfig):
+        feeds = by_slot(bottleneck.onnx_tensors(config, tensors), slots)
+        filled = tuple(dict.fromkeys(name.rpartition(".")[0] for name in feeds))
+        return BoundAdapter(Binding(*origin, config.rank, float(config.rank), filled, config.activation), feeds)
+    method, slots = METHODS[config.method], tuple(slots)
+    method.CAPABILITIES.require("as_lora", AdapterError)
+    linears = {module: (rows, slot.in_features) for slot in slots for module, rows in slot.modules.items()}
+    config, tensors = method.as_lora(config, tensors, linears)
+    assert isinstance(config, LoraConfig)
+    feeds = by_slot(lora.onnx_tensors(config, tensors), slots)
+    filled = tuple(dict.fromkeys(name.rpartition(".")[0] for name in feeds))
+    return BoundAdapter(Binding(*origin, config.rank, float(config.lora_alpha or 0), filled), feeds)
 
 
 def is_name(text: str) -> bool:
@@ -253,18 +318,26 @@ def check_probe_change(change: float, *, origin: str = "the adapter") -> None:
         )
 
 
-def tensor_problems(adapter: BoundAdapter, slots: Mapping[str, AdapterSlot]) -> Iterator[str]:
-    """What is wrong with each tensor: missing, extra, or not as its slot needs it."""
-    tensors, r = adapter.tensors, adapter.binding.r
-    expected: dict[str, tuple[int, ...]] = {}
+def tensor_problems(
+    adapter: BoundAdapter, slots: Mapping[str, AdapterSlot], prefix: PrefixShape | None = None
+) -> Iterator[str]:
+    """What is wrong with each tensor: missing, extra, or not as its slot needs it. `prefix` is that of the graph."""
+    tensors, r, virtual = adapter.tensors, adapter.binding.r, adapter.binding.virtual_tokens
+    expected: dict[str, tuple[int, ...]] = {} if prefix is None or not virtual else prefix.tensors(virtual)
     for name in adapter.binding.slots:
         slot = slots.get(name)
         if slot is None:
             yield f"{name}: the graph has no such slot"
             continue
-        rank = _rank_in(tensors.get(f"{name}.lora_A"), slot, r)
-        expected |= {f"{name}.lora_A": (slot.in_features, rank), f"{name}.lora_B": (rank, slot.out_features)}
-    if not adapter.binding.slots:
+        if slot.activation != adapter.binding.activation:
+            yield f"{name}: its non-linearity is {adapter.binding.activation}, that of the graph {slot.activation}"
+            continue
+        first, second = slot.inputs
+        rank = _rank_in(tensors.get(first), slot, r)
+        expected |= {first: (slot.in_features, rank), second: (rank, slot.out_features)}
+    if virtual and prefix is None:
+        yield "it begins a cache, and the graph has none"
+    if not adapter.binding.slots and not virtual:
         yield "it names no slot, expected at least one"
     for name, shape in expected.items():
         array = tensors.get(name)
@@ -276,8 +349,8 @@ def tensor_problems(adapter: BoundAdapter, slots: Mapping[str, AdapterSlot]) -> 
             yield f"{name}: has shape {list(array.shape)}, expected {list(shape)}"
         elif not np.isfinite(array).all():
             yield f"{name}: holds NaN or infinity"
-    known = {f"{slot}.{kind}" for slot in adapter.binding.slots for kind in ("lora_A", "lora_B")}
-    for name in sorted(tensors.keys() - known):
+    named = {name for slot in adapter.binding.slots if slot in slots for name in slots[slot].inputs}
+    for name in sorted(tensors.keys() - expected.keys() - named):
         yield f"{name}: is not of a slot that the adapter names"
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +24,7 @@ from edgetune.adapter_file import (
     AdapterSlot,
     Binding,
     BoundAdapter,
+    PrefixShape,
     check_probe_change,
     is_name,
     read_adapter,
@@ -102,6 +103,14 @@ class AnyBundle(Generic[_Model]):
         return self.folder / MODEL
 
     @property
+    def prefix(self) -> PrefixShape | None:
+        """What its graph takes as the past of a cache; None of an encoder."""
+        model = self.model
+        if not isinstance(model, BundleModel):
+            return None
+        return PrefixShape(model.num_hidden_layers, model.num_key_value_heads, model.head_dim)
+
+    @property
     def has_adapter(self) -> bool:
         """Whether the bundle carries adapters of its own beside the graph (a merged bundle does not)."""
         return bool(self.adapters)
@@ -111,6 +120,12 @@ class AnyBundle(Generic[_Model]):
         """The adapter that is used where none is named; None is the base alone."""
         name: str | None = self.manifest["default_adapter"]
         return name
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions of the context that the default adapter begins with."""
+        name = self.default_adapter
+        return 0 if name is None else self.adapters[name].binding.virtual_tokens
 
     @property
     def probe_rows(self) -> list[np.ndarray]:
@@ -302,16 +317,23 @@ def check_adapter(bundle: AnyBundle[Any], adapter: BoundAdapter, *, origin: str 
     if not bundle.slots:
         raise AdapterError(f"{bundle.folder} is merged and takes no adapter; export without --merge to keep slots")
     _check_binding(bundle, adapter.binding, origin)
-    problems = list(tensor_problems(adapter, {slot.name: slot for slot in bundle.slots}))
+    problems = list(tensor_problems(adapter, {slot.name: slot for slot in bundle.slots}, bundle.prefix))
     if problems:
         shown = "\n  ".join(problems[:20])
         raise AdapterError(
             f"{origin} does not fit {bundle.folder}, {len(problems)} of its tensors are wrong:\n  {shown}\n"
             f"Train an adapter on the base of this bundle, or export a bundle of the adapter's base"
         )
-    pairs = [(adapter.tensors[f"{slot}.lora_A"], adapter.tensors[f"{slot}.lora_B"]) for slot in adapter.binding.slots]
-    if not any(a.any() and b.any() for a, b in pairs):
-        raise AdapterError(f"{origin} changes nothing: lora_A or lora_B of every slot is zero. Train it")
+    if adapter.binding.virtual_tokens >= bundle.model.max_position_embeddings:
+        raise AdapterError(
+            f"{origin} begins the cache with {adapter.binding.virtual_tokens} virtual tokens, and the context of "
+            f"{bundle.folder} is {bundle.model.max_position_embeddings}. Train it with fewer"
+        )
+    slots = {slot.name: slot for slot in bundle.slots}
+    pairs = [tuple(adapter.tensors[name] for name in slots[slot].inputs) for slot in adapter.binding.slots]
+    if pairs and not any(a.any() and b.any() for a, b in pairs):
+        first, second = (name.rpartition(".")[2] for name in slots[adapter.binding.slots[0]].inputs)
+        raise AdapterError(f"{origin} changes nothing: {first} or {second} of every slot is zero. Train it")
 
 
 def _check_binding(bundle: AnyBundle[Any], binding: Binding, origin: str) -> None:
@@ -440,7 +462,7 @@ def _check_files(folder: Path, files: Mapping[str, Any]) -> None:
 _Part = TypeVar("_Part", BundleModel, EncoderModel, AdapterSlot)
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,), "int": (int,), "bool": (bool,), "int | None": (int, type(None)), "tuple[int, ...]": (list,),
-    "dict[str, int]": (dict,),
+    "dict[str, int]": (dict,), "str | None": _OPTIONAL_TEXT,
 }  # fmt: skip
 
 
@@ -449,6 +471,7 @@ def _parse(kind: type[_Part], value: Any, where: str) -> _Part:
     if not isinstance(value, dict):
         raise BundleError(f"{where} is {value!r:.80}, expected an object. Export the bundle again")
     types = {field.name: _FIELD_TYPES[str(field.type)] for field in fields(kind)}
+    value = {field.name: field.default for field in fields(kind) if field.default is not MISSING} | value
     _check_keys(value, types, where)
     for key, item in value.items():
         numbers = item.values() if isinstance(item, dict) else item if isinstance(item, list) else [item]

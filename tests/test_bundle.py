@@ -252,7 +252,7 @@ def test_an_adapter_that_changes_nothing_is_refused(change: float, message: str)
     ("change", "error", "message"),
     [
         (lambda m, e: e.pop("probe_change"), BundleError, r"adapters\['adapter'\]: probe_change: missing"),
-        (lambda m, e: e["binding"].update(r="3"), BundleError, "binding.r: found '3'; expected an integer from 1"),
+        (lambda m, e: e["binding"].update(r="3"), BundleError, "binding.r: found '3'; expected an integer from 0"),
         (lambda m, e: e["binding"].pop("slots"), BundleError, "binding.slots: missing"),
         (lambda m, e: m["adapters"].update(notes=3), BundleError, r"adapters\['notes'\]: is 3, expected an object"),
         (lambda m, e: m["adapters"].update(Notes=e), BundleError, r"adapters\['Notes'\] is no name"),

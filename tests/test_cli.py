@@ -809,6 +809,32 @@ def test_every_flag_reaches_the_plan(
     assert (tuple(found) if isinstance(value, tuple) else found) == value
 
 
+@pytest.mark.parametrize(
+    ("method", "field", "typed", "value"),
+    [
+        ("bottleneck", "r", "3", 3),
+        ("bottleneck", "placement", "houlsby", "houlsby"),
+        ("bottleneck", "non_linearity", "tanh", "tanh"),
+        ("bottleneck", "layers_to_transform", "1", [1]),
+        ("prompt_tuning", "num_virtual_tokens", "7", 7),
+        ("prefix_tuning", "num_virtual_tokens", "7", 7),
+    ],
+)
+def test_the_flags_of_a_method_reach_the_plan(
+    method: str, field: str, typed: str, value: object, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flag = "--" + {"layers_to_transform": "layers"}.get(field, field).replace("_", "-")
+    assert call("plan", model, "--device", "host", "--json", "--adapter", method, flag, typed) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["method"], made["adapter"][field]) == (method, value)
+
+
+def test_a_window_holds_the_virtual_tokens(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--adapter", "prompt_tuning", "--num-virtual-tokens", "20", "--max-seq-length", "21")
+    assert call("plan", model, "--device", "host", *flags) == 1
+    assert "num_virtual_tokens takes 20; a row needs 2 more" in capsys.readouterr().err
+
+
 def test_a_switch_is_turned_off_by_no(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("plan", model, "--device", "host", "--json", "--no-fast-products") == 0
     assert json.loads(capsys.readouterr().out)["fast_products"] is False

@@ -25,7 +25,11 @@ SCALES_BIAS:
     add_factor_gradient(d_factor, tensors, gradients, config, norms)  from that of either, to the gradients
     squared_norms(weight, squares, tensors, rows, config)             what `norms` are made of, where factors need them
 
-and for numpy arrays
+A method of hidden states (`models.places`) has the first three of these, for the place's input x and what is there, y.
+One of virtual tokens has none: its tensor is the model's, at the place "". Both have `places(model)`, every place that
+they could have, with shapes as `slot` takes them.
+
+A method at linears has for numpy arrays
 
     merge(weight, tensors, rows, config)      rows of the frozen weight with the adapter folded in
     changes(tensors)                          whether these tensors of a slot do anything
@@ -41,10 +45,13 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from edgetune.adapters import dora, ia3, lora, vera
+from edgetune.adapters import bottleneck, dora, ia3, lora, prefix, prompt, vera
 from edgetune.errors import AdapterError
 
-METHODS = {"lora": lora, "dora": dora, "ia3": ia3, "vera": vera}
+METHODS = {
+    "lora": lora, "dora": dora, "ia3": ia3, "vera": vera,
+    "bottleneck": bottleneck, "prefix_tuning": prefix, "prompt_tuning": prompt,
+}  # fmt: skip
 
 
 def method_of_peft(peft: Mapping[str, Any]) -> ModuleType:
@@ -54,7 +61,7 @@ def method_of_peft(peft: Mapping[str, Any]) -> ModuleType:
         AdapterError: it is none of `METHODS`.
     """
     for module in METHODS.values():
-        if module.CAPABILITIES.peft_file is None and module.reads_peft(peft):
+        if module.reads_peft(peft):
             return module
     raise AdapterError(
         f"adapter_config.json has peft_type {peft.get('peft_type')!r}; supported are "

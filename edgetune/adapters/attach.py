@@ -17,6 +17,7 @@ from torch import nn
 from edgetune.adapters import METHODS
 from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.slot import FACTOR_COLUMNS, Slot
+from edgetune.adapters.states import AdaptedState, put_virtual_tokens
 from edgetune.errors import AdapterError
 from edgetune.linear import FrozenLinear
 from edgetune.models.decoder import Decoder
@@ -184,12 +185,14 @@ def attach(model: Decoder | Encoder, config: AdapterConfig, seed: int = 0) -> di
     method = METHODS[config.method]
     parameters: dict[str, nn.Parameter] = {}
     for index, slot in enumerate(method.slots(config, model.config)):
+        if not slot.place:
+            parameters |= put_virtual_tokens(model, slot, config)
+            continue
         path, _, name = slot.place.removeprefix("model.").rpartition(".")
         parent = model.get_submodule(path)
-        layer = AdaptedLinear(getattr(parent, name), slot, index, config)
-        for key, value in method.initialize(
-            slot, config, np.random.default_rng([seed, index]), layer.base_layer
-        ).items():
+        frozen = getattr(parent, name)
+        layer = AdaptedState(slot, config) if frozen is None else AdaptedLinear(frozen, slot, index, config)
+        for key, value in method.initialize(slot, config, np.random.default_rng([seed, index]), frozen).items():
             layer.tensors[key].data.copy_(torch.from_numpy(value))
             parameters[f"{slot.place}.{key}"] = layer.tensors[key]
         setattr(parent, name, layer)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from edgetune.adapters import METHODS, method_of_peft
 from edgetune.adapters.config import AdapterConfig
 from edgetune.errors import AdapterError, ModelError
 from edgetune.models import ModelConfig
-from edgetune.weights import TensorInfo, open_tensors, write_atomic, write_safetensors
+from edgetune.weights import TensorInfo, Weights, open_tensors, write_atomic, write_safetensors
 
 PREFIX = "base_model.model."
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
@@ -34,38 +36,39 @@ def save_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, np.n
                 f"{name} holds NaN or infinity; such an adapter is never saved. Lower the learning rate."
             )
     method = METHODS[config.method]
-    files = {f"{PREFIX}{_peft_name(name, method.PEFT_NAMES)}": value for name, value in tensors.items()}
+    files = {_peft_name(name, method.PEFT_NAMES): value for name, value in tensors.items()}
     write_safetensors(folder / MODEL, {k: TensorInfo("F32", v.shape) for k, v in files.items()}, files.__getitem__)
     write_atomic(folder / CONFIG, json.dumps(method.config_to_peft(config, base_model), indent=1))
 
 
 def load_adapter(folder: str | Path, model: ModelConfig) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
     """A resolved config and float32 tensors, from a folder that edgetune or PEFT wrote. Raises as `read_adapter`."""
-    return read_adapter(folder, model.linears())
+    return read_adapter(folder, model.linears(), model)
 
 
 def read_adapter(
-    folder: str | Path, places: Mapping[str, tuple[int, int]]
+    folder: str | Path, places: Mapping[str, tuple[int, int]], model: ModelConfig | None = None
 ) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
     """The same where only the places are known: name -> (out_features, in_features), in the model's order.
+
+    `model` gives the places of a method that has others than linears.
 
     Raises:
         AdapterError: files are missing or damaged, the method is not supported, or tensors do not fit the linears; the
             message lists the first of them with both shapes.
     """
     folder = Path(folder)
-    try:
-        peft = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        weights = open_tensors(folder / MODEL)
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{folder} is no adapter folder: {error}. It needs {CONFIG} and {MODEL}.") from error
-    except ModelError as error:
-        raise AdapterError(str(error)) from error
+    peft, weights = _open(folder)
     method = method_of_peft(peft)
     endings = {f".{ending}": f".{short}" for short, ending in method.PEFT_NAMES.items()}
+    if model is not None and hasattr(method, "places"):
+        places = method.places(model)
     names: dict[str, str] = {}
     for name in weights:
         if name in method.PEFT_SHARED:
+            continue
+        if name in method.PEFT_NAMES.values():  # of the model as a whole
+            names[name] = name
             continue
         ending = next((ending for ending in endings if name.endswith(ending)), None)
         if ending is None or not name.startswith(PREFIX):
@@ -104,6 +107,20 @@ def read_adapter(
     return config, {name: tensors[name] for name in expected}
 
 
+def method_of(folder: str | Path) -> ModuleType:
+    """The method of an adapter folder. Raises AdapterError as `read_adapter`."""
+    return method_of_peft(_open(Path(folder))[0])
+
+
+def _open(folder: Path) -> tuple[dict[str, Any], Weights]:
+    try:
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8")), open_tensors(folder / MODEL)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{folder} is no adapter folder: {error}. It needs {CONFIG} and {MODEL}.") from error
+    except ModelError as error:
+        raise AdapterError(str(error)) from error
+
+
 def _peft_name(name: str, endings: Mapping[str, str]) -> str:
     place, _, short = name.rpartition(".")
-    return f"{place}.{endings[short]}"
+    return f"{PREFIX}{place}.{endings[short]}" if place else endings[short]

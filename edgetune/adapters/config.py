@@ -44,6 +44,11 @@ class AdapterConfig:
         return 0
 
     @property
+    def virtual_tokens(self) -> int:
+        """Positions of a resolved config that every row gives to it, from the context."""
+        return 0
+
+    @property
     def dropout(self) -> float:
         """Share of the adapter's inputs that training zeroes."""
         return 0.0

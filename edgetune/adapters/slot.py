@@ -30,7 +30,7 @@ class Slot:
     @property
     def names(self) -> dict[str, tuple[int, ...]]:
         """Full tensor name -> shape."""
-        return {f"{self.place}.{name}": shape for name, shape in self.tensors.items()}
+        return {f"{self.place}.{name}".lstrip("."): shape for name, shape in self.tensors.items()}
 
     @property
     def num_parameters(self) -> int:

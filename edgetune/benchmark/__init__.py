@@ -86,7 +86,7 @@ def bench(
     for name, value, least in (("runs", runs, 1), ("warmup", warmup, 0), ("soak", soak, 0)):
         if not value >= least:
             raise ConfigError(f"{name} is {value}, expected at least {least}")
-    contexts = [one.model.max_position_embeddings for one in (bundle, other) if one is not None]
+    contexts = [one.model.max_position_embeddings - one.virtual_tokens for one in (bundle, other) if one is not None]
     lengths, notices = _fit(prompt_tokens, new_tokens, min(contexts))
     threads = min(device.compute.threads, host.threads())
     settings = Settings(lengths, new_tokens, runs, warmup, threads, contexts[0])

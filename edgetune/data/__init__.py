@@ -123,14 +123,18 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Rows side by side in `length` positions, the rest padding. The arrays are made when they are asked for."""
+    """Rows side by side in `length` positions, the rest padding. The arrays are made when they are asked for.
+
+    Each row begins with the positions of `virtual_tokens` that a prompt or prefix is trained for; their ids are 0.
+    """
 
     rows: tuple[Row, ...]
     length: int
+    virtual_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """Positions that are not padding."""
+        """Tokens of the rows."""
         return sum(len(row) for row in self.rows)
 
     @property
@@ -141,32 +145,39 @@ class Window:
     @property
     def input_ids(self) -> npt.NDArray[np.int64]:
         """[length]; padding is 0."""
-        return self._filled([row.input_ids for row in self.rows], 0)
+        return self._filled([row.input_ids for row in self.rows], before=0, padding=0)
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
         """[length]; what position t should predict, -100 where nothing is learned. The last position of a row
         predicts nothing.
         """
-        return self._filled([np.append(row.labels[1:], IGNORED) for row in self.rows], IGNORED)
+        parts = [np.append(row.labels[1:], IGNORED) for row in self.rows]
+        return self._filled(parts, before=IGNORED, padding=IGNORED)
 
     @property
     def position_ids(self) -> npt.NDArray[np.int64]:
         """[length]; from 0 in each row; padding is 0."""
-        return self._filled([np.arange(len(row)) for row in self.rows], 0)
+        positions = [np.arange(len(row) + self.virtual_tokens) for row in self.rows]
+        return self._joined(positions, 0)
 
     @property
     def segment_ids(self) -> npt.NDArray[np.int64]:
         """[length]; the number of the row in this window; padding is -1."""
-        return self._filled([np.full(len(row), i) for i, row in enumerate(self.rows)], -1)
+        return self._joined([np.full(len(row) + self.virtual_tokens, i) for i, row in enumerate(self.rows)], -1)
 
     def of_rows(self, key: str, count: int) -> npt.NDArray[np.float64]:
         """[count]; a value of each row, NaN where it has none and beyond the last."""
         values = [getattr(row, key) for row in self.rows] + [None] * (count - len(self.rows))
         return np.array([np.nan if value is None else float(value) for value in values])
 
-    def _filled(self, parts: Sequence[npt.NDArray[Any]], padding: int) -> npt.NDArray[np.int64]:
-        return np.concatenate([*parts, np.full(self.length - self.num_tokens, padding)]).astype(np.int64)
+    def _filled(self, parts: Sequence[npt.NDArray[Any]], *, before: int, padding: int) -> npt.NDArray[np.int64]:
+        virtual = np.full(self.virtual_tokens, before)
+        return self._joined([np.concatenate([virtual, part]) for part in parts], padding)
+
+    def _joined(self, parts: Sequence[npt.NDArray[Any]], padding: int) -> npt.NDArray[np.int64]:
+        rest = self.length - sum(map(len, parts))
+        return np.concatenate([*parts, np.full(rest, padding)]).astype(np.int64)
 
 
 def read_rows(path: str | Path, tokenizer: Tokenizer, max_seq_length: int, *, skip_bad: bool = False) -> Rows:
@@ -359,25 +370,27 @@ def split_eval(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     )
 
 
-def pack(rows: Rows | Sequence[Row], max_seq_length: int, together: int = 1) -> list[Window]:
+def pack(rows: Rows | Sequence[Row], max_seq_length: int, together: int = 1, virtual_tokens: int = 0) -> list[Window]:
     """Rows side by side in windows, long rows first, each where it leaves the least room (best-fit decreasing: at most
     11/9 of the fewest windows possible, plus one; Johnson 1974). The result depends on nothing but the rows.
 
     So many rows in turn stay `together` in one window. Every window is as long as the fullest one, rounded up to a
-    multiple of `LENGTH_STEP` where `max_seq_length` allows.
+    multiple of `LENGTH_STEP` where `max_seq_length` allows. Each row takes `virtual_tokens` positions more than it has
+    tokens.
 
     Raises:
-        DataError: A row, or what stays together, is longer than `max_seq_length`.
+        DataError: A row, or what stays together, is longer than `max_seq_length` with these.
     """
     bins: list[list[Row]] = []
     with_room: dict[int, list[int]] = {}  # room left -> the windows that have it
     rooms: list[int] = []  # the keys of with_room, sorted; at most max_seq_length of them
     for unit in sorted(units(rows, together), key=_num_tokens, reverse=True):
-        length = _num_tokens(unit)
+        length = _num_tokens(unit) + virtual_tokens * len(unit)
         if length > max_seq_length:
+            virtual = f", {virtual_tokens} virtual ones for each row among them" if virtual_tokens else ""
             raise DataError(
-                f"The row of line {unit[0].line} has {length} tokens; a window (max_seq_length) has {max_seq_length}. "
-                "Read the file again for this window."
+                f"The row of line {unit[0].line} has {length} tokens{virtual}; a window (max_seq_length) has "
+                f"{max_seq_length}. Read the file again for this window."
             )
         at = bisect_left(rooms, length)
         if at == len(rooms):
@@ -394,9 +407,9 @@ def pack(rows: Rows | Sequence[Row], max_seq_length: int, together: int = 1) -> 
             insort(rooms, room)
         if room:
             with_room.setdefault(room, []).append(index)
-    fullest = max(map(_num_tokens, bins), default=0)
+    fullest = max((_num_tokens(rows_of_bin) + virtual_tokens * len(rows_of_bin) for rows_of_bin in bins), default=0)
     length = min(-(-fullest // LENGTH_STEP) * LENGTH_STEP, max_seq_length)
-    return [Window(tuple(rows_of_bin), length) for rows_of_bin in bins]
+    return [Window(tuple(rows_of_bin), length, virtual_tokens) for rows_of_bin in bins]
 
 
 def units(rows: Rows | Sequence[Row], together: int) -> list[tuple[Row, ...]]:

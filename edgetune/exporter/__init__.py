@@ -23,7 +23,7 @@ import onnxruntime
 import torch
 
 from edgetune import __version__
-from edgetune.adapter_file import Binding, BoundAdapter, check_probe_change, probe_rows, write_adapter
+from edgetune.adapter_file import check_probe_change, probe_rows, write_adapter
 from edgetune.base import EncoderBase
 from edgetune.bundle import (
     ADAPTER,
@@ -161,7 +161,7 @@ def _write_model(
     if job.merge or job.weights != stored:
         source = RoundedWeights(base, job.weights, job.adapter, merge=job.merge)
     builder = decoder_graph(
-        source, data_file=DATA, context_length=job.context_length, slots=[slot.name for slot in job.slots],
+        source, data_file=DATA, context_length=job.context_length, slots=job.slots,
         contrib=job.contrib,
     )  # fmt: skip
     marks = {SHARE_BUFFER: "1"} if job.writes_cache_in_place else {}
@@ -172,7 +172,7 @@ def _write_model(
     if with_training:
         write_training(job, builder, source, folder)
 
-    items, held_out = agreement.probes(job.rows, config.vocab_size, job.context_length)
+    items, held_out = agreement.probes(job.rows, config.vocab_size, job.row_length)
     tuned, rounding = job.adapter is not None, None
     decoder = load_decoder(job.base.folder)
     if isinstance(source, RoundedWeights) and (job.merge or not source.is_exact):
@@ -189,9 +189,9 @@ def _write_model(
         rounding = source.figures() | agreement.rounding_cost(items, trained, expected)
         if tuned and not accept_loss:
             parity.check_rounding(rounding, stored, job.weights, alpha=alpha)
-    feeds = job.adapter.feeds(job.slots) if job.adapter else {}
+    feeds = job.feeds(job.adapter) if job.adapter else {}
     if rounding is None or not tuned:
-        feeds = attach_adapter(job, decoder).feeds(job.slots)
+        feeds = job.feeds(attach_adapter(job, decoder))
         expected = parity.spool_logits(decoder, items, work / "expected")
     del decoder
     fast = FORMATS[job.weights].ROUNDS_ACTIVATIONS
@@ -205,21 +205,18 @@ def _write_adapter(job: Job, folder: Path, work: Path) -> dict[str, Any]:
     """The run's adapter beside the graph: its two files, and the manifest's entry. Empty where there is none."""
     if job.adapter is None or job.merge:
         return {}
-    config, feeds, rows = job.adapter.lora[0], job.adapter.feeds(job.slots), _probe_rows(job)
+    adapter, rows = job.bound(job.adapter), _probe_rows(job)
     if isinstance(job.base, EncoderBase):
-        change = encoder.probe_change(folder / MODEL, feeds, rows)
+        change = encoder.probe_change(folder / MODEL, adapter.tensors, rows)
     else:
-        change = parity.probe_change(folder / MODEL, job.base.config, feeds, rows, work)
+        change = parity.probe_change(folder / MODEL, job.base.config, adapter.tensors, rows, work)
     check_probe_change(change, origin="the run's adapter")
-    slots = tuple(dict.fromkeys(name.rpartition(".")[0] for name in feeds))
-    alpha = float(config.lora_alpha or 0)
-    binding = Binding(job.base_sha256, job.base.grid, job.tokenizer_sha256, config.rank, alpha, slots)
-    write_adapter(folder, ADAPTER, BoundAdapter(binding, feeds))
-    return {ADAPTER: {"binding": asdict(binding), "probe_change": change}}
+    write_adapter(folder, ADAPTER, adapter)
+    return {ADAPTER: {"binding": asdict(adapter.binding), "probe_change": change}}
 
 
 def _probe_rows(job: Job) -> list[list[int]]:
-    return [] if job.merge else probe_rows(job.base.config.vocab_size, job.context_length)
+    return [] if job.merge else probe_rows(job.base.config.vocab_size, job.row_length)
 
 
 def _write_companions(job: Job, folder: Path) -> None:

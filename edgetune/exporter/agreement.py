@@ -59,12 +59,15 @@ def num_positions(items: Sequence[Probe]) -> int:
     return sum(len(probe.ids) for probe in items)
 
 
-def batches(items: Sequence[Probe]) -> Iterator[tuple[np.ndarray, list[Probe]]]:
-    """Ids [B, T] and their probes. Rows end in padding, which no earlier position of a causal model sees."""
+def batches(items: Sequence[Probe], *, alone: bool = False) -> Iterator[tuple[np.ndarray, list[Probe]]]:
+    """Ids [B, T] and their probes, each `alone` or as many as fit.
+
+    Rows end in padding, which no earlier position of a causal model sees.
+    """
     at = 0
     while at < len(items):
         group = [items[at]]
-        while at + len(group) < len(items):
+        while not alone and at + len(group) < len(items):
             longest = max(len(probe.ids) for probe in [*group, items[at + len(group)]])
             if longest * (len(group) + 1) > _BATCH_POSITIONS:
                 break
@@ -83,8 +86,8 @@ class Spool:
     batches [B, T] that the tiles are of.
     """
 
-    def __init__(self, path: Path, items: Sequence[Probe], vocab_size: int) -> None:
-        plan = list(batches(items))
+    def __init__(self, path: Path, items: Sequence[Probe], vocab_size: int, *, alone: bool = False) -> None:
+        plan = list(batches(items, alone=alone))
         self.ids = [ids for ids, _ in plan]
         lengths = [[len(probe.ids) for probe in group] for _, group in plan]
         starts = iter(accumulate((n for group in lengths for n in group), initial=0))

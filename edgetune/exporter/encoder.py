@@ -66,9 +66,9 @@ def write_model(
         if tuned and not accept_loss:
             _check_rounding(rounding, stored, job.weights, merged=alpha is not None)
     if job.adapter is None or rounding is None:
-        feeds = attach_adapter(job, encoder).feeds(job.slots)
+        feeds = job.feeds(attach_adapter(job, encoder))
     elif not job.merge:
-        feeds = job.adapter.feeds(job.slots)
+        feeds = job.feeds(job.adapter)
     expected = run_torch(encoder, texts)
     figures = _check_exact(expected, run_graph(model, feeds, texts, fp32_compute=True))
     if FORMATS[job.weights].ROUNDS_ACTIVATIONS:

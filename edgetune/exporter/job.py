@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgetune.adapter_file import AdapterSlot, by_slot
-from edgetune.adapters import METHODS, lora
+from edgetune.adapter_file import AdapterSlot, BoundAdapter, PrefixShape, bind
+from edgetune.adapters import METHODS, bottleneck
 from edgetune.adapters.attach import attach
 from edgetune.adapters.base import load_adapter
+from edgetune.adapters.bottleneck import BottleneckConfig
 from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.lora import LoraConfig
+from edgetune.adapters.prefix import PrefixConfig
+from edgetune.adapters.prompt import PromptConfig
 from edgetune.base import AnyBase, Base, EncoderBase, open_any_base, weights_sha256
 from edgetune.bundle import MANIFEST
 from edgetune.data import Row, read_rows, split_eval
@@ -34,10 +37,11 @@ from edgetune.graphs.ops import has_fused_attention
 from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
 from edgetune.models.config import DecoderConfig
-from edgetune.models.decoder import Decoder
+from edgetune.models.decoder import Decoder, load_decoder
 from edgetune.models.encoder import Encoder
 from edgetune.quantizer import quantize, read_manifest
 from edgetune.tokenizer import Tokenizer, load_tokenizer
+from edgetune.training.forward import keys_values
 from edgetune.weights import sha256_file
 
 # Rotary tables and KV cache grow with it: 128k positions would add 32 MiB of tables that no device could fill.
@@ -57,18 +61,6 @@ class Adapter:
     @property
     def method(self) -> ModuleType:
         return METHODS[self.config.method]
-
-    @property
-    def lora(self) -> tuple[LoraConfig, dict[str, np.ndarray]]:
-        """The same in the form that graphs and bundles know. Raises ExportError where the method has none."""
-        self.method.CAPABILITIES.require("as_lora", ExportError)
-        made: tuple[LoraConfig, dict[str, np.ndarray]] = self.method.as_lora(self.config, self.tensors, self.linears)
-        return made
-
-    def feeds(self, slots: Iterable[AdapterSlot]) -> dict[str, np.ndarray]:
-        """The same as inputs of a graph with these slots, none where it has none."""
-        slots = tuple(slots)
-        return by_slot(lora.onnx_tensors(*self.lora), slots) if slots else {}
 
     def weakened(self, alpha: float) -> Adapter:
         """The adapter whose change of the weights is `alpha` times this one's."""
@@ -132,9 +124,38 @@ class Job:
         if self.merge:
             return ()
         slots = adapter_slots(self.base.config, self.format_of)
-        if self.any_adapter or self.adapter is None:
+        if self.adapter is not None and isinstance(config := self.adapter.config, BottleneckConfig):
+            everywhere = config.changed(layers_to_transform=None).resolved(self.base.config)
+            hidden = self.base.config.hidden_size
+            slots = tuple(
+                AdapterSlot(slot.place, hidden, hidden, {slot.place: hidden}, config.activation)
+                for slot in bottleneck.slots(everywhere, self.base.config)
+            )
+        if self.any_adapter or self.adapter is None or self.virtual_tokens:
             return slots
         return tuple(slot for slot in slots if self.adapter.places.keys() & slot.modules.keys())
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions of the context that the adapter takes."""
+        return 0 if self.adapter is None else self.adapter.config.virtual_tokens
+
+    @property
+    def row_length(self) -> int:
+        """The tokens that a row may have beside them."""
+        return self.context_length - self.virtual_tokens
+
+    def bound(self, adapter: Adapter) -> BoundAdapter:
+        """An adapter as inputs of the graph. Raises AdapterError where its method has none."""
+        config, prefix = self.base.config, None
+        if isinstance(config, DecoderConfig):
+            prefix = PrefixShape(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+        origin = self.base_sha256, self.base.grid, self.tokenizer_sha256
+        return bind(adapter.config, adapter.tensors, origin, self.slots, prefix)
+
+    def feeds(self, adapter: Adapter) -> dict[str, np.ndarray]:
+        """These inputs; none of a merged graph, which has none."""
+        return {} if self.merge else self.bound(adapter).tensors
 
     @property
     def contrib(self) -> bool:
@@ -234,7 +255,8 @@ def read_job(
         tokenizer.check_vocab(base.config.vocab_size)
     if isinstance(base, EncoderBase) and (eval_data is not None or retention_data is not None):
         raise ExportError(f"{base.folder} is an encoder: it predicts no token of held-out rows. Leave their files out.")
-    rows = () if isinstance(base, EncoderBase) else _held_out(run, tokenizer, base, eval_data)
+    virtual = 0 if adapter is None else adapter.config.virtual_tokens
+    rows = () if isinstance(base, EncoderBase) else _held_out(run, tokenizer, base, eval_data, virtual)
     retention = () if retention_data is None else _held_out({}, tokenizer, base, retention_data)
     if retention and not rows:
         raise ExportError(
@@ -268,10 +290,22 @@ def _read_run(folder: Path) -> dict[str, Any]:
 def _read_adapter(folder: Path, base: AnyBase[Any], *, merge: bool) -> Adapter:
     config, tensors = load_adapter(folder, base.config)
     adapter = Adapter(config, tensors, base.config.linears())
-    adapter.method.CAPABILITIES.require("merge" if merge else "as_lora", ExportError)
+    can = adapter.method.CAPABILITIES
+    can.require("merge" if merge else "as_lora" if can.own_inputs else "own_inputs", ExportError)
     if not any(adapter.changes(place) for place in adapter.places):
         raise ExportError(f"The adapter of {folder} changes nothing. Train it, or export the base.")
-    return adapter
+    return as_prefix(base, adapter) if isinstance(config, PromptConfig) and isinstance(base, Base) else adapter
+
+
+def as_prefix(base: Base, adapter: Adapter) -> Adapter:
+    """A prompt as the keys and values that the model makes of it, once; a prefix as it is."""
+    config = adapter.config
+    if not isinstance(config, PromptConfig) or isinstance(config, PrefixConfig):
+        return adapter
+    prompt = torch.from_numpy(adapter.tensors["prompt_embeddings"])
+    parts = [part.clone() for layer in keys_values(load_decoder(base.folder), prompt) for part in layer]
+    folded = PrefixConfig(num_virtual_tokens=config.num_virtual_tokens)
+    return replace(adapter, config=folded, tensors={"prompt_embeddings": torch.cat(parts, 1).numpy()})
 
 
 def _profile(device: DeviceProfile | str | Path | None, folder: Path) -> DeviceProfile | None:
@@ -308,10 +342,15 @@ def _on_grid(base: Base | EncoderBase, weights: str, work: Path) -> Base | Encod
 
 
 def _held_out(
-    run: Mapping[str, Any], tokenizer: Tokenizer | None, base: AnyBase[Any], eval_data: str | Path | None
-) -> Sequence[Row]:
-    """The rows that training did not see: those given, else the run's own, where its file is still what it was."""
+    run: Mapping[str, Any], tokenizer: Tokenizer | None, base: AnyBase[Any], eval_data: str | Path | None,
+    virtual_tokens: int = 0,
+) -> Sequence[Row]:  # fmt: skip
+    """The rows that training did not see: those given, else the run's own, where its file is still what it was.
+
+    They are as long as positions that virtual tokens leave.
+    """
     length = min(run.get("max_seq_length", _ROW_LENGTH), base.config.max_position_embeddings, CONTEXT_LIMIT)
+    length -= virtual_tokens
     if tokenizer is None:
         if eval_data is not None:
             raise ExportError(f"{base.folder} has no tokenizer.json to read {eval_data} with. Put one there.")

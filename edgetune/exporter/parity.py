@@ -28,6 +28,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from edgetune import host
+from edgetune.adapter_file import PAST
 from edgetune.data import IGNORED
 from edgetune.errors import ExportError, ParityError
 from edgetune.exporter.agreement import MIN_POSITIONS, Probe, Spool, compare, num_positions, task_of
@@ -65,8 +66,9 @@ class Graph:
         self._feeds, self._config = dict(feeds), config
 
     def spool(self, items: Sequence[Probe], path: Path) -> Spool:
-        """Logits of all probes."""
-        spool = Spool(path, items, self._config.vocab_size)
+        """Logits of all probes; attention over a past, which a prefix is, takes one at a time."""
+        prefixed = any(name.startswith(PAST) for name in self._feeds)
+        spool = Spool(path, items, self._config.vocab_size, alone=prefixed)
         for batch, _, rows, logits in self._tiles([[ids] for ids in spool.ids]):
             spool.write(batch, rows, logits)
         return spool
@@ -85,7 +87,7 @@ class Graph:
 
         Yields (index of the batch, first position of the step, rows of the vocabulary, logits [B, t, rows]).
         """
-        values = [list(_steps(sequence)) for sequence in sequences]
+        values = [list(self._steps(sequence)) for sequence in sequences]
         for piece in self._pieces:
             session = self._session(piece, values[0][0])
             for sequence, steps in zip(sequences, values, strict=True):
@@ -119,8 +121,17 @@ class Graph:
         return dict(zip(piece.outputs, session.run(piece.outputs, feeds), strict=True))
 
     def _empty(self, piece: Piece, batch: int) -> dict[str, np.ndarray]:
-        empty = np.zeros((batch, self._config.num_key_value_heads, 0, self._config.head_dim), np.float32)
-        return {name: empty for name in piece.inputs if name.startswith("past_key_values.")}
+        """The cache before the first token: nothing, or the prefix of an adapter."""
+        empty = np.zeros((1, self._config.num_key_value_heads, 0, self._config.head_dim), np.float32)
+        first = {name: self._feeds.get(name, empty) for name in piece.inputs if name.startswith(PAST)}
+        return {name: np.repeat(value, batch, axis=0) for name, value in first.items()}
+
+    def _steps(self, sequence: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        """The inputs of the graph for each step."""
+        total = next((value.shape[2] for name, value in self._feeds.items() if name.startswith(PAST)), 0)
+        for ids in sequence:
+            total += ids.shape[1]
+            yield {"input_ids": ids, "attention_mask": np.ones((len(ids), total), np.int64)}
 
 
 def session_options(folder: Path, *, fp32_compute: bool) -> onnxruntime.SessionOptions:
@@ -135,14 +146,6 @@ def session_options(folder: Path, *, fp32_compute: bool) -> onnxruntime.SessionO
         # DequantizeLinear and MatMul are fused into MatMulNBits, also with 8 bits and one scale for a row.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     return options
-
-
-def _steps(sequence: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-    """The inputs of the graph for each step."""
-    total = 0
-    for ids in sequence:
-        total += ids.shape[1]
-        yield {"input_ids": ids, "attention_mask": np.ones((len(ids), total), np.int64)}
 
 
 def compute_in_fp32(graph: onnx.GraphProto) -> None:

@@ -82,6 +82,8 @@ def check_trainable(job: Job) -> None:
             f"{job.base.folder} is an encoder; training graphs predict next tokens. Leave --with-training off, and "
             "train it with `edgetune train`."
         )
+    if job.adapter is not None:
+        job.adapter.method.CAPABILITIES.require("train_ort", ExportError)
     if job.merge:
         raise ExportError("A merged bundle takes no adapter, so it has nothing to train. Leave --merge off.")
     if stored not in training.FORMATS_TRAINED:

@@ -3,6 +3,7 @@
     input_ids [batch_size, sequence_length], attention_mask [batch_size, total_sequence_length]        int64
     past_key_values.%d.key/.value [batch_size, kv_heads, past_sequence_length, head_dim]               float32
     <slot>.lora_A [in, r], <slot>.lora_B [r, out]                                                      float32, optional
+    <place>.adapter_down [hidden, r], <place>.adapter_up [r, hidden], where there are bottlenecks      float32, optional
     logits_to_keep [1], 0 where it is left out                                                         int64, optional
  -> logits [batch_size, logits_length, vocab_size], present.%d.key/.value                              float32
 
@@ -45,9 +46,9 @@ class Matrices(Protocol):
 
 
 def decoder_graph(
-    source: Matrices, *, data_file: str, context_length: int, slots: Collection[str] = (), contrib: bool = True
+    source: Matrices, *, data_file: str, context_length: int, slots: Collection[AdapterSlot] = (), contrib: bool = True
 ) -> Builder:
-    """The graph, ready to be saved. `slots` are the names of the `adapter_slots` that it has.
+    """The graph, ready to be saved. `slots` are those of the `adapter_slots` that it has, and bottlenecks.
 
     Without `contrib` it is of standard operators alone, which all formats of its weights have to allow.
     """
@@ -57,8 +58,9 @@ def decoder_graph(
 class _Decoder:
     """What the parts of one graph share while it is built."""
 
-    def __init__(self, source: Matrices, builder: Builder, slots: Collection[str]) -> None:
-        self.source, self.config, self.b, self.slots = source, source.config, builder, slots
+    def __init__(self, source: Matrices, builder: Builder, slots: Collection[AdapterSlot]) -> None:
+        self.source, self.config, self.b = source, source.config, builder
+        self.slots = {slot.name: slot for slot in slots}
         self.linears = {slot.name: slot for slot in fused.adapter_slots(source.config, source.format_of)}
 
     def build(self, context_length: int) -> Builder:
@@ -107,8 +109,9 @@ class _Decoder:
         h = self._linear(h, f"{attention}.o_proj")
         if norms.after_attention:
             h = self._norm(h, f"{name}.{norms.after_attention}")
+        h = self._adapted(h, h, f"{name}.attention_output")
         x = self.b.op(f"{_path(attention)}/Add", "Add", [x, h])
-        h = self._norm(x, f"{name}.{norms.before_mlp}")
+        taken = h = self._norm(x, f"{name}.{norms.before_mlp}")
         if f"{name}.{fused.GATE_UP}" in self.linears:
             inner = self.config.intermediate_size
             gate, up = ops.split(self.b, _path(mlp), self._linear(h, f"{name}.{fused.GATE_UP}"), (inner, inner))
@@ -117,7 +120,14 @@ class _Decoder:
         h = self._linear(ops.GATES[self.config.hidden_act](self.b, _path(mlp), gate, up), f"{mlp}.down_proj")
         if norms.after_mlp:
             h = self._norm(h, f"{name}.{norms.after_mlp}")
+        h = self._adapted(h, h, f"{name}.mlp_output")
+        h = self._adapted(taken, h, f"{name}.mlp_parallel")
         return self.b.op(f"{_path(mlp)}/Add", "Add", [x, h]), key, value
+
+    def _adapted(self, x: ir.Value, y: ir.Value, place: str) -> ir.Value:
+        """Hidden states y with what a bottleneck at a place of `models.places` adds of x, both [b*s, hidden]."""
+        slot = self.slots.get(place)
+        return y if slot is None else ops.bottleneck(self.b, _path(place), x, y, slot)
 
     def _qkv(self, h: ir.Value, block: str) -> Sequence[ir.Value | None]:
         """What a block's attention takes, [b, s, heads*head_dim]: side by side where the operator wants no more."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from edgetune.adapter_file import AdapterSlot
 from edgetune.graphs.builder import CONTRIB, Builder
 from edgetune.models.config import DecoderConfig
 from edgetune.models.rope import rope_tables
@@ -61,6 +62,25 @@ def lora(b: Builder, path: str, x: ir.Value, y: ir.Value, slot: str, shape: tupl
     a = b.optional_input(f"{slot}.lora_A", [columns, rank], np.zeros((columns, 0), np.float32))
     c = b.optional_input(f"{slot}.lora_B", [rank, rows], np.zeros((0, rows), np.float32))
     return b.op(f"{path}/lora_B/Gemm", "Gemm", [b.op(f"{path}/lora_A/MatMul", "MatMul", [x, a]), c, y])
+
+
+_NON_LINEARITIES = {"relu": "Relu", "tanh": "Tanh"}
+
+
+# x [n, K] ── MatMul(adapter_down [K, r]) ── Relu │ Tanh │ Sigmoid, Mul ── Gemm(adapter_up [r, N], y) ── [n, N]
+def bottleneck(b: Builder, path: str, x: ir.Value, y: ir.Value, slot: AdapterSlot) -> ir.Value:
+    """The sum y + act(x D) U with D and U as optional inputs of any width; left out it is 0, which changes nothing."""
+    rows, columns, width = slot.out_features, slot.in_features, f"{slot.name}.r"
+    first, second = slot.inputs
+    down = b.optional_input(first, [columns, width], np.zeros((columns, 0), np.float32))
+    up = b.optional_input(second, [width, rows], np.zeros((0, rows), np.float32))
+    z = b.op(f"{path}/adapter_down/MatMul", "MatMul", [x, down])
+    if slot.activation == "silu":
+        z = b.op(f"{path}/Mul", "Mul", [z, b.op(f"{path}/Sigmoid", "Sigmoid", [z])])
+    else:
+        kind = _NON_LINEARITIES[str(slot.activation)]
+        z = b.op(f"{path}/{kind}", kind, [z])
+    return b.op(f"{path}/adapter_up/Gemm", "Gemm", [z, up, y])
 
 
 # x [b, s, n] ── Reshape ── [b*s, n]

@@ -19,6 +19,7 @@ from torch import nn
 from edgetune.base import Base, open_base
 from edgetune.linear import FrozenLinear, Workspace, frozen_linear
 from edgetune.models.config import AttentionKind, DecoderConfig
+from edgetune.models.places import Prefix, StateAdapter, VirtualTokens
 from edgetune.models.rope import rope_tables
 
 
@@ -28,6 +29,7 @@ class Context:
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None  # cos and sin, [B or 1, 1, T, head_dim/2]; None: no rotation
     mask: torch.Tensor | None  # [B, 1, T, T], added to the scores: 0 = may look, -inf = may not; None = plain causal
+    virtual: torch.Tensor | None = None  # int64 [B or 1, T]: which virtual token stands at a position, -1: none does
 
 
 class RMSNorm(nn.Module):
@@ -69,6 +71,7 @@ class Attention(nn.Module):
         self.o_proj = frozen_linear(base, f"{name}.o_proj", workspace)
         self.q_norm = RMSNorm(base, f"{name}.q_norm") if base.config.qk_norm else None
         self.k_norm = RMSNorm(base, f"{name}.k_norm") if base.config.qk_norm else None
+        self.prefix: Prefix | None = None
 
     def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         batch, length, _ = x.shape
@@ -83,6 +86,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q.transpose(1, 2), context), rotate(k.transpose(1, 2), context)
+        if self.prefix is not None and context.virtual is not None:
+            k, v = self.prefix(k, v, context.virtual)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=context.mask, is_causal=context.mask is None, scale=self.config.attention_scale,
             enable_gqa=heads != kv_heads,
@@ -120,13 +125,21 @@ class Block(nn.Module):
         self.after_mlp = RMSNorm(base, f"{name}.{norms.after_mlp}") if norms.after_mlp else None
         self.self_attn = Attention(base, f"{name}.self_attn", workspace)
         self.mlp = GatedMLP(base, f"{name}.mlp", workspace)
+        # Places of adapters: on what attention and MLP add to the stream, and beside the MLP, of what that takes.
+        self.attention_output: StateAdapter | None = None
+        self.mlp_output: StateAdapter | None = None
+        self.mlp_parallel: StateAdapter | None = None
 
     def forward(self, x: torch.Tensor, contexts: Sequence[Context]) -> torch.Tensor:
         """X [B, T, hidden] -> [B, T, hidden]."""
         y = self.self_attn(self.before_attention(x), contexts[self.kind])
-        x = x + (y if self.after_attention is None else self.after_attention(y))
-        y = self.mlp(self.before_mlp(x))
-        return x + (y if self.after_mlp is None else self.after_mlp(y))  # type: ignore[no-any-return]
+        y = y if self.after_attention is None else self.after_attention(y)
+        x = x + (y if self.attention_output is None else self.attention_output(y, y))
+        h = self.before_mlp(x)
+        y = self.mlp(h)
+        y = y if self.after_mlp is None else self.after_mlp(y)
+        y = y if self.mlp_output is None else self.mlp_output(y, y)
+        return x + (y if self.mlp_parallel is None else self.mlp_parallel(h, y))  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
@@ -144,6 +157,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(base, "model.norm")
         tied = base.config.tie_word_embeddings
         self.lm_head: FrozenLinear = self.embed_tokens if tied else frozen_linear(base, "lm_head", self.workspace)
+        self.virtual_tokens = 0  # positions that each row gives to a trained prompt or prefix
+        self.prompt: VirtualTokens | None = None
         self._tables: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         self._length = 0  # of the tables
 
@@ -177,10 +192,25 @@ class Decoder(nn.Module):
         windows = [kind.window_within(length) for kind in self.config.attention_kinds]
         masks = {window: _mask(segment_ids, length, window) for window in set(windows)}
         at = slice(length) if position_ids is None else position_ids
+        virtual = self.virtual(length, position_ids, segment_ids)
         return [
-            Context(None if tables is None else (_by_head(tables[0][at]), _by_head(tables[1][at])), masks[window])
+            Context(
+                None if tables is None else (_by_head(tables[0][at]), _by_head(tables[1][at])), masks[window], virtual
+            )
             for tables, window in zip(self._tables, windows, strict=True)
         ]
+
+    def virtual(
+        self, length: int, position_ids: torch.Tensor | None, segment_ids: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The virtual token at each position, as `Context` has it: a row's first ones; None where there are none."""
+        if not self.virtual_tokens:
+            return None
+        at = torch.arange(length)[None] if position_ids is None else position_ids
+        is_virtual = at < self.virtual_tokens
+        if segment_ids is not None:
+            is_virtual &= segment_ids >= 0  # padding counts from zero, too
+        return torch.where(is_virtual, at, -1)
 
     def forward(
         self,
@@ -197,12 +227,20 @@ class Decoder(nn.Module):
         position_ids: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Ids [B, T] -> what the head multiplies [B, T, hidden]."""
+        """Ids [B, T] -> what the head multiplies [B, T, hidden].
+
+        With positions the ids have those of virtual tokens, as windows do; else these are put before them and left out
+        of the result.
+        """
+        before = self.virtual_tokens if position_ids is None else 0
+        input_ids = F.pad(input_ids, (before, 0))
         contexts = self.context(input_ids.shape[1], position_ids, segment_ids)
         x = self.embed(input_ids)
+        if self.prompt is not None and contexts[0].virtual is not None:
+            x = self.prompt(x, contexts[0].virtual)
         for layer in self.layers:
             x = layer(x, contexts)
-        return self.norm(x)  # type: ignore[no-any-return]
+        return self.norm(x[:, before:])  # type: ignore[no-any-return]
 
 
 def _tables(kind: AttentionKind, head_dim: int, length: int) -> tuple[torch.Tensor, torch.Tensor] | None:

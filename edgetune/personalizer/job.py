@@ -40,6 +40,7 @@ def make_plan(
     config = (config or TrainConfig()).checked()
     if eval_data is not None:
         config = replace(config, eval_fraction=0.0)
+    _check_default(bundle)
     source = Source(
         str(bundle.folder), bundle.folder, bundle.manifest["grid"] or "none",
         sum(tensor.nbytes for tensor in description.tensors.values()),
@@ -53,6 +54,20 @@ def make_plan(
         )
     facts = read_facts(data, eval_data, bundle.folder, model, config, skip_bad)
     return make(source, profile, replace(wishes, facts=facts), *named_budget)
+
+
+def _check_default(bundle: Bundle) -> None:
+    """Raises ConfigError where the adapter in use is none that training graphs can compute the loss of."""
+    name = bundle.default_adapter
+    if name is None:
+        return
+    binding = bundle.adapters[name].binding
+    if binding.virtual_tokens or binding.activation is not None:
+        kind = "a prefix" if binding.virtual_tokens else "a bottleneck"
+        raise ConfigError(
+            f"adapter {name}, the default of {bundle.folder}, is {kind}, and the training graphs know LoRA alone: what "
+            f"is trained could not be compared with it. Choose another with `edgetune adapter default`."
+        )
 
 
 def old_plan(run: str | Path) -> Plan:

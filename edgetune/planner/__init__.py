@@ -100,8 +100,10 @@ def plan(
     config = (config or TrainConfig()).checked()
     if eval_data is not None:  # then all of `data` is learned
         config = replace(config, eval_fraction=0.0)
-    facts = read_facts(data, eval_data, base.folder, base.config, config, skip_bad)
-    wishes = Wishes(base.config, adapter or LoraConfig(), config, facts)
+    adapter = adapter or LoraConfig()
+    virtual_tokens = adapter.resolved(base.config).virtual_tokens
+    facts = read_facts(data, eval_data, base.folder, base.config, config, skip_bad, virtual_tokens)
+    wishes = Wishes(base.config, adapter, config, facts)
 
     def made(engine: str) -> Plan:
         on_grid = _grid("int4" if engine == "ort" and grid is None and base.grid is None else grid, base, profile)
@@ -232,12 +234,14 @@ def why_untrainable(profile: DeviceProfile) -> str | None:
 
 def read_facts(
     data: str | Path | Rows | None, eval_data: str | Path | None, folder: Path, model: DecoderConfig,
-    config: TrainConfig, skip_bad: bool,
+    config: TrainConfig, skip_bad: bool, virtual_tokens: int = 0,
 ) -> RowFacts:  # fmt: skip
-    """The rows to learn from and those held out, divided as training will divide them."""
+    """The rows to learn from and those held out, divided as training will divide them; `virtual_tokens` take positions
+    of each.
+    """
     if data is None:
         return RowFacts()
-    length = config.max_seq_length or model.max_position_embeddings
+    length = (config.max_seq_length or model.max_position_embeddings) - virtual_tokens
 
     def read(file: str | Path | Rows) -> Rows:
         if isinstance(file, Rows):
@@ -266,7 +270,7 @@ class _Costs:
     def job(self, choice: Choice) -> Job:
         """A choice as the cost model wants it."""
         facts, length, tokenizer = self.wishes.facts, choice.max_seq_length, self.source.folder / "tokenizer.json"
-        windows = facts.windows(length) if facts.rows else None
+        windows = facts.windows(length, choice.resolved.virtual_tokens) if facts.rows else None
         job = Job(
             model=choice.model,
             adapter=choice.resolved,
@@ -447,7 +451,9 @@ def _made(
     )
     if config.max_steps is None and not facts.rows:
         return made
-    made = made.with_steps(facts.windows(choice.max_seq_length).learned if facts.rows else 0)
+    made = made.with_steps(
+        facts.windows(choice.max_seq_length, choice.resolved.virtual_tokens).learned if facts.rows else 0
+    )
     assert made.max_steps is not None
     run_seconds = fill_seconds + made.max_steps * step_seconds
     steps_per_slice = int(profile.duty.slice_s // step_seconds)

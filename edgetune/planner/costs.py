@@ -27,7 +27,7 @@ from edgetune.objectives import distill, sft
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.products import CODE_BYTES, are_offered
 
-FLOAT_BYTES = 4
+FLOAT_BYTES, INDEX_BYTES = 4, 8
 VECTOR = 16  # float32 values of the widest vectors: 512 bits
 TILE_QUERIES = 64  # queries of a tile of attention
 # Python and torch objects of a frozen linear with its mapped arrays, and of an adapted one; measured on 210 of each.
@@ -222,8 +222,10 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         "optimizer": optimizer.state_bytes(trained) + optimizer.scratch_bytes(trained),
         "data": data_bytes(job),
         "kernels": pack_bytes(job) + code_bytes(job),
-        # What blocks share: the attention masks, and the rotary tables of every position.
-        "context": FLOAT_BYTES * job.tokens * (num_masks * job.max_seq_length + num_rotary * job.model.head_dim),
+        # What blocks share: the attention masks, the rotary tables of every position, and where virtual tokens stand:
+        # one number for each position, and two for each of theirs, which are most of them where rows are short.
+        "context": FLOAT_BYTES * job.tokens * (num_masks * job.max_seq_length + num_rotary * job.model.head_dim)
+        + (INDEX_BYTES * 3 * job.tokens if job.adapter.virtual_tokens else 0),
         "block_inputs": inputs,
         "kept_activations": slots_ - one_slot,
         "block_workspace": work + one_slot,
@@ -348,13 +350,22 @@ def buffers(job: Job) -> dict[str, int]:
     widths = {"q": q, "k": kv, "v": kv, "o": q, "x2": hidden, "gate": inner, "up": inner}
     if model.qk_norm:
         widths |= {"q_raw": q, "k_raw": kv}
-    if model.block_norms.after_attention:
-        widths["attention_out"] = hidden
-    if model.block_norms.after_mlp:
-        widths["mlp_out"] = hidden
+    norms, places = model.block_norms, {slot.place for slot in job.slots}
     for slot in range(num_slots(job)):
-        floats |= {f"slot.{slot}.{name}": positions * width for name, width in widths.items()}
+        held = dict(widths)
+        block = _block_of(job, slot)
+        if norms.after_attention or f"{block}.attention_output" in places:
+            held["attention_out"] = hidden
+        if norms.after_mlp or f"{block}.mlp_output" in places:
+            held["mlp_out"] = hidden
+        floats |= {f"slot.{slot}.{name}": positions * width for name, width in held.items()}
     return {name: FLOAT_BYTES * count for name, count in floats.items()}
+
+
+def _block_of(job: Job, slot: int) -> str:
+    """A block that takes this set of activations; of those that run again the lowest, which has an adapter."""
+    shared = 1 if job.recompute_layers else 0
+    return job.model.block(job.first_block + (job.recompute_layers + slot - shared if slot else 0))
 
 
 def num_slots(job: Job) -> int:
@@ -452,7 +463,8 @@ def _adapter_work(job: Job, forward: float) -> StepWork:
     to the gradient of x.
     """
     inputs, outputs = (sum(slot.in_features for slot in job.slots), sum(slot.out_features for slot in job.slots))
-    flops = 2.0 * sum(job.tensor_sizes) * (forward + (2 if job.has_gradients else 0))
+    multiplied = sum(slot.num_parameters for slot in job.slots if slot.in_features)  # virtual tokens are copied
+    flops = 2.0 * multiplied * (forward + (2 if job.has_gradients else 0))
     if job.has_gradients:  # the frozen product again, for the gradient of its factors
         flops += 2.0 * sum(slot.in_features * slot.out_features for slot in job.slots if slot.scales_output)
     floats = forward * (inputs + 2 * outputs) + (3 * inputs + 2 * outputs if job.has_gradients else 0)

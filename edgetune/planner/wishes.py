@@ -65,10 +65,10 @@ class RowFacts:
         return sum(map(len, self.rows + self.held_out))
 
     @lru_cache(maxsize=16)  # noqa: B019 - a plan asks for a handful of lengths, and its facts end with it
-    def windows(self, length: int) -> Windows:
-        """What the rows fill where a window may have so many tokens."""
-        parts = (self._cut(rows, length) for rows in (self.rows, self.held_out))
-        learned, held_out = (pack(rows, length, self.together) for rows in parts)
+    def windows(self, length: int, virtual_tokens: int = 0) -> Windows:
+        """What the rows fill where a window may have so many positions, and each row takes virtual tokens of them."""
+        parts = (self._cut(rows, length - virtual_tokens) for rows in (self.rows, self.held_out))
+        learned, held_out = (pack(rows, length, self.together, virtual_tokens) for rows in parts)
         supervised = max(window.num_supervised for window in learned)
         return Windows(len(learned), len(held_out), supervised, max(window.length for window in learned + held_out))
 
@@ -109,7 +109,8 @@ class Wishes:
     def freedom(self) -> Freedom:
         """What may be conceded. A window never gets shorter than a row that cannot be cut."""
         facts = self.facts
-        shortest = SHORTEST_WINDOW if facts.is_text else max(facts.longest, SHORTEST_WINDOW)
+        virtual = self.virtual_tokens
+        shortest = SHORTEST_WINDOW + virtual if facts.is_text else max(facts.longest + virtual, SHORTEST_WINDOW)
         accumulation = self.config.gradient_accumulation_steps is None
         rules = self.config.learning_rate is None
         free = frozenset(SETTINGS).difference(self.fixed) - (ADAPTER_SETTINGS - vars(self.adapter).keys())
@@ -119,12 +120,17 @@ class Wishes:
             return Freedom(free - ORT_FIXED, accumulation, shortest, rules, ORT_OPTIMIZERS)
         return Freedom(free, accumulation, shortest, rules)
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions of each row that the adapter takes."""
+        return self.adapter.resolved(self.model).virtual_tokens
+
     def window(self) -> int:
         """The default window: what the longest row needs."""
         most = self.model.max_position_embeddings
         if not self.facts.rows:
             return min(DEFAULT_WINDOW, most)
-        needed = -(-max(self.facts.longest, SHORTEST_WINDOW) // WINDOW_STEP) * WINDOW_STEP
+        needed = -(-max(self.facts.longest + self.virtual_tokens, SHORTEST_WINDOW) // WINDOW_STEP) * WINDOW_STEP
         return min(needed, most, DEFAULT_WINDOW if self.facts.is_text else needed)
 
     def start(self) -> Choice:
@@ -138,6 +144,11 @@ class Wishes:
         most = model.max_position_embeddings
         if length > most:
             raise ConfigError(f"max_seq_length = {length}; the model has {most} positions. Set it to at most that.")
+        if length < self.virtual_tokens + 2:
+            raise ConfigError(
+                f"max_seq_length = {length}, of which num_virtual_tokens takes {self.virtual_tokens}; a row needs 2 "
+                "more. Set it higher, or that lower."
+            )
         if config.step_rule == "mezo" and config.optimizer not in (None, "sgd"):
             raise ConfigError(f"optimizer = {config.optimizer!r}; mezo is an SGD. Leave one of the two out.")
         batch, steps = self._batch(length)
@@ -170,7 +181,10 @@ class Wishes:
 
     def _batch(self, length: int) -> tuple[int, int]:
         """Windows of a micro-batch, and micro-batches of a step. The ort engine takes one window at a time."""
-        config, most = self.config, self.facts.windows(length).learned if self.facts.rows else DEFAULT_BATCH_SIZE
+        config, most = (
+            self.config,
+            self.facts.windows(length, self.virtual_tokens).learned if self.facts.rows else DEFAULT_BATCH_SIZE,
+        )
         if self.engine == "ort":
             batch = config.batch_size or 1
             at_once = max(1, min(DEFAULT_BATCH_SIZE, most) // batch)

@@ -25,18 +25,16 @@ import numpy as np
 from edgetune.adapter_file import (
     SUFFIXES,
     AdapterEntry,
-    Binding,
     BoundAdapter,
-    by_slot,
+    bind,
     check_probe_change,
     is_name,
     read_adapter,
     read_origin,
     write_adapter,
 )
-from edgetune.adapters import METHODS
 from edgetune.adapters import base as peft
-from edgetune.adapters.lora import onnx_tensors
+from edgetune.adapters import prompt
 from edgetune.bundle import MANIFEST, AnyBundle, Bundle, EncoderBundle, check_adapter, load_any_bundle, read_manifest
 from edgetune.errors import AdapterError, BundleError, EdgetuneWarning
 from edgetune.output import sync_folder
@@ -266,12 +264,14 @@ def _read_source(bundle: AnyBundle[Any], source: Path) -> BoundAdapter:
     if source.is_file():
         return read_adapter(source)
     shapes = {module: (rows, slot.in_features) for slot in bundle.slots for module, rows in slot.modules.items()}
+    if (prefix := bundle.prefix) is not None:  # the model as a whole: keys and values of a position in all layers
+        shapes[""] = 2 * prefix.layers * prefix.kv_heads * prefix.head_dim, 0
+    if peft.method_of(source) is prompt:
+        raise AdapterError(
+            f"{source} is a prompt, and what keys and values the model makes of it is computed by an export. "
+            f"`edgetune export {source} --out` another bundle, and add the adapter.safetensors of that one"
+        )
     config, tensors = peft.read_adapter(source, shapes)
-    method = METHODS[config.method]
-    method.CAPABILITIES.require("as_lora", AdapterError)
-    config, tensors = method.as_lora(config, tensors, shapes)
-    feeds = by_slot(onnx_tensors(config, tensors), bundle.slots)
-    slots = tuple(dict.fromkeys(name.rpartition(".")[0] for name in feeds))
     origin = read_origin(source)
     known = origin.base_sha256, origin.grid, origin.tokenizer_sha256
-    return BoundAdapter(Binding(*known, config.rank, float(config.lora_alpha or 0), slots), feeds)
+    return bind(config, tensors, known, bundle.slots, bundle.prefix)

@@ -123,7 +123,7 @@ def complete(
     stream, text = tokenizer.stream(), _StopFilter(sampling.stop, on_text)
     tokens: list[int] = []
     times = [time.perf_counter()]
-    reason = "length" if len(ids) + sampling.max_new_tokens <= session.context_length else "context"
+    reason = "length" if session.length + len(ids) + sampling.max_new_tokens <= session.context_length else "context"
     for token in _draw_tokens(session, ids, sampling):
         times.append(time.perf_counter())
         if token in stop_ids:
@@ -148,11 +148,12 @@ def complete(
 
 def _draw_tokens(session: Session, ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
     """The tokens that follow `ids`, stop tokens included, until max_new_tokens or the end of the context."""
-    room = session.context_length - len(ids)
+    room = session.context_length - session.length - len(ids)
+    virtual = f" after {session.start} virtual ones" if session.start else ""
     if room < 1:
         raise ConfigError(
-            f"the prompt has {len(ids)} tokens and the context of {session.bundle.folder} is {session.context_length}: "
-            f"there is no room for an answer. Shorten the prompt by at least {1 - room}"
+            f"the prompt has {len(ids)} tokens{virtual} and the context of {session.bundle.folder} is "
+            f"{session.context_length}: there is no room for an answer. Shorten the prompt by at least {1 - room}"
         )
     rng = np.random.default_rng(sampling.seed)
     pending = ids

@@ -38,7 +38,8 @@ CHUNK = 128
 class Session:
     """One sequence on a loaded bundle; `open_session` makes it.
 
-    `length` is the number of tokens in the cache and `context_length` the most it can hold.
+    `length` is the number of tokens in the cache and `context_length` the most it can hold; it begins with `start`
+    virtual ones, the keys and values of a prefix adapter.
     """
 
     def __init__(self, bundle: Bundle, native: onnxruntime.InferenceSession) -> None:
@@ -73,12 +74,15 @@ class Session:
         model = self.bundle.model
         self._binding, self._cache = self._native.io_binding(), dict[str, onnxruntime.OrtValue]()
         for name, value in self._feeds.items():
-            self._bind(name, value)
-        length = self.context_length if self._in_place else 0
+            if name not in self._past:
+                self._bind(name, value)
+        self.length = self.start = self._feeds[self._past[0]].shape[2] if self._past[0] in self._feeds else 0
+        length = self.context_length if self._in_place else self.start
         for past, present in zip(self._past, self._present, strict=True):
             cache = _zeros((1, model.num_key_value_heads, length, model.head_dim))
+            if self.start:
+                cache[:, :, : self.start] = self._feeds[past]
             self._bind_cache(past, present, onnxruntime.OrtValue.ortvalue_from_numpy(cache))
-        self.length = 0
 
     def _bind(self, name: str, value: np.ndarray) -> None:
         """Bind an input, which may be an optional one; the array has to live as long as the binding."""

@@ -27,6 +27,7 @@ from edgetune.planner.plans import Plan
 from edgetune.training.blocks import Activations, normalize, normalize_backward
 from edgetune.training.forward import SFT, Batch, Check, Features, Tally, below, start
 from edgetune.training.optimizer import Optimizer, clip_gradients
+from edgetune.training.virtual import take_virtual
 
 NAME = "backprop"
 
@@ -141,8 +142,10 @@ def _micro_batch(
     for index in reversed(range(len(blocks))):
         x = decoder.workspace.get(index, buffer(index)) if offloads else buffer(index)
         made = kept[index] or walk.forward(blocks[index], x, None, "slot.0")
-        walk.backward(blocks[index], x, made, d, to_input=index > 0)
+        walk.backward(blocks[index], x, made, d, to_input=index > 0 or decoder.prompt is not None)
         check()
+    if decoder.prompt is not None:
+        take_virtual(decoder.prompt, d, walk.virtual, decoder.workspace)
     return measured
 
 

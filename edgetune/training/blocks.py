@@ -4,7 +4,8 @@
                x2 = x + o Wo     gate, up = norm(x2) Wg, norm(x2) Wu      y = x2 + (act(gate) * up) Wd
     kept       q, k, v, o, x2, gate, up: what `Activations` names. Norms, products and scores are computed again.
 
-A family may norm o Wo and the MLP's output before they are added; these are kept too then.
+A family may norm o Wo and the MLP's output before they are added, and an adapter may add to them then; these are kept
+too where that is so. An adapter beside the MLP takes norm(x2).
 
 Autograd would keep twice as much, and its temporaries come from the system anew in every step: on small models more
 time went into fetching pages than into arithmetic. The same formulas as `models.decoder`, which the tests hold beside
@@ -25,8 +26,10 @@ from edgetune.adapters.attach import AdaptedLinear
 from edgetune.linear import FrozenLinear, Workspace
 from edgetune.models.config import DecoderConfig
 from edgetune.models.decoder import Block, Context, RMSNorm
+from edgetune.models.places import StateAdapter
 from edgetune.planner.costs import TILE_QUERIES
 from edgetune.products import fast_products
+from edgetune.training.virtual import put_virtual, take_virtual, virtual_rows
 
 Linear = FrozenLinear | AdaptedLinear
 
@@ -55,8 +58,8 @@ class Activations:
     up: torch.Tensor
     q_raw: torch.Tensor | None  # before q_norm, where the family has one
     k_raw: torch.Tensor | None
-    attention_out: torch.Tensor | None  # [N, hidden], before the norm after attention, where the family has one
-    mlp_out: torch.Tensor | None  # [N, hidden], before that after the MLP
+    attention_out: torch.Tensor | None  # [N, hidden], where a norm or an adapter takes what attention gives
+    mlp_out: torch.Tensor | None  # [N, hidden], the same of the MLP
 
 
 class _Tile(NamedTuple):
@@ -76,6 +79,7 @@ class BlockPass:
     def __init__(self, workspace: Workspace, contexts: Sequence[Context], batch: int, length: int) -> None:
         self.workspace, self.contexts, self.batch, self.length = workspace, contexts, batch, length
         self.positions = batch * length
+        self.virtual = virtual_rows(contexts[0].virtual if contexts else None)
 
     def forward(self, block: Block, x: torch.Tensor, y: torch.Tensor | None, name: str) -> Activations:
         """Fills y [N, hidden] from x [N, hidden]; the activations lie in buffers that start with `name`.
@@ -106,14 +110,20 @@ class BlockPass:
         context = self.contexts[block.kind]
         self._rotate(q, config.head_dim, context, 1)
         self._rotate(k, config.head_dim, context, 1)
+        if attention.prefix is not None:
+            put_virtual(attention.prefix.key, k, self.virtual, self.workspace)
+            put_virtual(attention.prefix.value, v, self.virtual, self.workspace)
         o, x2, gate, up = kept("o", q_width), kept("x2", config.hidden_size), kept("gate", inner), kept("up", inner)
-        attention_out = None if block.after_attention is None else kept("attention_out", config.hidden_size)
-        mlp_out = None if block.after_mlp is None else kept("mlp_out", config.hidden_size)
+        attention_out = mlp_out = None
+        if block.after_attention is not None or block.attention_output is not None:
+            attention_out = kept("attention_out", config.hidden_size)
+        if block.after_mlp is not None or block.mlp_output is not None:
+            mlp_out = kept("mlp_out", config.hidden_size)
         made = Activations(q, k, v, o, x2, gate, up, q_raw, k_raw, attention_out, mlp_out)
         self._attend(made, context, config)
         self._linear(attention.o_proj, o, x2 if attention_out is None else attention_out)
-        if block.after_attention is not None and attention_out is not None:
-            normalize(attention_out, block.after_attention, x2)
+        if attention_out is not None:
+            self._added(attention_out, block.after_attention, block.attention_output, x2)
         x2.add_(x)
         h = self._normed(x2, block.before_mlp, "h")
         self._linear(mlp.gate_proj, h, gate)
@@ -123,8 +133,10 @@ class BlockPass:
             product = activate(gate, out=self.workspace.take(self.positions, inner, "inner")).mul_(up)
             self._linear(mlp.down_proj, product, added)
         if y is not None:
-            if block.after_mlp is not None and mlp_out is not None:
-                normalize(mlp_out, block.after_mlp, y)
+            if mlp_out is not None:
+                self._added(mlp_out, block.after_mlp, block.mlp_output, y)
+            if block.mlp_parallel is not None:
+                block.mlp_parallel.add(h, y)
             y.add_(x2)
         return made
 
@@ -137,7 +149,7 @@ class BlockPass:
         take, positions, inner = self.workspace.take, self.positions, config.intermediate_size
         activate, activate_backward = _ACTIVATIONS[config.hidden_act]
 
-        d_out = self._before_norm(made.mlp_out, block.after_mlp, d)
+        d_out = self._added_backward(made.mlp_out, block.after_mlp, block.mlp_output, d)
         product = activate(made.gate, out=take(positions, inner, "inner")).mul_(made.up)
         d_product = take(positions, inner, "d_inner")
         self._linear_backward(mlp.down_proj, product, d_out, d_product, first=True)
@@ -149,13 +161,18 @@ class BlockPass:
         d_h = take(positions, config.hidden_size, "d_h")
         self._linear_backward(mlp.gate_proj, h, d_gate, d_h, first=True)
         self._linear_backward(mlp.up_proj, h, d_up, d_h)
+        if block.mlp_parallel is not None:
+            block.mlp_parallel.add_gradients(h, d, d_h)
         normalize_backward(made.x2, block.before_mlp, d_h, d)
 
-        d_out = self._before_norm(made.attention_out, block.after_attention, d)
+        d_out = self._added_backward(made.attention_out, block.after_attention, block.attention_output, d)
         d_o = take(positions, made.o.shape[1], "inner")
         self._linear_backward(attention.o_proj, made.o, d_out, d_o, first=True)
         context = self.contexts[block.kind]
         d_q, d_k, d_v = self._attend_backward(made, d_o, context, config)
+        if attention.prefix is not None:
+            take_virtual(attention.prefix.key, d_k, self.virtual, self.workspace)
+            take_virtual(attention.prefix.value, d_v, self.virtual, self.workspace)
         self._rotate(d_q, config.head_dim, context, -1)
         self._rotate(d_k, config.head_dim, context, -1)
         if attention.q_norm is not None and attention.k_norm is not None:
@@ -173,13 +190,27 @@ class BlockPass:
         if to_input:
             normalize_backward(x, block.before_attention, d_h, d)
 
-    def _before_norm(self, x: torch.Tensor | None, norm: RMSNorm | None, d: torch.Tensor) -> torch.Tensor:
-        """The gradient of x where d is that of norm(x), in "d_h"; d itself where there is no norm."""
-        if x is None or norm is None:
+    def _added(
+        self, out: torch.Tensor, norm: RMSNorm | None, adapter: StateAdapter | None, added: torch.Tensor
+    ) -> None:
+        """Fills `added` with what goes to the stream of `out`, that which attention or MLP gives."""
+        added.copy_(out) if norm is None else normalize(out, norm, added)
+        if adapter is not None:
+            adapter.add(added, added)
+
+    def _added_backward(
+        self, out: torch.Tensor | None, norm: RMSNorm | None, adapter: StateAdapter | None, d: torch.Tensor
+    ) -> torch.Tensor:
+        """The gradient of `out` where d is that of what is added, in "d_h"; d itself where nothing is between them."""
+        if out is None:
             return d
-        d_x = self.workspace.like(d, "d_h").zero_()
-        normalize_backward(x, norm, self.workspace.like(d, "h").copy_(d), d_x)
-        return d_x
+        d_out = self.workspace.like(d, "d_h").copy_(d)
+        if adapter is not None:
+            adapter.add_gradients(out if norm is None else self._normed(out, norm, "h"), d, d_out)
+        if norm is not None:
+            d_normed = self.workspace.like(d, "h").copy_(d_out)
+            normalize_backward(out, norm, d_normed, d_out.zero_())
+        return d_out
 
     def _normed(self, x: torch.Tensor, norm: RMSNorm, name: str) -> torch.Tensor:
         return normalize(x, norm, self.workspace.like(x, name))

@@ -10,7 +10,7 @@ window; the cache makes that once in a run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from edgetune.models.decoder import Decoder
 from edgetune.objectives import Objective, sft
 from edgetune.objectives.sft import Measured
 from edgetune.training.blocks import BlockPass, normalize
+from edgetune.training.virtual import Virtual, put_virtual, virtual_rows
 
 Batch = Mapping[str, np.ndarray]  # input_ids, labels (shifted), position_ids, segment_ids: int64 [B, T]; see data.stack
 SFT = sft.Objective()
@@ -80,9 +81,18 @@ def below(
 
 
 def _embed(decoder: Decoder, batch: Batch, out: torch.Tensor) -> torch.Tensor:
-    """`Decoder.embed` into `out` [N, H]."""
+    """`Decoder.embed` into `out` [N, H], with a trained prompt at its positions."""
     ids = torch.from_numpy(batch["input_ids"])
-    return decoder.embed_tokens.lookup(ids, out).mul_(decoder.config.embedding_scale)
+    decoder.embed_tokens.lookup(ids, out).mul_(decoder.config.embedding_scale)
+    if decoder.prompt is not None:
+        put_virtual(decoder.prompt, out, virtual_of(decoder, batch), decoder.workspace)
+    return out
+
+
+def virtual_of(decoder: Decoder, batch: Batch) -> Virtual:
+    """Where virtual tokens stand in a micro-batch."""
+    positions, segments = (torch.from_numpy(batch[key]) for key in ("position_ids", "segment_ids"))
+    return virtual_rows(decoder.virtual(positions.shape[1], positions, segments))
 
 
 def lower_blocks(decoder: Decoder, window: Batch, stop: int, check: Check) -> torch.Tensor:
@@ -96,6 +106,42 @@ def lower_blocks(decoder: Decoder, window: Batch, stop: int, check: Check) -> to
         x, y = y, x
         check()
     return x
+
+
+@torch.no_grad()
+def keys_values(decoder: Decoder, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of each block, [T, kv_heads * head_dim] each, for one row of embeddings x [T, hidden] alone.
+
+    Where the decoder has virtual tokens, T is their number. Both are overwritten by the next block.
+    """
+    count = len(x)
+    positions = torch.arange(count)[None]
+    context = decoder.context(count, positions, torch.zeros_like(positions))
+    walk = BlockPass(decoder.workspace, context, 1, count)
+    x = decoder.workspace.like(x, "input.0").copy_(x)
+    for index, block in enumerate(decoder.blocks):
+        y = decoder.workspace.like(x, f"input.{(index + 1) % 2}")
+        made = walk.forward(block, x, y, "slot.0")
+        yield made.k, made.v
+        x = y
+
+
+@torch.no_grad()
+def start_virtual_tokens(decoder: Decoder, seed: int) -> None:
+    """The first values of a prompt, embeddings of random tokens, or of a prefix, what the model computes for these."""
+    count = decoder.virtual_tokens
+    ids = np.random.default_rng([seed]).integers(0, decoder.config.vocab_size, count)
+    x = decoder.embed(torch.from_numpy(ids))
+    if decoder.prompt is not None:
+        decoder.prompt.values.copy_(x)
+        return
+    decoder.virtual_tokens = 0  # the values that are there are nothing yet
+    for block, (key, value) in zip(decoder.blocks, keys_values(decoder, x), strict=True):
+        prefix = block.self_attn.prefix
+        assert prefix is not None, "a decoder with virtual tokens has a prompt, or a prefix in each block"
+        prefix.key.values.copy_(key)
+        prefix.value.values.copy_(value)
+    decoder.virtual_tokens = count
 
 
 @torch.no_grad()

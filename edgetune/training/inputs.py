@@ -59,9 +59,10 @@ def read_inputs(plan: Plan, base: Path, base_sha256: str, data: Path, eval_data:
         ModelError: there is no tokenizer.
     """
     tokenizer = load_tokenizer(base)
+    virtual = plan.adapter.virtual_tokens
 
     def read(path: Path) -> Rows:
-        rows = read_rows(path, tokenizer, plan.max_seq_length, skip_bad=skip_bad)
+        rows = read_rows(path, tokenizer, plan.max_seq_length - virtual, skip_bad=skip_bad)
         return with_needed(plan.objective, rows, path, plan.model_config.vocab_size)
 
     rows = read(data)
@@ -86,7 +87,7 @@ def read_inputs(plan: Plan, base: Path, base_sha256: str, data: Path, eval_data:
             f"early_stopping_patience = {plan.early_stopping_patience} goes by held-out rows, and there are none. Give "
             "--eval-data or an eval_fraction above 0, or leave it out."
         )
-    windows, eval_windows = (pack(each, plan.max_seq_length, each.together) for each in (rows, held_out))
+    windows, eval_windows = (pack(each, plan.max_seq_length, each.together, virtual) for each in (rows, held_out))
     plan = plan.with_steps(len(windows))
     values = json.loads(json.dumps(plan.to_dict()))  # as it comes back from a checkpoint: lists, no tuples
     identity["plan"] = {name: value for name, value in values.items() if name not in _CHANGES_NO_RESULT}

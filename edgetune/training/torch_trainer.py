@@ -17,7 +17,7 @@ from edgetune.objectives import objective_of, sft
 from edgetune.planner.costs import filled, keeps_bits
 from edgetune.training.crew import Crew, using
 from edgetune.training.features import FeatureCache
-from edgetune.training.forward import Batch, Tally, evaluate
+from edgetune.training.forward import Batch, Tally, evaluate, start_virtual_tokens
 from edgetune.training.inputs import Inputs
 from edgetune.training.pace import Pace
 from edgetune.training.progress import Progress
@@ -53,6 +53,8 @@ class TorchTrainer(Trainer):
             )
         workspace.offload_to = on_disk(folder) if plan.activation_offloading else None
         self.parameters = attach(self.decoder, plan.adapter, plan.seed)
+        if plan.adapter.virtual_tokens:
+            start_virtual_tokens(self.decoder, plan.seed)
         self.first_block = plan.adapter.first_block
         held = self.decoder.blocks[len(self.decoder.layers) - plan.dequantized_layers :]
         self.held = [layer for block in held for layer in block.modules() if isinstance(layer, FrozenLinear)]

@@ -30,6 +30,7 @@ from edgetune.quantizer import quantize
 from edgetune.training.blocks import BlockPass
 
 BASES = ["dense", *GRIDS]
+# Those at linears; the others have a test of their own (test_states.py).
 OWN: dict[str, dict[str, object]] = {
     "lora": {"r": 3, "lora_alpha": 7.5},
     "dora": {"r": 3, "lora_alpha": 7.5},
@@ -62,7 +63,7 @@ def adapted(
 
 
 @pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OWN)
 def test_it_starts_as_the_base(method: str, kind: str, tmp_path: Path) -> None:
     plain = load_decoder(base(kind, tmp_path))
     decoder, parameters = adapted(kind, method, tmp_path)
@@ -73,7 +74,7 @@ def test_it_starts_as_the_base(method: str, kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OWN)
 def test_forward_is_the_merged_weight(method: str, kind: str, tmp_path: Path) -> None:
     decoder, parameters = adapted(kind, method, tmp_path)
     randomize(parameters)
@@ -88,7 +89,7 @@ def test_forward_is_the_merged_weight(method: str, kind: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OWN)
 def test_gradients_reach_the_adapter_alone(method: str, kind: str, tmp_path: Path) -> None:
     decoder, parameters = adapted(kind, method, tmp_path)
     randomize(parameters)
@@ -99,7 +100,7 @@ def test_gradients_reach_the_adapter_alone(method: str, kind: str, tmp_path: Pat
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OWN)
 def test_backward_is_autograds(method: str, kind: str, first: bool, tmp_path: Path) -> None:
     decoder, parameters = adapted(kind, method, tmp_path, **(DROPOUT.get(method, {}) if first else {}))
     randomize(parameters)
@@ -129,7 +130,7 @@ def test_backward_is_autograds(method: str, kind: str, first: bool, tmp_path: Pa
             )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OWN)
 def test_slots_name_every_parameter(method: str, tmp_path: Path) -> None:
     decoder, parameters = adapted(
         "dense", method, tmp_path, target_modules=("q_proj", "down_proj"), layers_to_transform=(1,)
@@ -143,7 +144,7 @@ def test_slots_name_every_parameter(method: str, tmp_path: Path) -> None:
     assert {slot.place for slot in slots} == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OWN)
 def test_saved_and_loaded_bit_for_bit(method: str, tmp_path: Path) -> None:
     decoder, parameters = adapted("dense", method, tmp_path)
     randomize(parameters)
@@ -158,7 +159,7 @@ def test_saved_and_loaded_bit_for_bit(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Specified to not")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OWN)
 def test_peft_loads_our_adapter(method: str, tmp_path: Path) -> None:
     folder = base("dense", tmp_path)
     decoder, parameters = adapted("dense", method, tmp_path, layers_to_transform=(1,))
@@ -180,7 +181,7 @@ PEFT_CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OWN)
 def test_we_load_pefts(method: str, tmp_path: Path) -> None:
     folder = base("dense", tmp_path)
     settings = dict(PEFT_CONFIGS[method])

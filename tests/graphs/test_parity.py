@@ -47,9 +47,9 @@ def write_graph(folder: Path, base: Path, *, slots: bool = True, weights: str | 
     folder.mkdir()
     opened = open_base(base)
     source = BaseWeights(opened) if weights is None else RoundedWeights(opened, weights, None, merge=False)
-    names = [slot.name for slot in adapter_slots(opened.config, source.format_of)] if slots else ()
+    found = adapter_slots(opened.config, source.format_of) if slots else ()
     builder = decoder_graph(
-        source, data_file="model.onnx.data", context_length=256, slots=names, contrib=weights != "standard"
+        source, data_file="model.onnx.data", context_length=256, slots=found, contrib=weights != "standard"
     )
     builder.save(folder, "model.onnx")
     return folder / "model.onnx"

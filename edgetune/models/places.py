@@ -1,0 +1,74 @@
+"""Places of a decoder where an adapter method puts something that is no linear's: hidden states, keys and values.
+
+    attention_output, mlp_output    on what attention and MLP add to the stream         StateAdapter
+    mlp_parallel                    beside the MLP, of what that takes                  StateAdapter
+    self_attn.prefix                keys and values at the virtual tokens' positions    Prefix
+    prompt                          input embeddings at these positions                 VirtualTokens
+
+Each is an attribute of `Block`, of its attention or of `Decoder`, None where there is nothing; `adapters.attach` fills
+it. Virtual tokens are the first positions of every row, so attention, rotary embedding and packing know them as any
+other; what would be computed there is overwritten.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class StateAdapter(nn.Module):
+    """Computes y + f(x) of hidden states; a serial one is called with x = y."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """X and y [..., hidden] -> [..., hidden]."""
+        raise NotImplementedError
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """The same into y [N, hidden] itself."""
+        raise NotImplementedError
+
+    def add_gradients(self, x: torch.Tensor, d_y: torch.Tensor, d_x: torch.Tensor) -> None:
+        """Backward of f for d_y [N, hidden]: adds to d_x [N, hidden] and to `.grad` of the tensors."""
+        raise NotImplementedError
+
+
+class VirtualTokens(nn.Module):
+    """Trained vectors for the virtual tokens: some columns of `weight` [virtual tokens, n]."""
+
+    def __init__(self, weight: nn.Parameter, columns: slice) -> None:
+        super().__init__()
+        self.weight, self.columns = weight, columns
+
+    @property
+    def values(self) -> torch.Tensor:
+        """[virtual tokens, width]."""
+        return self.weight[:, self.columns]
+
+    @property
+    def gradients(self) -> torch.Tensor:
+        """The same of `.grad`, which is made where it is missing."""
+        if self.weight.grad is None:
+            self.weight.grad = torch.zeros_like(self.weight)
+        return self.weight.grad[:, self.columns]
+
+    def forward(self, x: torch.Tensor, virtual: torch.Tensor) -> torch.Tensor:
+        """X [B, T, width] with the vectors where `virtual` [B or 1, T] names a token."""
+        return torch.where(virtual[..., None] >= 0, self.values[virtual.clamp(min=0)], x)
+
+
+class Prefix(nn.Module):
+    """Keys and values of one layer for the virtual tokens; keys are as the rotary embedding leaves them."""
+
+    def __init__(self, key: VirtualTokens, value: VirtualTokens) -> None:
+        super().__init__()
+        self.key, self.value = key, value
+
+    def forward(self, k: torch.Tensor, v: torch.Tensor, virtual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and v [B, kv_heads, T, head_dim] with theirs at the virtual tokens."""
+
+        def put(place: VirtualTokens, x: torch.Tensor) -> torch.Tensor:
+            rows = x.transpose(1, 2)
+            filled: torch.Tensor = place(rows.flatten(2), virtual)
+            return filled.view(rows.shape).transpose(1, 2)
+
+        return put(self.key, k), put(self.value, v)

@@ -1,0 +1,171 @@
+"""Adapters at places that are no linear's: bottlenecks, prompts and prefixes, their files and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from conftest import tiny_config, write_model
+from transformers import AutoModelForCausalLM
+
+from edgetune.adapters.attach import attach, load_tensors
+from edgetune.adapters.base import load_adapter, save_adapter
+from edgetune.adapters.bottleneck import PLACEMENTS, BottleneckConfig
+from edgetune.adapters.config import AdapterConfig
+from edgetune.adapters.prefix import PrefixConfig
+from edgetune.adapters.prompt import PromptConfig
+from edgetune.errors import AdapterError, ConfigError
+from edgetune.models import load_config
+from edgetune.models.decoder import Decoder, load_decoder
+
+IDS = torch.randint(0, 301, (2, 33), generator=torch.Generator().manual_seed(4))
+VIRTUAL = {"prompt": PromptConfig(num_virtual_tokens=5), "prefix": PrefixConfig(num_virtual_tokens=5)}
+PEFT_CONFIGS = {
+    "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    "p-tuning": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=16),
+    "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    "projected prefix": peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=16
+    ),
+}
+
+
+def adapted(folder: Path, config: AdapterConfig) -> tuple[Decoder, AdapterConfig, dict[str, np.ndarray]]:
+    """A decoder with an adapter of random values."""
+    decoder = load_decoder(folder)
+    config = config.resolved(decoder.config)
+    parameters = attach(decoder, config, seed=5)
+    generator = torch.Generator().manual_seed(7)
+    for value in parameters.values():
+        value.data.copy_(torch.randn(value.shape, generator=generator) * 0.3)
+    return decoder, config, {name: value.detach().numpy() for name, value in parameters.items()}
+
+
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        found = model(ids)
+    return found if isinstance(found, torch.Tensor) else found.logits[:, -ids.shape[1] :]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("method", VIRTUAL)
+def test_peft_loads_ours(tmp_path: Path, method: str, family: str) -> None:
+    folder = write_model(tmp_path / "model", tiny_config(family))
+    decoder, config, tensors = adapted(folder, VIRTUAL[method])
+    (tmp_path / "run").mkdir()
+    save_adapter(tmp_path / "run", config, tensors, str(folder))
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "run").eval()
+    assert (logits(loaded) - logits(decoder)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", PEFT_CONFIGS)
+def test_we_load_pefts(tmp_path: Path, kind: str, family: str) -> None:
+    folder = write_model(tmp_path / "model", tiny_config(family))
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = peft.get_peft_model(base, copy.deepcopy(PEFT_CONFIGS[kind])).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    decoder = load_decoder(folder)
+    plain = logits(decoder)
+    config, tensors = load_adapter(tmp_path / "adapter", decoder.config)
+    load_tensors(attach(decoder, config.resolved(decoder.config)), tensors)
+    assert (logits(decoder) - plain).abs().max() > 1e-2
+    assert (logits(model) - logits(decoder)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_bottleneck_starts_as_the_base(tmp_path: Path, placement: str) -> None:
+    folder = write_model(tmp_path / "model", tiny_config("gemma3_text"))
+    decoder = load_decoder(folder)
+    expected = logits(decoder)
+    config = BottleneckConfig(placement=placement).resolved(decoder.config)
+    parameters = attach(decoder, config, seed=1)
+    assert torch.equal(logits(decoder), expected)
+    assert {id(p) for p in decoder.parameters()} == {id(p) for p in parameters.values()}
+    assert len(parameters) == 2 * len(PLACEMENTS[placement]) * decoder.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("non_linearity", ["relu", "silu", "tanh"])
+def test_a_bottleneck_is_its_formula(tmp_path: Path, placement: str, non_linearity: str) -> None:
+    folder = write_model(tmp_path / "model", tiny_config("llama"))
+    config = BottleneckConfig(r=3, placement=placement, non_linearity=non_linearity)
+    decoder, _, tensors = adapted(folder, config)
+    place = PLACEMENTS[placement][-1]
+    down, up = (torch.from_numpy(tensors[f"model.layers.1.{place}.adapter_{name}"]) for name in ("down", "up"))
+    block = decoder.blocks[1]
+    seen: dict[str, torch.Tensor] = {}
+    block.mlp.register_forward_hook(lambda _, given, made: seen.update(h=given[0], y=made))
+    before = {}
+    block.before_mlp.register_forward_hook(lambda _, given, made: before.update(x2=given[0]))
+    after: dict[str, torch.Tensor] = {}
+    block.register_forward_hook(lambda _, given, made: after.update(y=made))
+    logits(decoder)
+    x = seen["h"] if placement == "parallel" else seen["y"]
+    act = {"relu": torch.relu, "silu": torch.nn.functional.silu, "tanh": torch.tanh}[non_linearity]
+    expected = before["x2"] + seen["y"] + act(x @ down.T) @ up.T
+    np.testing.assert_allclose(after["y"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [BottleneckConfig(r=3, layers_to_transform=(1,)), *VIRTUAL.values()])
+def test_saved_and_loaded_bit_for_bit(tmp_path: Path, config: AdapterConfig) -> None:
+    folder = write_model(tmp_path / "model", tiny_config("llama"))
+    _, config, tensors = adapted(folder, config)
+    save_adapter(tmp_path, config, tensors)
+    found, loaded = load_adapter(tmp_path, load_config(folder))
+    assert found == config
+    assert list(loaded) == list(tensors)
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(loaded[name], value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BottleneckConfig(r=73), r"r = 73; an integer from 1 to the hidden size 72"),
+        (
+            BottleneckConfig(placement="adapterdrop"),
+            r"placement = 'adapterdrop'; choose from houlsby, pfeiffer, parallel",
+        ),
+        (BottleneckConfig(non_linearity="gelu"), r"non_linearity = 'gelu'; choose from relu, silu, tanh"),
+        (BottleneckConfig(layers_to_transform=(2,)), r"layers_to_transform has \[2\]; choose from 0 to 1"),
+        (PromptConfig(num_virtual_tokens=0), r"num_virtual_tokens = 0; an integer from 1 to \d+, what the model's"),
+        (PrefixConfig(num_virtual_tokens=1 << 20), r"num_virtual_tokens = 1048576"),
+    ],
+)
+def test_wrong_settings_are_refused_by_value(config: AdapterConfig, message: str, tmp_path: Path) -> None:
+    model = load_config(write_model(tmp_path / "m", tiny_config("llama")))
+    with pytest.raises(ConfigError, match=message):
+        config.resolved(model)
+
+
+def test_wrong_files_are_refused_by_name(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", tiny_config("llama"))
+    model = load_config(folder)
+
+    def refused(config: AdapterConfig, message: str, tensors: dict[str, np.ndarray] | None = None, **said: Any) -> None:
+        _, config, good = adapted(folder, config)
+        save_adapter(tmp_path, config, good if tensors is None else tensors)
+        path = tmp_path / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | said))
+        with pytest.raises(AdapterError, match=message):
+            load_adapter(tmp_path, model)
+
+    refused(
+        VIRTUAL["prompt"], r"num_virtual_tokens = 9, .* prompt_embeddings has shape \[5, 72\]", num_virtual_tokens=9
+    )
+    refused(VIRTUAL["prefix"], r"num_transformer_submodules = 2", num_transformer_submodules=2)
+    wide = {"prompt_embeddings": np.ones((5, 80), np.float32)}
+    refused(VIRTUAL["prompt"], r"prompt_embeddings has shape \[5, 80\]; \[5, 72\] was expected", wide)
+    refused(BottleneckConfig(r=3), r"placement 'both' and non_linearity 'relu'; one of houlsby", placement="both")
+    refused(BottleneckConfig(r=3), r"not as edgetune writes it \(TypeError", r=None)
+    refused(BottleneckConfig(r=3), r"mlp_output\.adapter_down has shape \[3, 72\]; \[4, 72\] was expected", r=4)
+    refused(VIRTUAL["prompt"], r"peft_type 'CARTRIDGE'; supported are", peft_type="CARTRIDGE")

@@ -1,0 +1,205 @@
+"""Bundles of adapters with inputs of their own: bottlenecks, and what begins the cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config, write_model
+
+from edgetune.adapter_file import read_adapter, write_adapter
+from edgetune.adapters.attach import attach, load_tensors
+from edgetune.adapters.base import load_adapter, save_adapter
+from edgetune.adapters.bottleneck import BottleneckConfig
+from edgetune.adapters.config import AdapterConfig
+from edgetune.adapters.prefix import PrefixConfig
+from edgetune.adapters.prompt import PromptConfig
+from edgetune.errors import AdapterError, ConfigError, ExportError
+from edgetune.exporter import export
+from edgetune.models.decoder import load_decoder
+from edgetune.personalizer.job import make_plan
+from edgetune.quantizer import quantize
+from edgetune.runtime.adapters import add_adapter, check_adapters, set_default_adapter
+from edgetune.runtime.generate import generate
+from edgetune.runtime.session import open_session
+
+CONFIGS: dict[str, AdapterConfig] = {
+    "houlsby": BottleneckConfig(r=3, placement="houlsby", non_linearity="silu"),
+    "parallel": BottleneckConfig(r=2, placement="parallel", non_linearity="tanh", layers_to_transform=(1,)),
+    "pfeiffer": BottleneckConfig(r=3, placement="pfeiffer", non_linearity="relu"),
+    "prompt": PromptConfig(num_virtual_tokens=5),
+    "prefix": PrefixConfig(num_virtual_tokens=5),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("states")
+    return quantize(write_model(folder / "model", tiny_config("llama", head_dim=16)), "int4", folder / "base")
+
+
+def write_run(folder: Path, base: Path, config: AdapterConfig, scale: float = 0.3, **summary: Any) -> Path:
+    """A run with random values, as training leaves it."""
+    decoder = load_decoder(base)
+    config = config.resolved(decoder.config)
+    rng = np.random.default_rng(5)
+    tensors = {
+        name: (scale * rng.standard_normal(tuple(value.shape))).astype(np.float32)
+        for name, value in attach(decoder, config).items()
+    }
+    folder.mkdir(parents=True)
+    save_adapter(folder, config, tensors, str(base))
+    (folder / "plan.json").write_text("{}", encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps({"base": str(base), **summary}), encoding="utf-8")
+    return folder
+
+
+def torch_logits(base: Path, run: Path, ids: list[int]) -> np.ndarray:
+    decoder = load_decoder(base)
+    config, tensors = load_adapter(run, decoder.config)
+    load_tensors(attach(decoder, config.resolved(decoder.config)), tensors)
+    with torch.no_grad():
+        logits: np.ndarray = decoder(torch.tensor([ids]))[0].numpy()
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("case", "family"),
+    [*((case, "llama") for case in CONFIGS), ("houlsby", "gemma3_text"), ("prefix", "gemma3_text")],
+)
+def test_a_bundle_computes_what_was_trained(tmp_path: Path, base: Path, case: str, family: str) -> None:
+    if family != "llama":  # standard attention, norms of what is added, a sliding window
+        base = quantize(write_model(tmp_path / "model", tiny_config(family)), "int4", tmp_path / "base")
+    run = write_run(tmp_path / "run", base, CONFIGS[case])
+    bundle = export(run, out=tmp_path / "bundle")
+    assert bundle.manifest["parity"]["max_abs_logit"] < 1e-3
+    ids = np.random.default_rng(2).integers(0, 301, 150).tolist()  # more than the runtime reads at once
+    session = open_session(bundle, fp32_compute=True)
+    expected = torch_logits(base, run, ids)
+    np.testing.assert_allclose(np.concatenate(list(session.logits(ids))), expected, atol=1e-3)
+    session.reset()
+    for at, token in enumerate(ids[:9]):
+        np.testing.assert_allclose(session.forward([token]), expected[at], atol=1e-3)
+    plain = open_session(bundle, fp32_compute=True, adapter=False)
+    with torch.no_grad():
+        alone = load_decoder(base)(torch.tensor([ids]))[0].numpy()
+    np.testing.assert_allclose(np.concatenate(list(plain.logits(ids))), alone, atol=1e-3)
+    plain.use_adapter()
+    np.testing.assert_allclose(np.concatenate(list(plain.logits(ids))), expected, atol=1e-3)
+
+
+def test_what_the_manifest_says(tmp_path: Path, base: Path) -> None:
+    bundle = export(write_run(tmp_path / "run", base, CONFIGS["parallel"]), out=tmp_path / "bundle")
+    names = [f"model.layers.{i}.mlp_parallel" for i in range(2)]
+    assert [(slot.name, slot.activation) for slot in bundle.slots] == [(name, "tanh") for name in names]
+    binding = bundle.adapters["adapter"].binding
+    assert (binding.r, binding.slots, binding.activation, binding.virtual_tokens) == (2, (names[1],), "tanh", 0)
+    assert {name: value.shape for name, value in bundle.adapter_tensors().items()} == {
+        f"{names[1]}.adapter_down": (72, 2), f"{names[1]}.adapter_up": (2, 72)
+    }  # fmt: skip
+    own = export(write_run(tmp_path / "again", base, CONFIGS["parallel"]), out=tmp_path / "own", slots="adapter")
+    assert [slot.name for slot in own.slots] == names[1:]
+
+    prefixed = export(write_run(tmp_path / "prefix", base, CONFIGS["prefix"]), out=tmp_path / "prefixed")
+    binding = prefixed.adapters["adapter"].binding
+    assert (binding.r, binding.slots, binding.activation, binding.virtual_tokens) == (0, (), None, 5)
+    assert {value.shape for value in prefixed.adapter_tensors().values()} == {(1, 3, 5, 16)}
+    assert prefixed.slots, "the graph takes LoRA as any other"
+
+
+def test_virtual_tokens_take_their_part_of_the_context(tmp_path: Path, base: Path) -> None:
+    bundle = export(write_run(tmp_path / "run", base, CONFIGS["prefix"]), out=tmp_path / "bundle")
+    session = open_session(bundle)
+    assert (session.length, session.start) == (5, 5)
+    room = session.context_length - 5
+    session.forward([7] * room)
+    with pytest.raises(ConfigError, match=rf"{session.context_length + 1} tokens do not fit the context"):
+        session.forward([7])
+    made = generate(bundle, "a" * (room - 3), max_new_tokens=20)
+    assert len(made.token_ids) <= 3 and made.stop_reason in ("context", "stop_token")
+    with pytest.raises(ConfigError, match=rf"has {room} tokens after 5 virtual ones and the context of .* no room"):
+        generate(bundle, "a" * room)
+
+
+def test_bundles_take_more_of_them(tmp_path: Path, base: Path) -> None:
+    bundle = export(base, out=tmp_path / "bundle")
+    run = write_run(tmp_path / "run", base, CONFIGS["prefix"])
+    more = add_adapter(bundle, run, name="more")
+    assert more.adapters["more"].binding.virtual_tokens == 5
+    assert check_adapters(more)["adapters"]["more"]["probe_change"] > 1e-3
+    prompt = write_run(tmp_path / "prompt", base, CONFIGS["prompt"])
+    with pytest.raises(AdapterError, match=r"is a prompt, .* computed by an export"):
+        add_adapter(bundle, prompt)
+    made = export(prompt, out=tmp_path / "made")
+    assert "prompt" in add_adapter(bundle, made.folder / "adapter.safetensors", name="prompt").adapters
+    with pytest.raises(AdapterError, match=r"adapts model\.layers\.0\.mlp_output, which is no linear"):
+        add_adapter(bundle, write_run(tmp_path / "bottleneck", base, CONFIGS["pfeiffer"]))
+
+
+def test_a_bottleneck_of_another_non_linearity_does_not_fit(tmp_path: Path, base: Path) -> None:
+    bundle = export(write_run(tmp_path / "run", base, CONFIGS["pfeiffer"]), out=tmp_path / "bundle")
+    other = BottleneckConfig(r=4, non_linearity="relu", layers_to_transform=(0,))
+    assert len(add_adapter(bundle, write_run(tmp_path / "other", base, other), name="other").adapters) == 2
+    tanh = write_run(tmp_path / "tanh", base, BottleneckConfig(r=3, non_linearity="tanh"))
+    with pytest.raises(AdapterError, match=r"mlp_output: its non-linearity is tanh, that of the graph relu"):
+        add_adapter(bundle, tanh)
+
+
+def test_a_prefix_that_does_not_fit_is_refused(tmp_path: Path, base: Path) -> None:
+    bundle = export(write_run(tmp_path / "run", base, CONFIGS["prefix"]), out=tmp_path / "bundle")
+    adapter = read_adapter(bundle.folder / "adapter.safetensors")
+
+    def refused(message: str, tensors: dict[str, np.ndarray], **binding: Any) -> None:
+        (tmp_path / "other").mkdir(exist_ok=True)
+        changed = replace(adapter, binding=replace(adapter.binding, **binding), tensors=tensors)
+        write_adapter(tmp_path / "other", "other", changed)
+        with pytest.raises(AdapterError, match=message):
+            open_session(bundle, adapter=tmp_path / "other" / "other.safetensors")
+
+    key = "past_key_values.1.key"
+    shorter = {name: np.ascontiguousarray(value[:, :, :4]) for name, value in adapter.tensors.items()}
+    refused(r"past_key_values\.0\.key: has shape \[1, 3, 4, 16\], expected \[1, 3, 5, 16\]", shorter)
+    refused(rf"{key}: is missing", {name: value for name, value in adapter.tensors.items() if name != key})
+    refused(r"is not of a slot", adapter.tensors | {"past_key_values.2.key": adapter.tensors[key]})
+    long = {name: np.repeat(value, 60, axis=2) for name, value in adapter.tensors.items()}
+    refused(r"with 300 virtual tokens, and the context of .* is 256", long, virtual_tokens=300)
+
+
+@pytest.mark.parametrize(
+    ("case", "settings", "message"),
+    [
+        ("pfeiffer", {"merge": True}, r"An activation keeps it from being folded into a weight\. Export it without"),
+        ("prefix", {"merge": True}, r"Virtual tokens change no weight\. Export it without --merge"),
+        ("pfeiffer", {"with_training": True}, r"know LoRA alone\. Train with --engine torch"),
+        ("prompt", {"with_training": True}, r"know LoRA alone\. Train with --engine torch"),
+    ],
+)
+def test_what_cannot_be_exported_says_what_to_do(
+    tmp_path: Path, base: Path, case: str, settings: dict[str, bool], message: str
+) -> None:
+    with pytest.raises(ExportError, match=message):
+        export(write_run(tmp_path / "run", base, CONFIGS[case]), out=tmp_path / "bundle", **settings)
+
+
+def test_a_bundle_is_not_personalized_beside_a_prefix(tmp_path: Path, base: Path) -> None:
+    bundle = export(base, out=tmp_path / "bundle", with_training=True)
+    add_adapter(bundle, write_run(tmp_path / "run", base, CONFIGS["prefix"]), name="first")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a b c d"}\n' * 4, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"adapter first, the default of .*, is a prefix, and the training graphs"):
+        make_plan(
+            set_default_adapter(bundle, "first"), data=rows, eval_data=None, adapter=None, config=None, device="host",
+            budget="foreground", skip_bad=False,
+        )  # fmt: skip
+
+
+def test_rounding_under_a_bottleneck_is_measured(tmp_path: Path, base: Path) -> None:
+    run = write_run(tmp_path / "run", base, CONFIGS["prompt"])
+    bundle = export(run, out=tmp_path / "bundle", weights="int8")
+    assert bundle.manifest["rounding"]["max_error_over_delta"] is None
+    assert bundle.manifest["rounding"]["kl"] < 0.05
