@@ -80,7 +80,10 @@ class Reference:
     @torch.no_grad()
     def _measure(self, like: Workspace, limit: AbstractContextManager[None], check: Check) -> np.ndarray:
         """Of every row in the order of the windows, float64."""
-        every = self.inputs.windows, self.inputs.eval_windows
+        every = tuple(  # the base has no virtual tokens
+            [replace(window, virtual_tokens=0) for window in windows]
+            for windows in (self.inputs.windows, self.inputs.eval_windows)
+        )
         decoder = load_decoder(self.inputs.base)
         decoder.context(max(window.length for windows in every for window in windows))  # as in `torch_trainer`
         space = decoder.workspace
