@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +14,19 @@ from torch import nn
 from edgetune.adapters.attach import attach
 from edgetune.adapters.bottleneck import BottleneckConfig
 from edgetune.adapters.config import AdapterConfig
+from edgetune.adapters.lora import LoraConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.prompt import PromptConfig
 from edgetune.data import Row, pack, stack
+from edgetune.linear import Workspace
 from edgetune.models.decoder import Decoder, load_decoder
 from edgetune.planner import costs
 from edgetune.training.backprop import Path as Walk
 from edgetune.training.backprop import loss_and_gradients
 from edgetune.training.forward import Batch, evaluate, keys_values, start_virtual_tokens
+from edgetune.training.inputs import read_inputs
 from edgetune.training.loop import train
+from edgetune.training.reference import Reference
 from tests.training.conftest import at_step, interrupt, make_base, make_plan, write_rows
 
 CASES: dict[str, AdapterConfig] = {
@@ -134,6 +140,23 @@ def test_a_prompt_is_the_prefix_that_the_model_makes_of_it(tmp_path: Path) -> No
         (weight,) = attach(other, PrefixConfig(num_virtual_tokens=6).resolved(other.config)).values()
         weight.copy_(folded)
         assert (other(ids) - expected).abs().max() < 1e-5
+
+
+def test_the_reference_of_an_objective_is_the_base_without_them(tmp_path: Path) -> None:
+    base, data = make_base(tmp_path), tmp_path / "rows.jsonl"
+    rows = [{"prompt": "c" * i, "chosen": "a" * (i % 3 + 1), "rejected": "b" * (i % 4 + 1)} for i in range(1, 9)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = []
+    for config in (LoraConfig(r=2), CASES["prompt"], CASES["prefix"]):
+        plan = make_plan(base, adapter=config, method=config.method, objective="dpo", beta=0.2, label_smoothing=0.0)
+        inputs = read_inputs(plan, base, "0", data, None, skip_bad=False)
+        reference = Reference(tmp_path / config.method, inputs)
+        windows = reference.add(Workspace(), nullcontext(), lambda: None, lambda _: None).windows
+        found.append({row.input_ids.tobytes(): row.reference for window in windows for row in window.rows})
+        assert sum(window.virtual_tokens for window in windows) == len(windows) * plan.adapter.virtual_tokens
+    assert found[0].keys() == found[1].keys() == found[2].keys()
+    for row, logp in found[0].items():
+        assert [each[row] for each in found[1:]] == [pytest.approx(logp, rel=1e-5)] * 2
 
 
 @pytest.mark.parametrize("case", ["prompt", "prefix"])
