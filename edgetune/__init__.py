@@ -43,9 +43,12 @@ from edgetune.errors import (
 from edgetune.extras import missing_extra
 
 if TYPE_CHECKING:
+    from edgetune.adapters.bottleneck import BottleneckConfig
     from edgetune.adapters.dora import DoraConfig
     from edgetune.adapters.ia3 import Ia3Config
     from edgetune.adapters.lora import LoraConfig
+    from edgetune.adapters.prefix import PrefixConfig
+    from edgetune.adapters.prompt import PromptConfig
     from edgetune.adapters.vera import VeraConfig
     from edgetune.arithmetic import merge_adapters
     from edgetune.benchmark import bench
@@ -86,6 +89,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 __all__ = [
     "AdapterError",
     "AttachedModule",
+    "BottleneckConfig",
     "BudgetError",
     "Bundle",
     "BundleError",
@@ -108,6 +112,8 @@ __all__ = [
     "ModulePlan",
     "ParityError",
     "Plan",
+    "PrefixConfig",
+    "PromptConfig",
     "Run",
     "TrainConfig",
     "VeraConfig",
@@ -141,6 +147,7 @@ __all__ = [
 # Public name -> module. No module shares its name with a function here, or the second `et.plan` would be the module.
 _HOME = {
     "AttachedModule": "edgetune.modules.attached",
+    "BottleneckConfig": "edgetune.adapters.bottleneck",
     "Bundle": "edgetune.bundle",
     "DeviceProfile": "edgetune.device",
     "DoraConfig": "edgetune.adapters.dora",
@@ -150,6 +157,8 @@ _HOME = {
     "ModuleBundle": "edgetune.modules.bundle",
     "ModulePlan": "edgetune.modules.plan",
     "Plan": "edgetune.planner",
+    "PrefixConfig": "edgetune.adapters.prefix",
+    "PromptConfig": "edgetune.adapters.prompt",
     "Run": "edgetune.training.run",
     "TrainConfig": "edgetune.planner",
     "VeraConfig": "edgetune.adapters.vera",
