@@ -18,6 +18,7 @@ from conftest import tiny_config, write_model
 
 from edgetune import planner
 from edgetune.adapters import METHODS
+from edgetune.adapters.config import BlocksConfig
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import open_base
 from edgetune.data import Row, pack, read_rows, split_eval
@@ -195,12 +196,16 @@ class TestCounts:
         assert parts["dropout"] == 4 * 4 * 64 * 88
 
 
+# Those of the model as a whole have a test of their own (training/test_places.py).
+IN_BLOCKS = [name for name, method in METHODS.items() if issubclass(method.Config, BlocksConfig)]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("method", "layers", "recompute_layers"),
     [
         ("lora", (0, 1, 2, 3), 0), ("lora", (0, 1, 2, 3), 2), ("lora", (0, 1, 2, 3), 4), ("lora", (2, 3), 1),
-        ("lora", (3,), 0), *((method, (2, 3), 1) for method in METHODS if method != "lora"),
+        ("lora", (3,), 0), *((method, (2, 3), 1) for method in IN_BLOCKS if method != "lora"),
     ],
 )  # fmt: skip
 def test_buffers_are_those_of_the_trainer(
@@ -270,7 +275,7 @@ def test_buffers_of_every_objective_are_those_of_the_trainer(tmp_path: Path, obj
         )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", IN_BLOCKS)
 def test_the_adapter_s_bytes_are_those_of_the_trainer(tmp_path: Path, method: str) -> None:
     import torch
 

@@ -19,8 +19,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from edgetune.adapters.capabilities import Capabilities
-from edgetune.adapters.prompt import PromptConfig, changes, slot, virtual_tokens_of
+from edgetune.adapters.prompt import (
+    CAPABILITIES,
+    PEFT_NAMES,
+    PEFT_SHARED,
+    PromptConfig,
+    changes,
+    slot,
+    virtual_tokens_of,
+)
 from edgetune.adapters.slot import Slot
 from edgetune.models import ModelConfig
 from edgetune.models.config import DecoderConfig
@@ -31,14 +38,6 @@ __all__ = [
 ]  # fmt: skip
 
 NAME = "prefix_tuning"
-CAPABILITIES = Capabilities(
-    train_ort="The training graphs of a bundle know LoRA alone. Train with --engine torch, or --adapter lora.",
-    as_lora="Virtual tokens change no weight: no LoRA computes that. It is exported as the prefix of a cache.",
-    merge="Virtual tokens change no weight. Export it without --merge, or train --adapter lora.",
-    merge_share="It cannot be merged, nor can a share of it. Export it without --merge, or train --adapter lora.",
-)
-PEFT_SHARED = ()
-PEFT_NAMES = {"prompt_embeddings": "prompt_embeddings"}
 
 
 @dataclass(frozen=True)
