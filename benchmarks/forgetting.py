@@ -88,7 +88,9 @@ def main() -> None:
             plan = et.plan(
                 base, "host", data=files[data], eval_data=judged["new"], adapter=et.LoraConfig(r=8), config=config
             )
-            runs[key] = et.train(plan, base, data=files[data], eval_data=judged["new"], out=folder / key)
+            runs[key] = et.train(
+                plan, base, data=files[data], eval_data=judged["new"], out=folder / key, enforce="none"
+            )
         ways: dict[str, tuple[et.Run, float]] = {key: (run, 1.0) for key, run in runs.items()}
         ways |= {f"alpha {alpha}": (runs["plain"], alpha) for alpha in ALPHAS}
         before = {key: losses(base, some) for key, some in rows.items()}
@@ -101,6 +103,7 @@ def main() -> None:
                 "new_task_gain": difference("loss", after["new"], before["new"], None),
                 "retention_loss": difference("loss", before["retention"], after["retention"], None),
                 "steps": run.summary["steps"],
+                "stopped": run.stopped,
             }
     print(json.dumps({"steps": steps, "losses": found} | about(), indent=1))
 
