@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from edgetune import host
 
 CODE_BYTES = 600 << 10  # for each shape; 0.51 to 0.71 MiB measured with 64 to 256 rows of 64 to 1,536 columns
+UNTOUCHED = 2.2  # times as much: address space that is reserved for it, 0.75 to 1.88 MiB a shape, and not used
 SIZE = 128  # of the product that is looked at: oneDNN leaves matrices of up to 16 x 16 to others
 
 

@@ -32,7 +32,7 @@ from edgetune.planner.plans import Plan, TrainConfig
 from edgetune.quantizer import quantize
 
 REPOSITORY = Path(__file__).parents[1]
-VERBS = sorted(command.callback.__name__ for command in cli.app.registered_commands if command.callback)
+VERBS = sorted(command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback)
 PLAN_KEYS = {
     "fits", "engine", "grid", "budget_bytes", "predicted_peak_bytes", "floor_bytes", "parts", "concessions",
     "predicted_step_seconds", "adapter",
@@ -738,7 +738,7 @@ def test_the_verbs_of_adapters_have_a_help_worth_reading_and_json(capsys: pytest
     import typer.main
 
     group = typer.main.get_command(cli.app).commands["adapter"]  # type: ignore[attr-defined]
-    assert sorted(group.commands) == ["add", "check", "default", "list", "remove"]
+    assert sorted(group.commands) == ["add", "check", "default", "list", "merge", "remove"]
     for name, command in group.commands.items():
         assert call("adapter", name, "--help") == 0
         assert f"edgetune adapter {name}" in capsys.readouterr().out, "an example"
@@ -757,7 +757,20 @@ def test_every_verb_has_a_help_worth_reading_and_json(verb: str, capsys: pytest.
 
 
 def test_the_verbs_are_those_of_the_readme() -> None:
-    tree = ["devices", "doctor", "plan", "quantize", "train", "export", "run", "personalize", "bench", "report", "demo"]
+    tree = [
+        "devices",
+        "doctor",
+        "plan",
+        "quantize",
+        "train",
+        "export",
+        "run",
+        "personalize",
+        "bench",
+        "report",
+        "demo",
+        "eval",
+    ]
     assert sorted(tree) == VERBS
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert all(f"edgetune {verb}" in readme or f"make {verb}" in readme for verb in tree)
@@ -768,10 +781,12 @@ ADAPTER_VALUES = {
     "target_modules": ("q_proj, v_proj", ("q_proj", "v_proj")), "use_rslora": (None, True),
     "layers_to_transform": ("0,1-1", (0, 1)), "loraplus_lr_ratio": ("16", 16.0),
     "feedforward_modules": ("v_proj", ("v_proj",)), "vera_dropout": ("0.25", 0.25), "d_initial": ("0.5", 0.5),
-    "projection_prng_key": ("7", 7),
+    "projection_prng_key": ("7", 7), "num_virtual_tokens": ("5", 5), "placement": ("houlsby", "houlsby"),
+    "non_linearity": ("tanh", "tanh"),
 }  # fmt: skip
 METHOD_OF = {
     "feedforward_modules": "ia3", "vera_dropout": "vera", "d_initial": "vera", "projection_prng_key": "vera",
+    "num_virtual_tokens": "prompt_tuning", "placement": "bottleneck", "non_linearity": "bottleneck",
 }  # fmt: skip
 TRAIN_VALUES = {
     "batch_size": ("3", 3), "gradient_accumulation_steps": ("5", 5), "max_seq_length": ("48", 48),

@@ -542,7 +542,7 @@ def test_runs_that_cannot_be_exported(bases: dict[str, Path], tmp_path: Path) ->
     other = write_run(tmp_path / "other", base)
     tensors = load_file(other / "adapter_model.safetensors")
     save_file({n: v * ("lora_A" in n) for n, v in tensors.items()}, other / "adapter_model.safetensors")
-    with pytest.raises(ExportError, match="changes nothing: every lora_B is zero"):
+    with pytest.raises(ExportError, match=r"The adapter of .*other changes nothing\. Train it"):
         export(other, out=tmp_path / "bundle")
     save_file({n: v * np.float32(1e-12) for n, v in tensors.items()}, other / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="the run's adapter changes nothing: on the probe rows no output moves"):

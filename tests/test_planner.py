@@ -17,7 +17,7 @@ import pytest
 from conftest import tiny_config, write_model
 
 from edgetune import planner
-from edgetune.adapters import METHODS
+from edgetune.adapters import METHODS, prefix, prompt
 from edgetune.adapters.config import BlocksConfig
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import open_base
@@ -1202,7 +1202,8 @@ def test_blocks_are_named_as_they_are_typed() -> None:
 
 def test_methods_give_what_the_plan_needs() -> None:
     for method in METHODS.values():
-        assert callable(method.slots) and callable(method.add_gradients)
+        assert callable(method.slots)
+        assert method.CAPABILITIES is not None and (method in (prefix, prompt) or callable(method.add_gradients))
 
 
 def test_runs_without_torch_and_onnx(model: Path) -> None:

@@ -84,7 +84,7 @@ def test_every_loss_and_the_adapter_are_those_of_the_engine(made: Path) -> None:
     plan = make_plan(made / "base", adapter=LoraConfig(r=R, lora_alpha=2 * R), weight_decay=0.0, seed=SEED)
     bundle = load_bundle(made / "bundle")
     parameters = initial(plan.adapter, plan)
-    rule = Backprop(TrainingGraphs(read_description(bundle), 1, "adamw"), parameters, plan.adapter, plan)
+    rule = Backprop(TrainingGraphs(read_description(bundle), 1, "adamw", 1 << 20), parameters, plan.adapter, plan)
     wanted = []
     for step in range(STEPS):
         batches = [WINDOWS[(PER_STEP * step + i) % len(WINDOWS)] for i in range(PER_STEP)]

@@ -98,7 +98,7 @@ def personalize(bundle: Path, data: Path, plan: Plan) -> Trained:
     """The loop in Python, each row a window of its own."""
     opened, draw = load_bundle(bundle), mulberry32(plan.seed)
     parameters = initial(plan.adapter, plan, draw)
-    graphs = TrainingGraphs(read_description(opened), 1, plan.optimizer)
+    graphs = TrainingGraphs(read_description(opened), 1, plan.optimizer, 1 << 20)
     rule = Backprop(graphs, parameters, plan.adapter, plan)
     rows = list(read_rows(data, load_tokenizer(bundle), plan.max_seq_length))
     order, count = shuffled(rows, draw), round(plan.eval_fraction * len(rows))

@@ -40,6 +40,7 @@ from edgetune.planner.ort_walk import INT64_BYTES, PARTS, Walk
 SPARE_SHARE, SPARE_BYTES = 0.25, MIB
 # Sessions of the graphs and their first calls; a block's weights as arrays, with their names. Measured.
 SESSION_BYTES, BLOCK_OBJECT_BYTES = int(2.5 * MIB), 100_000
+KEPT_SESSION_BYTES = 2 * MIB  # the same of the two graphs for blocks that keep their activations. Measured.
 # A tensor of the adapter with gradient and moments, as arrays with their names, rounded to pages. Measured.
 TENSOR_OBJECT_BYTES = 4_500
 # Of three copies of the adapter so much is held at once when it is adopted, and this for the ranges of the head that
@@ -53,8 +54,9 @@ def peak_parts(job: Job, floor_bytes: int) -> tuple[str, dict[str, int]]:
     tensors = job.tensor_sizes
     adapter = FLOAT_BYTES * sum(tensors) + TENSOR_OBJECT_BYTES * len(tensors)
     rows = row_bytes(job) + int(LEFT_BYTES_PER_BYTE * job.tokenizer_file_bytes)
+    sessions = SESSION_BYTES + (KEPT_SESSION_BYTES if kept_bytes(job) else 0)
     shared = {
-        "floor": floor_bytes, "sessions": SESSION_BYTES, "base": BLOCK_OBJECT_BYTES * job.model.num_hidden_layers,
+        "floor": floor_bytes, "sessions": sessions, "base": BLOCK_OBJECT_BYTES * job.model.num_hidden_layers,
         "adapter": adapter, "optimizer": OPTIMIZERS[job.optimizer].state_bytes(tensors), "context": context_bytes(job),
     }  # fmt: skip
     training = {

@@ -12,6 +12,7 @@ from edgetune.checkpoint import latest_checkpoint
 from edgetune.errors import ConfigError
 from edgetune.memory import Meter, give_back, has_data_limit, trim_allocator
 from edgetune.planner.plans import Plan
+from edgetune.products import UNTOUCHED
 from edgetune.training.inputs import Inputs, check_identity
 from edgetune.training.pace import Pace, pinned
 from edgetune.training.progress import Progress
@@ -67,7 +68,7 @@ def conduct_run(
                 return Run(folder)
         # In a cgroup too: an allocation that fails leaves a run in good order, and the kernel's kill does not.
         limited = enforce in ("rlimit", "cgroup") and has_data_limit()
-        limit = DataLimit(most_bytes) if limited else contextlib.nullcontext()
+        limit = DataLimit(most_bytes + _untouched_bytes(plan)) if limited else contextlib.nullcontext()
         trainer = trainer_of(inputs, folder, guard, limit, pace, on_progress)
         if group:  # pages on their way from disk count there, and cannot be dropped
             trainer.read_on_demand()
@@ -92,6 +93,11 @@ def conduct_run(
                 "shorter steps (--batch-size, --gradient-accumulation-steps, --max-seq-length) or fewer held-out rows."
             )
     return Run(folder)
+
+
+def _untouched_bytes(plan: Plan) -> int:
+    """Address space that a data limit counts, and that the code of fast products reserves and never touches."""
+    return int(UNTOUCHED * plan.parts.get("kernels", 0)) if plan.fast_products else 0
 
 
 def _enforcement(enforce: str, limit: object, group: Cgroup | None, budget_bytes: int) -> dict[str, Any]:

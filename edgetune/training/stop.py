@@ -95,8 +95,12 @@ class DataLimit:
         resource.setrlimit(resource.RLIMIT_DATA, self._before)
 
 
+# Of torch's allocator, of the C++ library, and of oneDNN, whose code for a shape found no place.
+_NO_MEMORY = ("allocate memory", "bad_alloc", "could not create a primitive")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed; torch reports that as a RuntimeError."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or any(words in str(error) for words in ("allocate memory", "bad_alloc"))
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
