@@ -97,6 +97,18 @@ class Tokenizer:
             ids: list[int] = encoding.ids
         return ids
 
+    def encode_words(self, words: Sequence[str], max_length: int) -> tuple[list[int], list[int | None]]:
+        """Token ids of a text that is cut into words already, at most so many, and the word of each; None: no word's.
+
+        Raises:
+            DataError: The tokenizer has no token for a part of it.
+        """
+        with _rust_errors(DataError, f"The tokenizer of {self.folder} cannot encode {len(words)} words"):
+            encoding = self.backend.encode(list(words), is_pretokenized=True, add_special_tokens=False)
+            encoding.truncate(max(max_length - self.backend.num_special_tokens_to_add(False), 0))
+            encoding = self.backend.post_process(encoding, add_special_tokens=True)
+            return encoding.ids, encoding.word_ids
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids. Ids that have no token (rows that pad an embedding) give nothing."""
         with _rust_errors(ModelError, f"The tokenizer of {self.folder} cannot decode {len(ids)} ids"):

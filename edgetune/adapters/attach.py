@@ -218,8 +218,8 @@ def load_tensors(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, n
         value.data.copy_(torch.from_numpy(np.ascontiguousarray(tensors[name])))
 
 
-def set_dropout(decoder: Decoder, key: tuple[int, ...] | None) -> None:
+def set_dropout(model: Decoder | Encoder, key: tuple[int, ...] | None) -> None:
     """Choose the dropout masks of every adapted linear by counters such as (seed, step, micro-batch); None: none."""
-    for module in decoder.modules():
+    for module in model.modules():
         if isinstance(module, AdaptedLinear):
             module.start_pass(key)

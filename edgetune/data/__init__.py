@@ -263,6 +263,8 @@ def _sequences(
 def _encode_row(
     kind: str, row: Mapping[str, Any], tokenizer: Tokenizer, max_seq_length: int
 ) -> list[tuple[list[int], list[int]]]:
+    if kind in ("label", "tokens", "pair"):
+        raise RowError(f"is a {kind} row; such rows are for encoders and their heads: see --objective")
     try:
         if kind == "text":
             return _encode_text(row["text"], tokenizer, max_seq_length)

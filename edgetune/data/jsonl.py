@@ -47,6 +47,10 @@ KINDS = {
     # As TRL writes them: texts, or lists of messages; preference rows of messages may have the prompt in both lists.
     "preference": Kind(("chosen", "rejected"), ("prompt", "tools")),
     "feedback": Kind(("prompt", "completion", "label"), ("tools",)),
+    # For encoders and their heads: see `labeled`.
+    "label": Kind(("text", "label")),
+    "tokens": Kind(("tokens", "labels")),
+    "pair": Kind(("anchor", "positive"), ("negative",)),
 }
 
 # The keys that a message of each role may have besides "role" and "content".
@@ -373,9 +377,25 @@ def _string(row: Mapping[str, Any], key: str, *, empty: bool, where: str = "") -
         raise RowError(f'has an empty "{key}"{where}')
 
 
+def _check_tokens(row: Mapping[str, Any]) -> None:
+    tokens, labels = row["tokens"], row["labels"]
+    if not (isinstance(tokens, list) and tokens and all(isinstance(token, str) and token for token in tokens)):
+        raise RowError('has "tokens" that are not a list of words')
+    if not isinstance(labels, list) or len(labels) != len(tokens):
+        count = len(labels) if isinstance(labels, list) else "no list of"
+        raise RowError(f'has {len(tokens)} "tokens" and {count} "labels"; each word needs one')
+
+
+def _check_pair(row: Mapping[str, Any]) -> None:
+    for key in ("anchor", "positive", "negative"):
+        if key in row or key != "negative":
+            _string(row, key, empty=False)
+
+
 _CHECKS = {
     "text": _check_text, "prompt": _check_prompt, "chat": _check_chat, "instruction": _check_instruction,
     "preference": _check_preference, "feedback": _check_feedback,
+    "label": _check_text, "tokens": _check_tokens, "pair": _check_pair,
 }  # fmt: skip
 
 

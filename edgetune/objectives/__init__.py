@@ -3,6 +3,10 @@
 An objective is a module with `NAME`, `KINDS`, `SETTINGS` and a class `Objective`: see `base`. It starts at the
 normalized hidden states and ends at the gradient of them, so that how logits are made, in tiles or at all, is its own
 affair. torch is imported inside functions only: the planner reads the sizes of the tiles where there is no torch.
+
+One of an encoder starts at its outputs: logits, values or pooled hidden states. It has `NAME`, `SETTINGS`, `METRIC`,
+`POOLED` (whether a text has one output or each token its own), `HAS_HEAD` (whether a trained linear layer makes them),
+`count` and `found`, and stands in `ENCODER_OBJECTIVES`.
 """
 
 from __future__ import annotations
@@ -13,12 +17,16 @@ from typing import Any
 from edgetune.data import Rows
 from edgetune.data.teacher import with_teacher
 from edgetune.errors import DataError
-from edgetune.objectives import distill, dpo, kto, orpo, sft
+from edgetune.objectives import classification, distill, dpo, embedding, kto, orpo, regression, sft, token_classification
 from edgetune.objectives.base import Objective
 
 OBJECTIVES = {"sft": sft, "dpo": dpo, "orpo": orpo, "kto": kto, "distill": distill}
+ENCODER_OBJECTIVES = {
+    "classification": classification, "regression": regression, "token-classification": token_classification,
+    "embedding": embedding,
+}  # fmt: skip
 
-__all__ = ["OBJECTIVES", "Objective", "check_kind", "objective_of", "with_needed"]
+__all__ = ["ENCODER_OBJECTIVES", "OBJECTIVES", "Objective", "check_kind", "objective_of", "with_needed"]
 
 
 def objective_of(settings: Any) -> Objective:

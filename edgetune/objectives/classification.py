@@ -1,0 +1,46 @@
+"""A class for each text: softmax cross-entropy over the logits of a linear head.
+
+    loss = sum_i  logsumexp_c(z_i) - z_i[t_i]        gradient = softmax(z_i) - onehot(t_i)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgetune.objectives.outputs import Found
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "classification"
+METRIC = "accuracy"
+POOLED, HAS_HEAD = True, True
+
+
+def count(batch: Mapping[str, np.ndarray]) -> int:
+    """What the loss is the mean over: texts."""
+    return len(batch["labels"])
+
+
+def found(outputs: torch.Tensor, batch: Mapping[str, np.ndarray]) -> Found:
+    """Of logits [texts, classes]."""
+    return cross_entropy(outputs, batch["labels"])
+
+
+def cross_entropy(logits: torch.Tensor, targets: np.ndarray) -> Found:
+    """Loss and gradient of logits [n, classes], which become the latter; correct ones are counted. Target -100: none."""
+    import torch
+
+    kept = torch.from_numpy(np.flatnonzero(targets >= 0))
+    classes = torch.from_numpy(targets[targets >= 0]).long()
+    wanted = logits[kept]
+    correct = int((wanted.argmax(1) == classes).sum())
+    losses = wanted.logsumexp(1) - wanted[torch.arange(len(kept)), classes]
+    gradient = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_()
+    gradient[kept, classes] -= 1
+    if len(kept) < len(logits):
+        gradient[torch.from_numpy(np.flatnonzero(targets < 0))] = 0
+    return Found(float(losses.sum(dtype=torch.float64)), gradient, correct)
