@@ -5,7 +5,8 @@ number), and a `Key` in its annotation adds meaning, range and choices:
 
     total_mib: Annotated[int, Key("RAM of the device", low=1, high=1 << 24)]
 
-Known types are bool, int, float, str, date, another dataclass, tuple[X, ...], dict[str, X], and X | None. A field
+Known types are bool, int, float, str, date, another dataclass or one of several, tuple[X, ...], dict[str, X], and
+X | None. A field
 without a default is required; a key without a field is refused, with the field that was probably meant.
 
 Left out: rules between two values. They belong to whoever owns the dataclass.
@@ -75,7 +76,7 @@ class Reader:
         options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         if value is None and NoneType in options:
             return None
-        hint = next(option for option in options if option is not NoneType)
+        hint = _fitting([option for option in options if option is not NoneType], value)
         if dataclasses.is_dataclass(hint) and isinstance(value, hint):  # type: ignore[arg-type]
             return value
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
@@ -96,6 +97,14 @@ def _split(hint: Any) -> tuple[Any, Key]:
         return hint, _NO_KEY
     inner, *extras = get_args(hint)
     return inner, next((extra for extra in extras if isinstance(extra, Key)), _NO_KEY)
+
+
+def _fitting(options: list[Any], value: Any) -> Any:
+    """The only type, or of several dataclasses the first that has a field for every key."""
+    for option in options if isinstance(value, Mapping) else ():
+        if dataclasses.is_dataclass(option) and value.keys() <= {field.name for field in dataclasses.fields(option)}:
+            return option
+    return options[0]
 
 
 def _fits(value: Any, hint: Any, key: Key) -> bool:

@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from edgetune.adapters.base import CONFIG, MODEL, PREFIX, read_adapter
+from edgetune.adapters.base import CONFIG, MODEL, PREFIX
 from edgetune.adapters.lora import LoraConfig, config_to_peft
-from edgetune.errors import AdapterError, ModelError
-from edgetune.models.encoder_config import EncoderConfig
-from edgetune.weights import TensorInfo, open_tensors, write_atomic, write_safetensors
+from edgetune.errors import AdapterError
+from edgetune.weights import TensorInfo, write_atomic, write_safetensors
 
 CLASSIFIER = "classifier"
 WEIGHT, BIAS = f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"
@@ -47,3 +44,32 @@ def initialize(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np
         name: (rng.normal(0, _DEVIATION, shape) if name == WEIGHT else np.zeros(shape)).astype(np.float32)
         for name, shape in shapes.items()
     }
+
+
+def save_with_head(
+    folder: Path, config: LoraConfig, tensors: Mapping[str, np.ndarray], model_type: str, objective: str,
+    classes: tuple[str, ...], base_model: str,
+) -> None:  # fmt: skip
+    """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT does of Hugging Face's model with a head.
+
+    Without a head (the objective embedding) they are those of the encoder alone.
+
+    Raises:
+        AdapterError: a tensor holds NaN or infinity.
+    """
+    for name, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise AdapterError(
+                f"{name} holds NaN or infinity; such an adapter is never saved. Lower the learning rate."
+            )
+    task = _TASKS.get(objective, "FEATURE_EXTRACTION")
+    inside = _INSIDE[model_type] if objective in _TASKS else ""
+    files = {
+        PREFIX + (name if name in (WEIGHT, BIAS) else f"{inside}{name}.weight"): value
+        for name, value in tensors.items()
+    }
+    write_safetensors(folder / MODEL, {k: TensorInfo("F32", v.shape) for k, v in files.items()}, files.__getitem__)
+    peft = config_to_peft(config, base_model) | {
+        "task_type": task, "modules_to_save": [CLASSIFIER] if objective in _TASKS else None
+    }  # fmt: skip
+    write_atomic(folder / CONFIG, json.dumps(peft, indent=1))

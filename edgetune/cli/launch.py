@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edgetune import errors, host, planner
-from edgetune.base import open_base
+from edgetune.base import open_any_base, open_base
 from edgetune.checkpoint import PLAN, newest_state
 from edgetune.cli.console import tell, tensor_progress
 from edgetune.device import load_device
@@ -48,7 +48,7 @@ def new_run(
         )
     tell(brief(plan))
     folder = model_folder(model)
-    if open_base(folder).grid is None:
+    if open_any_base(folder).grid is None:
         folder = _quantized(folder, plan.grid, out.with_name(f"{out.name}-base"))
         plan = replace(plan, model=str(folder))
     return {"plan": plan, "base": folder, "data": data, "out": out, "eval_data": eval_data}
@@ -174,7 +174,7 @@ def brief(plan: Plan) -> str:
         f"{plan.model} {fits} {plan.device}: predicted peak {format_mib(plan.predicted_peak_bytes)} of "
         f"{format_mib(plan.budget_bytes)} ({plan.budget_name} budget)",
         f"  {' '.join(filter(None, (plan.method, plan.adapter.brief)))} on {plan.grid}, steps of {plan.batch_size} x "
-        f"{plan.gradient_accumulation_steps} windows of {plan.max_seq_length} tokens",
+        f"{plan.gradient_accumulation_steps} {plan.unit} {plan.max_seq_length} tokens",
         f"  predicted for {plan.device}: {plan.predicted_step_seconds:.3g} s per step{how_long}",
     ]
     if plan.exceeds_device:

@@ -29,7 +29,7 @@ from edgetune.data.jsonl import Report, RowError, RowFile
 from edgetune.errors import ConfigError, DataError
 from edgetune.tokenizer import Tokenizer
 
-__all__ = ["KIND_OF", "LabeledRow", "LabeledRows", "read_labeled_rows"]
+__all__ = ["KIND_OF", "LabeledRow", "LabeledRows", "labeled", "read_labeled_rows"]
 
 # Objective -> the kind of its rows.
 KIND_OF = {
@@ -49,7 +49,7 @@ class LabeledRow(Row):
     """
 
     labels: npt.NDArray[Any]
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,8 @@ def read_labeled_rows(
     if max_seq_length < 3:
         raise ConfigError(f"max_seq_length is {max_seq_length}; a text needs at least 3 tokens, two special ones.")
     reader = _Reader(tokenizer, max_seq_length, objective, classes)
-    file, seen = RowFile(path), set()
+    file = RowFile(path)
+    seen: set[str] = set()
     report = Report(file.path)
     for _, _, names in reader.rows(file, report):
         seen.update(name for name in names if isinstance(name, str))
@@ -107,6 +108,11 @@ def read_labeled_rows(
         raise DataError(f"{path} changed while it was read. Wait until it is written, then start again.")
     assert file.kind is not None
     return LabeledRows(tuple(rows), file.kind, file.sha256, report.count, found, reader.cut)
+
+
+def labeled(rows: Rows) -> tuple[LabeledRow, ...]:
+    """The rows of a file that `read_labeled_rows` read, by their type."""
+    return tuple(row for row in rows if isinstance(row, LabeledRow))
 
 
 class _Reader:

@@ -7,6 +7,7 @@ Its modules are called as in Hugging Face's `BertModel`, whose tensors they read
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every torch reader knows
@@ -14,7 +15,7 @@ from torch import nn
 
 from edgetune.base import EncoderBase, open_any_base
 from edgetune.errors import ModelError
-from edgetune.linear import Workspace, frozen_linear
+from edgetune.linear import FrozenLinear, Workspace, frozen_linear
 from edgetune.models.encoder_config import NORM_EPSILON, POSITIONS, TOKEN_TYPES, WORDS, EncoderConfig
 
 
@@ -90,6 +91,12 @@ class Block(nn.Module):
         )
         self.intermediate = nn.ModuleDict({"dense": frozen_linear(base, f"{name}.intermediate.dense", workspace)})
         self.output = _Output(base, f"{name}.output", workspace)
+
+    @property
+    def parts(self) -> tuple[_SelfAttention, _Output, FrozenLinear, _Output]:
+        """Attention, what ends its half, the first linear of the MLP, and what ends the block, by their types."""
+        found = self.attention["self"], self.attention["output"], self.intermediate["dense"], self.output
+        return cast("tuple[_SelfAttention, _Output, FrozenLinear, _Output]", found)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """X [B, T, hidden] and the mask of `Encoder.mask` -> [B, T, hidden]."""

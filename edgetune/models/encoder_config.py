@@ -59,6 +59,11 @@ class EncoderConfig:
         square = (hidden, hidden)
         return dict(zip(LINEARS, (square, square, square, square, (inner, hidden), (hidden, inner)), strict=True))
 
+    @property
+    def largest_linear(self) -> int:
+        """Weights of a block's largest matrix."""
+        return max(n * k for n, k in self.linear_shapes.values())
+
     def block(self, index: int) -> str:
         """The name of a block."""
         return f"encoder.layer.{index}"

@@ -1,6 +1,6 @@
 """A class for each text: softmax cross-entropy over the logits of a linear head.
 
-    loss = sum_i  logsumexp_c(z_i) - z_i[t_i]        gradient = softmax(z_i) - onehot(t_i)
+loss = sum_i  logsumexp_c(z_i) - z_i[t_i]        gradient = softmax(z_i) - onehot(t_i)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 NAME = "classification"
 METRIC = "accuracy"
+SETTINGS: dict[str, float] = {}
 POOLED, HAS_HEAD = True, True
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 NAME = "embedding"
 METRIC = "accuracy"
+SETTINGS: dict[str, float] = {}
 POOLED, HAS_HEAD = True, False
 SCALE = 20.0
 

@@ -1,6 +1,6 @@
 """A number for each text: the squared error of a linear head with one output, as Hugging Face has it for one label.
 
-    loss = sum_i (z_i - y_i)^2        gradient = 2 (z_i - y_i)
+loss = sum_i (z_i - y_i)^2        gradient = 2 (z_i - y_i)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 NAME = "regression"
 METRIC = "mean_absolute_error"
+SETTINGS: dict[str, float] = {}
 POOLED, HAS_HEAD = True, True
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 NAME = "token-classification"
 METRIC = "accuracy"
+SETTINGS: dict[str, float] = {}
 POOLED, HAS_HEAD = False, True
 
 

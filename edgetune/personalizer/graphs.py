@@ -24,6 +24,7 @@ from edgetune.data import IGNORED
 from edgetune.errors import BundleError
 from edgetune.grids import int4, row_tiles
 from edgetune.memory import give_back
+from edgetune.models import ModelConfig
 from edgetune.models.config import DecoderConfig
 from edgetune.planner.ort_walk import HEAD_TILE_WEIGHTS
 from edgetune.runtime.native import load_part
@@ -349,7 +350,7 @@ class TrainingGraphs:
 class Adapter:
     """Tensors as graphs take them: A [in, r] and B [r, out] under their full names, and what x A B is scaled by."""
 
-    def __init__(self, model: DecoderConfig, tensors: Arrays, scaling: float) -> None:
+    def __init__(self, model: ModelConfig, tensors: Arrays, scaling: float) -> None:
         self.tensors = tensors
         self._own: list[Arrays] = [{} for _ in range(model.num_hidden_layers)]
         for name, value in tensors.items():

@@ -15,20 +15,22 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from edgetune import __version__, host
 from edgetune.adapters import METHODS
 from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.lora import LoraConfig
-from edgetune.base import Base, open_base
+from edgetune.base import AnyBase, EncoderBase, open_any_base
 from edgetune.data import Rows, read_rows, split_eval
+from edgetune.data.labeled import LabeledRows
 from edgetune.device import DeviceProfile, load_device
 from edgetune.errors import BudgetError, ConfigError
 from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
 from edgetune.memory import FLOOR_BYTES, MIB, format_mib, give_back, measure_floor
 from edgetune.models.config import DecoderConfig
-from edgetune.objectives import OBJECTIVES, with_needed
+from edgetune.objectives import ENCODER_OBJECTIVES, OBJECTIVES, with_needed
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.planner import ort_parts, ort_work
 from edgetune.planner.costs import (
@@ -42,6 +44,7 @@ from edgetune.planner.costs import (
     step_work,
     stored_bytes,
 )
+from edgetune.planner.encoders import TextFacts, TextWishes, check_encoder, read_text_facts
 from edgetune.planner.ladder import SETTINGS, Choice, descend
 from edgetune.planner.plans import FORMAT_VERSION, Concession, Plan, TrainConfig
 from edgetune.planner.wishes import ORT_OPTIMIZERS, RowFacts, Windows, Wishes
@@ -95,15 +98,12 @@ def plan(
     if engine not in (None, *ENGINES):
         raise ConfigError(f"engine = {engine!r}; edgetune {__version__} has {', '.join(ENGINES)}.")
     profile = device if isinstance(device, DeviceProfile) else load_device(device)
-    base = open_base(model_folder(model))
+    base = open_any_base(model_folder(model))
     named_budget = read_budget(budget, profile)
     config = (config or TrainConfig()).checked()
     if eval_data is not None:  # then all of `data` is learned
         config = replace(config, eval_fraction=0.0)
-    adapter = adapter or LoraConfig()
-    virtual_tokens = adapter.resolved(base.config).virtual_tokens
-    facts = read_facts(data, eval_data, base.folder, base.config, config, skip_bad, virtual_tokens)
-    wishes = Wishes(base.config, adapter, config, facts)
+    wishes = _wishes(base, data, eval_data, adapter or LoraConfig(), config, engine, skip_bad)
 
     def made(engine: str) -> Plan:
         on_grid = _grid("int4" if engine == "ort" and grid is None and base.grid is None else grid, base, profile)
@@ -114,7 +114,7 @@ def plan(
         return made(engine or "torch")
     except BudgetError as refusal:
         floors = {name: measure_floor(name, _threads(profile)) for name in ENGINES}
-        if engine is not None or floors["ort"] >= floors["torch"]:
+        if engine is not None or isinstance(wishes, TextWishes) or floors["ort"] >= floors["torch"]:
             raise
         try:
             other = made("ort")
@@ -123,6 +123,28 @@ def plan(
     floor, allowed = format_mib(floors["torch"]), format_mib(other.budget_bytes)
     why = f"torch does not fit: its floor alone is {floor}, {allowed} are allowed"
     return replace(other, concessions=(Concession("engine", "torch", "ort", why), *other.concessions))
+
+
+def _wishes(
+    base: AnyBase[Any], data: str | Path | Rows | None, eval_data: str | Path | None, adapter: LoraConfig,
+    config: TrainConfig, engine: str | None, skip_bad: bool,
+) -> Wishes:  # fmt: skip
+    """What was asked for, of the rows that were given."""
+    if not isinstance(base, EncoderBase):
+        if config.objective in ENCODER_OBJECTIVES:
+            raise ConfigError(
+                f"objective = {config.objective!r} takes an encoder, and {base.folder} is a decoder "
+                f"({base.config.model_type}). Give a model such as MiniLM, or let the decoder write the label: rows "
+                'with "prompt" and "completion".'
+            )
+        virtual_tokens = adapter.resolved(base.config).virtual_tokens
+        facts = read_facts(data, eval_data, base.folder, base.config, config, skip_bad, virtual_tokens)
+        return Wishes(base.config, adapter, config, facts)
+    check_encoder(config, engine, data is not None)
+    assert data is not None and (isinstance(data, (str, Path, LabeledRows)))
+    return TextWishes(
+        base.config, adapter, config, read_text_facts(data, eval_data, base.folder, base.config, config, skip_bad)
+    )
 
 
 @dataclass(frozen=True)
@@ -190,7 +212,7 @@ def _threads(profile: DeviceProfile) -> int:
     return min(profile.compute.threads, host.threads())
 
 
-def _grid(grid: str | None, base: Base, profile: DeviceProfile) -> str:
+def _grid(grid: str | None, base: AnyBase[Any], profile: DeviceProfile) -> str:
     if grid is not None and grid not in GRIDS:
         raise ConfigError(f"grid = {grid!r}; choose from {', '.join(GRIDS)}.")
     if grid is not None and base.grid not in (None, grid):
@@ -295,6 +317,8 @@ class _Costs:
             objective=self.wishes.config.objective,
             teacher_tokens=facts.teacher_tokens if facts.rows else DEFAULT_TEACHER_TOKENS,
         )
+        if isinstance(self.wishes, TextWishes):
+            return self.wishes.fitted(job, choice, self.wishes.config.num_epochs or DEFAULT_EPOCHS)
         return replace(job, cached_windows=self._cached_windows(job, windows)) if windows else job
 
     def _cached_windows(self, job: Job, windows: Windows) -> int:
@@ -418,6 +442,7 @@ def _made(
         adapter=choice.resolved,
         objective=config.objective,
         **config.objective_settings,
+        classes=facts.classes if isinstance(facts, TextFacts) else (),
         step_rule=choice.step_rule,
         optimizer=choice.optimizer,
         batch_size=choice.batch_size,

@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from edgetune.adapters import METHODS
 from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.slot import FACTOR_COLUMNS, Slot
-from edgetune.base import Base
+from edgetune.base import AnyBase
 from edgetune.device import DeviceProfile
 from edgetune.grids import GRIDS, PIECE_CODES, tile_rows
+from edgetune.models import ModelConfig
 from edgetune.models.config import DecoderConfig
+from edgetune.models.encoder_config import EncoderConfig
 from edgetune.objectives import distill, sft
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.products import CODE_BYTES, are_offered
@@ -70,7 +73,7 @@ BLOCK_CYCLES, TENSOR_CYCLES = 1_200_000, 90_000
 class Job:
     """What decides the cost of a step. `adapter` is resolved; `supervised_per_window` is the most of any window."""
 
-    model: DecoderConfig
+    model: ModelConfig
     adapter: AdapterConfig
     optimizer: str
     grid: str
@@ -93,6 +96,9 @@ class Job:
     teacher_tokens: int = 0  # those that are recorded for each learned position, where the objective is distill
     cached_windows: int = 0  # those whose way through the frozen lower blocks is cached: all, or none
     fast_products: bool = False
+    positions: int = 0  # of rows without padding: the most tokens of any micro-batch
+    head_sizes: tuple[int, ...] = ()  # parameters of each tensor of a trained head
+    head_floats: int = 0  # what pooling, head and objective compute with
 
     @property
     def has_gradients(self) -> bool:
@@ -102,7 +108,7 @@ class Job:
     @property
     def tokens(self) -> int:
         """Positions of a micro-batch, padding included."""
-        return self.batch_size * self.max_seq_length
+        return self.positions or self.batch_size * self.max_seq_length
 
     @property
     def first_block(self) -> int:
@@ -126,8 +132,9 @@ class Job:
 
     @property
     def tensor_sizes(self) -> list[int]:
-        """Parameters of each tensor of the adapter."""
-        return [math.prod(shape) for slot in self.slots for shape in slot.tensors.values()]
+        """Parameters of each tensor of the adapter, and of a head."""
+        sizes = [math.prod(shape) for slot in self.slots for shape in slot.tensors.values()]
+        return [*sizes, *self.head_sizes]
 
     @property
     def supervised(self) -> int:
@@ -180,7 +187,7 @@ def peak_parts(job: Job, floor_bytes: int) -> tuple[str, dict[str, int]]:
     return peak, shared | moments[peak]
 
 
-def stored_bytes(base: Base, grid: str) -> int:
+def stored_bytes(base: AnyBase[Any], grid: str) -> int:
     """Bytes of the base on this grid: mapped, and in the page cache while it is used."""
     if base.grid == grid:
         return sum(info.nbytes for info in base.weights.values())
@@ -188,15 +195,15 @@ def stored_bytes(base: Base, grid: str) -> int:
     return sum(int(GRIDS[grid].nbytes(shape)) for shape in matrices) + _vector_bytes(base.config)
 
 
-def copied_bytes(base: Base) -> int:
+def copied_bytes(base: AnyBase[Any]) -> int:
     """Anonymous bytes that loading takes for the quantized absmax of nf4's double quantization, widened to float32."""
     nested = [name for name in base.weights if name.endswith(".nested_absmax")]
     absmax = (base.weights[name.removesuffix(".nested_absmax") + ".absmax"] for name in nested)
     return sum(FLOAT_BYTES * math.prod(info.shape) for info in absmax)
 
 
-def _vector_bytes(model: DecoderConfig) -> int:
-    return FLOAT_BYTES * sum(n for (n,) in model.vectors().values())
+def _vector_bytes(model: ModelConfig) -> int:
+    return FLOAT_BYTES * sum(math.prod(shape) for shape in model.vectors().values())
 
 
 def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
@@ -209,8 +216,10 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         for prefixes in (("input",), ("slot",), {name.partition(".")[0] for name in sizes} - {"input", "slot"})
     )
     one_slot = activation_bytes(job)
-    num_masks = len({kind.window_within(job.max_seq_length) for kind in job.model.attention_kinds})
-    num_rotary = sum(kind.rope_theta is not None for kind in job.model.attention_kinds)
+    kinds = job.model.attention_kinds if isinstance(job.model, DecoderConfig) else ()
+    num_masks = len({kind.window_within(job.max_seq_length) for kind in kinds})
+    num_rotary = sum(kind.rope_theta is not None for kind in kinds)
+    head_dim = job.model.head_dim
     return {
         "floor": floor_bytes,
         "dequantized": FLOAT_BYTES * _per_block(job)[0] * job.dequantized_layers,
@@ -224,13 +233,13 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         "kernels": pack_bytes(job) + code_bytes(job),
         # What blocks share: the attention masks, the rotary tables of every position, and where virtual tokens stand:
         # one number for each position, and two for each of theirs, which are most of them where rows are short.
-        "context": FLOAT_BYTES * job.tokens * (num_masks * job.max_seq_length + num_rotary * job.model.head_dim)
+        "context": FLOAT_BYTES * job.tokens * (num_masks * job.max_seq_length + num_rotary * head_dim)
         + (INDEX_BYTES * 3 * job.tokens if job.adapter.virtual_tokens else 0),
         "block_inputs": inputs,
         "kept_activations": slots_ - one_slot,
         "block_workspace": work + one_slot,
         # Their tiles lie in the workspace; left are a few numbers for each supervised position.
-        "logits": 8 * FLOAT_BYTES * job.loss_rows + sequence_bytes(job),
+        "logits": FLOAT_BYTES * (8 * job.loss_rows + job.head_floats) + sequence_bytes(job),
     }
 
 
@@ -243,7 +252,7 @@ def sequence_bytes(job: Job) -> int:
 
 def pack_bytes(job: Job) -> int:
     """What products with frozen weights pack and keep: a buffer is used again by whatever needs no larger one."""
-    tiles = [(tile_rows((n, k), job.tile_weights), k) for n, k in job.model.matrices().values()]
+    tiles = [(tile_rows((n, k), job.tile_weights), k) for n, k in multiplied(job.model)]
     forward = max(n * min(k, PANEL) for n, k in tiles)
     backward = max(min(n, PANEL) * k for n, k in tiles) if job.has_gradients else 0
     floats = forward + (backward if backward > forward else 0)
@@ -281,6 +290,11 @@ def num_fast_products(job: Job) -> int:
     return len(shapes)
 
 
+def multiplied(model: ModelConfig) -> list[tuple[int, int]]:
+    """Shapes of the frozen matrices that take part in products: of an encoder's words only rows are read."""
+    return list((model.linears() if isinstance(model, EncoderConfig) else model.matrices()).values())
+
+
 def data_bytes(job: Job) -> int:
     """Rows as int32 ids and labels, the windows of a step as four int64 arrays, and what reading leaves behind."""
     step = 4 * 8 * job.tokens * job.gradient_accumulation_steps
@@ -296,6 +310,8 @@ def row_bytes(job: Job) -> int:
 
 def buffers(job: Job) -> dict[str, int]:
     """Name -> bytes of every buffer that the trainer's workspace holds for this job."""
+    if isinstance(job.model, EncoderConfig):
+        return _encoder_buffers(job, job.model)
     model, positions = job.model, job.tokens
     hidden, inner = model.hidden_size, model.intermediate_size
     q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
@@ -368,6 +384,32 @@ def _block_of(job: Job, slot: int) -> str:
     return job.model.block(job.first_block + (job.recompute_layers + slot - shared if slot else 0))
 
 
+def _encoder_buffers(job: Job, model: EncoderConfig) -> dict[str, int]:
+    """Those of an encoder, whose texts lie one after the other: see `training.encoder_blocks`."""
+    positions, hidden, inner = job.tokens, model.hidden_size, model.intermediate_size
+    longest = job.max_seq_length
+    queries = min(TILE_QUERIES, longest)
+    tiles = [tile_rows((n, k), job.tile_weights) * k for n, k in multiplied(model)]
+    floats = {
+        "weight": max(tiles),
+        **dict.fromkeys(("h", "d", "d_h"), positions * hidden),
+        **dict.fromkeys(("inner", "d_inner"), positions * inner),
+        **dict.fromkeys(("d_k", "d_v"), longest * hidden),
+        **dict.fromkeys(("attention.q", "attention.d_o"), queries * hidden),
+        **dict.fromkeys(("attention.scores", "attention.d_scores"), model.num_attention_heads * queries * longest),
+    }
+    block = GRIDS[job.grid].BLOCK
+    if hidden % block == 0 or inner % block == 0:
+        whole = max(tile_rows((n, k), job.tile_weights) * k for n, k in multiplied(model) if k % block == 0)
+        codes = min(PIECE_CODES, whole // 2)
+        floats |= {"codes": codes, "scales": 2 * codes // block}
+    floats |= {f"input.{index}": positions * hidden for index in range(job.path_layers + 1)}
+    widths = dict.fromkeys(("q", "k", "v", "o", "s1", "s2"), hidden) | {"u": inner}
+    for slot in range(num_slots(job)):
+        floats |= {f"slot.{slot}.{name}": positions * width for name, width in widths.items()}
+    return {name: FLOAT_BYTES * count for name, count in floats.items()}
+
+
 def num_slots(job: Job) -> int:
     """Sets of activations: one for each block that keeps them, and one that those which run again take by turns."""
     if not job.has_gradients:
@@ -382,7 +424,7 @@ def activation_bytes(job: Job) -> int:
 
 
 def _at_step(job: Job) -> dict[str, int]:
-    parts = {"gradients": FLOAT_BYTES * sum(slot.num_parameters for slot in job.slots) if job.has_gradients else 0}
+    parts = {"gradients": FLOAT_BYTES * sum(job.tensor_sizes) if job.has_gradients else 0}
     if job.adapter.dropout:  # random numbers, the mask, the dropped input and its gradient
         parts["dropout"] = (
             (4 if job.has_gradients else 3) * FLOAT_BYTES * job.tokens * max(slot.in_features for slot in job.slots)
@@ -434,7 +476,7 @@ def step_work(job: Job) -> StepWork:
     weights, attention, scores = _per_block(job)
     attended = job.tokens * (forward + ATTENTION_BACKWARD * backward)
     flops = job.tokens * 2.0 * weights * visits + attended * attention
-    head = model.vocab_size * model.hidden_size
+    head = 0 if isinstance(model, EncoderConfig) else model.vocab_size * model.hidden_size
     flops += 4.0 * head * job.loss_rows  # of one loss and its gradient, or of two losses
     fast = job.tokens * 2.0 * weights * visits + 4.0 * head * job.loss_rows if job.fast_products else 0.0
     decoded = weights * visits + head * losses
@@ -474,9 +516,10 @@ def _adapter_work(job: Job, forward: float) -> StepWork:
 def lower_work(job: Job, num_windows: int) -> StepWork:
     """The blocks below the lowest adapter, forward over so many windows, one at a time: each decodes the weights."""
     weights, attention, scores = _per_block(job)
-    flops = job.max_seq_length * (2.0 * weights + attention)
+    length = job.positions / job.batch_size or job.max_seq_length
+    flops = length * (2.0 * weights + attention)
     traffic = weights * DECODE_BYTES + ACTIVATION_PASSES * activation_bytes(replace(job, batch_size=1))
-    traffic += job.max_seq_length * scores
+    traffic += length * scores
     times = job.first_block * num_windows
     fast = flops if job.fast_products and job.batch_size == 1 else 0.0
     return StepWork(flops * times, traffic * times, BLOCK_CYCLES * times, fast * times)

@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from edgetune.adapters.config import AdapterConfig
-from edgetune.models.config import DecoderConfig
+from edgetune.models import ModelConfig
 from edgetune.optimizers import OPTIMIZERS
 
-FEWER_TARGETS = ("q_proj", "v_proj")  # the pair that the LoRA paper settles on
+FEWER_TARGETS = ("q_proj", "v_proj"), ("query", "value")  # the pair that the LoRA paper settles on, as families call it
 SMALLER_RANKS = (4, 2)
 SMALLEST_TILE = 1 << 20  # weights, 4 MiB: smaller matrix products lose speed
 
@@ -35,7 +35,7 @@ SMALLEST_TILE = 1 << 20  # weights, 4 MiB: smaller matrix products lose speed
 class Choice:
     """The settings that a plan may change. `adapter` is as the user wrote it, with what was conceded filled in."""
 
-    model: DecoderConfig
+    model: ModelConfig
     adapter: AdapterConfig
     batch_size: int
     gradient_accumulation_steps: int
@@ -132,7 +132,9 @@ def _shorter_windows(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
 
 
 def _fewer_targets(choice: Choice, freedom: Freedom) -> Iterator[Choice]:
-    yield replace(choice, adapter=choice.adapter.changed(target_modules=FEWER_TARGETS))
+    known = {path.rpartition(".")[2] for path in choice.model.linear_shapes}
+    fewer = next(pair for pair in FEWER_TARGETS if known.issuperset(pair))
+    yield replace(choice, adapter=choice.adapter.changed(target_modules=fewer))
 
 
 def _smaller_ranks(choice: Choice, freedom: Freedom) -> Iterator[Choice]:

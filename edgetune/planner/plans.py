@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Annotated, Any
 
 from edgetune import __version__
@@ -13,8 +14,9 @@ from edgetune.adapters import METHODS
 from edgetune.adapters.config import AdapterConfig
 from edgetune.errors import ConfigError
 from edgetune.memory import format_mib
-from edgetune.models.config import DecoderConfig
-from edgetune.objectives import OBJECTIVES
+from edgetune.models import ModelConfig
+from edgetune.models.encoder_config import EncoderConfig
+from edgetune.objectives import ENCODER_OBJECTIVES, OBJECTIVES
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.schema import Key, Reader
 
@@ -22,6 +24,7 @@ __all__ = ["Concession", "Plan", "TrainConfig"]
 
 FORMAT_VERSION = 1
 STEP_RULES = ("backprop", "mezo")
+_EVERY: dict[str, ModuleType] = {**OBJECTIVES, **ENCODER_OBJECTIVES}
 # Setting of an objective -> the objectives that have it.
 _SETTINGS = {
     name: [other for other, module in OBJECTIVES.items() if name in module.SETTINGS]
@@ -34,9 +37,10 @@ _SETTINGS = {
 class TrainConfig:
     """What the user asks of training. None means "not set": the plan chooses, and may concede it to the budget."""
 
-    objective: Annotated[str, Key(f"what is minimized: one of {', '.join(OBJECTIVES)}", choices=tuple(OBJECTIVES))] = (
-        "sft"
-    )
+    objective: Annotated[
+        str,
+        Key(f"{', '.join(OBJECTIVES)}, or of an encoder {', '.join(ENCODER_OBJECTIVES)}", choices=tuple(_EVERY)),
+    ] = "sft"
     temperature: Annotated[float | None, Key("softens teacher and student of distill", 1e-3, 1e3)] = None
     distill_weight: Annotated[
         float | None, Key("share of the teacher in the loss of distill; the rest is the rows'", 0, 1)
@@ -84,11 +88,11 @@ class TrainConfig:
     @property
     def objective_settings(self) -> dict[str, Any]:
         """Every setting that belongs to some objective: this one's with its defaults filled in, the others' None."""
-        defaults = OBJECTIVES[self.objective].SETTINGS
+        defaults = _EVERY[self.objective].SETTINGS
         return {name: defaults.get(name) if getattr(self, name) is None else getattr(self, name) for name in _SETTINGS}
 
     def _check_objective(self) -> None:
-        known = OBJECTIVES[self.objective].SETTINGS
+        known = _EVERY[self.objective].SETTINGS
         for name, of in _SETTINGS.items():
             if name not in known and getattr(self, name) is not None:
                 raise ConfigError(
@@ -115,7 +119,7 @@ class Plan:
     edgetune_version: str
     device: str
     model: str
-    model_config: DecoderConfig
+    model_config: ModelConfig
     engine: str
     simulated: bool
     """The device does not run this engine itself; this machine stands in for it."""
@@ -145,6 +149,8 @@ class Plan:
     label_smoothing: float | None
     temperature: float | None
     distill_weight: float | None
+    classes: tuple[str, ...]
+    """Of a classification: the names of the class numbers, as the rows gave them."""
     step_rule: str
     """backprop, or mezo, whose optimizer is sgd."""
     optimizer: str
@@ -198,7 +204,12 @@ class Plan:
     @property
     def objective_words(self) -> list[str]:
         """The objective and its settings, for people."""
-        return [self.objective, *(f"{name} {getattr(self, name):g}" for name in OBJECTIVES[self.objective].SETTINGS)]
+        return [self.objective, *(f"{name} {getattr(self, name):g}" for name in _EVERY[self.objective].SETTINGS)]
+
+    @property
+    def unit(self) -> str:
+        """What a micro-batch is made of, before its tokens are told."""
+        return "rows of up to" if isinstance(self.model_config, EncoderConfig) else "windows of"
 
     def with_steps(self, num_windows: int) -> Plan:
         """The plan with `max_steps` and `warmup_steps` filled in for so many windows; what is set already stays."""
@@ -249,7 +260,7 @@ class Plan:
         yield f"{self.model} for {self.device}: {self.method} on the {self.grid} grid, engine {self.engine} ({where})"
         brief = f"{self.adapter.brief}, " if self.adapter.brief else ""
         yield f"  adapter     {brief}on {self.adapter.where(self.model_config)}"
-        windows = f"{self.batch_size} x {self.gradient_accumulation_steps} windows of {self.max_seq_length} tokens"
+        windows = f"{self.batch_size} x {self.gradient_accumulation_steps} {self.unit} {self.max_seq_length} tokens"
         again = f"{self.recompute_layers} blocks computed again"
         if self.step_rule == "mezo":
             again = "two forward passes for each (mezo)"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from edgetune.adapters.config import AdapterConfig
 from edgetune.data import Row, pack, units
 from edgetune.errors import ConfigError
-from edgetune.models.config import DecoderConfig
+from edgetune.models import ModelConfig
 from edgetune.planner.ladder import ADAPTER_SETTINGS, SETTINGS, Choice, Freedom
 from edgetune.planner.plans import TrainConfig
 from edgetune.products import are_offered
@@ -87,7 +87,7 @@ class RowFacts:
 class Wishes:
     """What the user asked for, of this model and these rows."""
 
-    model: DecoderConfig
+    model: ModelConfig
     adapter: AdapterConfig
     config: TrainConfig
     facts: RowFacts

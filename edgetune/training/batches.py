@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,9 +19,7 @@ class Batches:
     A step may reach over the end of an epoch. So every window is seen as often as any other, and all steps are equal.
     """
 
-    def __init__(
-        self, windows: Sequence[Window], *, batch_size: int, gradient_accumulation_steps: int, seed: int
-    ) -> None:
+    def __init__(self, windows: Sequence[Any], *, batch_size: int, gradient_accumulation_steps: int, seed: int) -> None:
         self.windows, self.seed = windows, seed
         self.batch_size, self.gradient_accumulation_steps = batch_size, gradient_accumulation_steps
         self._epoch, self._order = -1, np.empty(0, np.int64)
@@ -35,12 +33,12 @@ class Batches:
         chosen = self.windows_of_step(step)
         return list(in_batches(chosen, self.batch_size)), sum(window.num_tokens for window in chosen)
 
-    def windows_of_step(self, step: int) -> list[Window]:
+    def windows_of_step(self, step: int) -> list[Any]:
         """The windows of a step, micro-batch by micro-batch."""
         first = step * self.windows_per_step
         return [self._window(first + i) for i in range(self.windows_per_step)]
 
-    def _window(self, position: int) -> Window:
+    def _window(self, position: int) -> Any:
         epoch, index = divmod(position, len(self.windows))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, epoch_order(len(self.windows), self.seed, epoch)

@@ -66,27 +66,29 @@ class EncoderPass:
 
         Without y the block ends at what backward needs.
         """
-        attention, hidden, inner = block.attention["self"], x.shape[1], self.inner
+        attention, after_attention, up, output = block.parts
+        hidden, inner = x.shape[1], self.inner
 
         def kept(key: str, width: int) -> torch.Tensor:
             return self.workspace.take(self.positions, width, f"{name}.{key}")
 
-        made = Activations(*(kept(key, inner if key == "u" else hidden) for key in ("q", "k", "v", "o", "s1", "u", "s2")))
+        made = Activations(
+            *(kept(key, inner if key == "u" else hidden) for key in ("q", "k", "v", "o", "s1", "u", "s2"))
+        )
         linear = self._products._linear
         linear(attention.query, x, made.q)
         linear(attention.key, x, made.k)
         linear(attention.value, x, made.v)
         for tile, _, v in self._tiles(made, attention.heads):
             self._heads(made.o, tile.at, attention.heads).copy_(torch.bmm(tile.probabilities, v, out=tile.q))
-        after_attention = block.attention["output"]
         linear(after_attention.dense, made.o, made.s1)
         x2 = normalize(made.s1.add_(x), after_attention.norm, self.workspace.like(x, "h"))
-        linear(block.intermediate["dense"], x2, made.u)
+        linear(up, x2, made.u)
         activated = gelu(made.u, approximate="none", out=self.workspace.take(self.positions, inner, "inner"))
-        linear(block.output.dense, activated, made.s2)
+        linear(output.dense, activated, made.s2)
         made.s2.add_(x2)
         if y is not None:
-            normalize(made.s2, block.output.norm, y)
+            normalize(made.s2, output.norm, y)
         return made
 
     def backward(self, block: Block, x: torch.Tensor, made: Activations, d: torch.Tensor, *, to_input: bool) -> None:
@@ -94,17 +96,17 @@ class EncoderPass:
 
         `to_input` False leaves d unfinished: below this block nobody asks for it. Overwrites the activations.
         """
-        attention, after_attention = block.attention["self"], block.attention["output"]
+        attention, after_attention, up, output = block.parts
         take, inner = self.workspace.take, self.inner
         linear_backward = self._products._linear_backward
 
-        self._normalize_backward(made.s2, block.output.norm, d)  # d is that of s2: of x2, and of the MLP's output
+        self._normalize_backward(made.s2, output.norm, d)  # d is that of s2: of x2, and of the MLP's output
         activated = gelu(made.u, approximate="none", out=take(self.positions, inner, "inner"))
         d_u = take(self.positions, inner, "d_inner")
-        linear_backward(block.output.dense, activated, d, d_u, first=True)
+        linear_backward(output.dense, activated, d, d_u, first=True)
         gelu_backward(d_u, made.u, approximate="none", grad_input=d_u)
         x2 = normalize(made.s1, after_attention.norm, self.workspace.like(x, "h"))
-        linear_backward(block.intermediate["dense"], x2, d_u, d)
+        linear_backward(up, x2, d_u, d)
         self._normalize_backward(made.s1, after_attention.norm, d)  # now of s1: of x, and of attention's output
         d_o = self.workspace.like(x, "d_h")
         linear_backward(after_attention.dense, made.o, d, d_o, first=True)

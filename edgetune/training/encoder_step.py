@@ -130,7 +130,7 @@ class Rule:
         for index, batch in enumerate(batches):
             set_dropout(self.encoder, (*key, index))
             loss += self._micro_batch(batch, 1 / total, check)
-        return loss / total
+        return float(loss / total)
 
     def _micro_batch(self, batch: Batch, scale: float, check: Check) -> float:
         walk = EncoderPass(self.encoder, batch["lengths"].tolist())

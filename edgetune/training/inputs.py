@@ -10,9 +10,10 @@ from typing import Any
 
 from edgetune.checkpoint import Checkpoint
 from edgetune.data import Rows, Window, pack, read_rows, split_eval
+from edgetune.data.labeled import LabeledRow, labeled, read_labeled_rows
 from edgetune.data.teacher import teacher_path
 from edgetune.errors import CheckpointError, ConfigError, DataError
-from edgetune.objectives import OBJECTIVES, with_needed
+from edgetune.objectives import ENCODER_OBJECTIVES, OBJECTIVES, with_needed
 from edgetune.planner.plans import Plan
 from edgetune.tokenizer import load_tokenizer
 from edgetune.weights import sha256_file
@@ -43,6 +44,9 @@ class Inputs:
     windows: Sequence[Window]
     eval_windows: Sequence[Window]
     identity: dict[str, Any]
+    rows: Sequence[LabeledRow] = ()
+    """Those of an encoder, in place of windows."""
+    eval_rows: Sequence[LabeledRow] = ()
 
     @property
     def paths(self) -> dict[str, str | None]:
@@ -59,9 +63,14 @@ def read_inputs(plan: Plan, base: Path, base_sha256: str, data: Path, eval_data:
         ModelError: there is no tokenizer.
     """
     tokenizer = load_tokenizer(base)
+    is_text = plan.objective in ENCODER_OBJECTIVES
     virtual = plan.adapter.virtual_tokens
 
     def read(path: Path) -> Rows:
+        if is_text:
+            return read_labeled_rows(
+                path, tokenizer, plan.max_seq_length, plan.objective, classes=plan.classes or None, skip_bad=skip_bad
+            )
         rows = read_rows(path, tokenizer, plan.max_seq_length - virtual, skip_bad=skip_bad)
         return with_needed(plan.objective, rows, path, plan.model_config.vocab_size)
 
@@ -77,21 +86,24 @@ def read_inputs(plan: Plan, base: Path, base_sha256: str, data: Path, eval_data:
     else:
         held_out = read(eval_data)
         identity["eval_data_sha256"] = held_out.sha256
-    if OBJECTIVES[plan.objective].Objective.needs_teacher:
+    if not is_text and OBJECTIVES[plan.objective].Objective.needs_teacher:
         for name, path in (("teacher", data), ("eval_teacher", eval_data)):
             identity[f"{name}_sha256"] = None if path is None else sha256_file(teacher_path(path))
-    if not rows.num_supervised:
+    if not is_text and not rows.num_supervised:
         raise DataError(f"{data} has no token to learn from. Add completions that are not empty.")
-    if plan.early_stopping_patience is not None and not held_out.num_supervised:
+    if plan.early_stopping_patience is not None and not (len(held_out) if is_text else held_out.num_supervised):
         raise ConfigError(
             f"early_stopping_patience = {plan.early_stopping_patience} goes by held-out rows, and there are none. Give "
             "--eval-data or an eval_fraction above 0, or leave it out."
         )
-    windows, eval_windows = (pack(each, plan.max_seq_length, each.together, virtual) for each in (rows, held_out))
-    plan = plan.with_steps(len(windows))
+    windows, eval_windows = (
+        ([] if is_text else pack(each, plan.max_seq_length, each.together, virtual)) for each in (rows, held_out)
+    )
+    plan = plan.with_steps(len(rows) if is_text else len(windows))
     values = json.loads(json.dumps(plan.to_dict()))  # as it comes back from a checkpoint: lists, no tuples
     identity["plan"] = {name: value for name, value in values.items() if name not in _CHANGES_NO_RESULT}
-    return Inputs(plan, base, data, eval_data, windows, eval_windows, identity)
+    texts = (labeled(rows), labeled(held_out)) if is_text else ()
+    return Inputs(plan, base, data, eval_data, windows, eval_windows, identity, *texts)
 
 
 def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgetune.errors import ConfigError, ModelError
+from edgetune.objectives import ENCODER_OBJECTIVES
 from edgetune.planner.plans import Plan
 from edgetune.quantizer import read_manifest
 from edgetune.training import features
 from edgetune.training.conduct import check_enforcement, conduct_run
 from edgetune.training.crew import using
+from edgetune.training.encoder_trainer import EncoderTrainer
 from edgetune.training.inputs import Inputs, read_inputs
 from edgetune.training.progress import Progress
 from edgetune.training.run import FEATURES, REFERENCE, Run
@@ -89,9 +91,10 @@ def train(
     def read() -> Inputs:
         return _read_inputs(plan, base, Path(data), None if eval_data is None else Path(eval_data), skip_bad)
 
+    trainer = EncoderTrainer if plan.objective in ENCODER_OBJECTIVES else TorchTrainer
     with using(plan.threads):
         return conduct_run(
-            plan, folder, read, TorchTrainer, resume=resume, force=force, enforce=enforce, emulate=emulate,
+            plan, folder, read, trainer, resume=resume, force=force, enforce=enforce, emulate=emulate,
             one_slice=one_slice, clean_up=clean_up, on_progress=on_progress,
         )  # fmt: skip
 

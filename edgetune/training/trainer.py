@@ -100,6 +100,14 @@ class Trainer(ABC):
     def measure(self, batches: Iterable[Batch]) -> tuple[float, dict[str, float]]:
         """The mean loss over held-out windows, not finite where there is nothing; and the objective's figures."""
 
+    def held_out(self) -> Iterable[Batch]:
+        """The held-out rows in micro-batches; empty where there are none."""
+        return in_batches(self.inputs.eval_windows, self.plan.batch_size)
+
+    def write_adapter(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Write the adapter's files into the run's folder."""
+        save_adapter(self.folder, self.plan.adapter, tensors, str(self.inputs.paths["base"]))
+
     @abstractmethod
     def release(self) -> None:
         """Give back what a step holds; one that was not finished begins again."""
@@ -268,13 +276,12 @@ class Trainer(ABC):
 
     def evaluate(self) -> None:
         """Loss over the held-out rows; the best so far is remembered with its step, where a checkpoint follows."""
-        if not self.inputs.eval_windows:
+        if not (self.inputs.eval_windows or self.inputs.eval_rows):
             self.state.evaluated_step = self.state.step
             return
         started = self.pace.clock()
-        batches = in_batches(self.inputs.eval_windows, self.plan.batch_size)
         with self.limit:
-            loss, figures = self.measure(batches)
+            loss, figures = self.measure(self.held_out())
         self.pace.end_evaluation(started, self.check)
         self.state.evaluated_step = self.state.step  # here, so that one that was stopped is made again
         told = {f"eval_{name}": value for name, value in figures.items()} if math.isfinite(loss) else {}
@@ -314,7 +321,7 @@ class Trainer(ABC):
         self.save()
         best = self.state.best_step
         tensors = self.tensors() if best is None else read_checkpoint(checkpoints, best).tensors("adapter")
-        save_adapter(self.folder, self.plan.adapter, tensors, str(self.inputs.paths["base"]))
+        self.write_adapter(tensors)
         write_json(self.folder / SUMMARY, self.summary(stopped, enforcement))
         if stopped == "budget" and self.state.step == 0:
             self.tell(
