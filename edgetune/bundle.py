@@ -74,7 +74,10 @@ class BundleModel:
 
 @dataclass(frozen=True)
 class EncoderModel:
-    """The same of an encoder. `pooling` is "mean" or "cls"; `normalize`: whether an embedding has length 1."""
+    """The same of an encoder. `pooling` is "mean" or "cls"; `normalize`: whether an embedding has length 1.
+
+    Where a head was trained, its `objective` says for what, and `classes` are the names of its outputs.
+    """
 
     model_type: str
     vocab_size: int
@@ -83,6 +86,8 @@ class EncoderModel:
     max_position_embeddings: int
     pooling: str
     normalize: bool
+    objective: str | None = None
+    classes: tuple[str, ...] = ()
 
 
 _Model = TypeVar("_Model", BundleModel, EncoderModel)
@@ -462,7 +467,7 @@ def _check_files(folder: Path, files: Mapping[str, Any]) -> None:
 _Part = TypeVar("_Part", BundleModel, EncoderModel, AdapterSlot)
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,), "int": (int,), "bool": (bool,), "int | None": (int, type(None)), "tuple[int, ...]": (list,),
-    "dict[str, int]": (dict,), "str | None": _OPTIONAL_TEXT,
+    "dict[str, int]": (dict,), "str | None": _OPTIONAL_TEXT, "tuple[str, ...]": (list, tuple),
 }  # fmt: skip
 
 
@@ -475,6 +480,10 @@ def _parse(kind: type[_Part], value: Any, where: str) -> _Part:
     _check_keys(value, types, where)
     for key, item in value.items():
         numbers = item.values() if isinstance(item, dict) else item if isinstance(item, list) else [item]
+        if key == "classes":
+            if not all(isinstance(name, str) for name in item):
+                raise BundleError(f"{where}: {key} is {item!r:.80}, expected names. Export the bundle again")
+            continue
         wanted = () if isinstance(item, (str, bool, type(None))) else numbers
         if any(type(number) is not int or number < 0 for number in wanted):
             raise BundleError(f"{where}: {key} is {item!r:.80}, expected no negative number. Export the bundle again")

@@ -7,7 +7,7 @@ prefix and what the method's `PEFT_NAMES` say; nothing else is ever written into
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,21 +24,28 @@ PREFIX = "base_model.model."
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 
 
-def save_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, np.ndarray], base_model: str = "") -> None:
+def save_adapter(
+    folder: Path, config: AdapterConfig, tensors: Mapping[str, np.ndarray], base_model: str = "", *,
+    inside: str = "", beside: Mapping[str, np.ndarray] | None = None, said: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Write `adapter_config.json` and `adapter_model.safetensors`; each appears whole or not at all.
+
+    `inside` is where the model lies in the one that PEFT knows, such as `bert.`; `beside` are tensors of that one which
+    are kept whole, by their names there, and `said` are keys of its config that differ for it.
 
     Raises:
         AdapterError: a tensor holds NaN or infinity.
     """
-    for name, value in tensors.items():
+    for name, value in (*tensors.items(), *(beside or {}).items()):
         if not np.isfinite(value).all():
             raise AdapterError(
                 f"{name} holds NaN or infinity; such an adapter is never saved. Lower the learning rate."
             )
     method = METHODS[config.method]
-    files = {_peft_name(name, method.PEFT_NAMES): value for name, value in tensors.items()}
+    files = {_peft_name(name, method.PEFT_NAMES, inside): value for name, value in tensors.items()}
+    files |= {f"{PREFIX}{name}": value for name, value in (beside or {}).items()}
     write_safetensors(folder / MODEL, {k: TensorInfo("F32", v.shape) for k, v in files.items()}, files.__getitem__)
-    write_atomic(folder / CONFIG, json.dumps(method.config_to_peft(config, base_model), indent=1))
+    write_atomic(folder / CONFIG, json.dumps(method.config_to_peft(config, base_model) | dict(said or {}), indent=1))
 
 
 def load_adapter(folder: str | Path, model: ModelConfig) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
@@ -47,11 +54,13 @@ def load_adapter(folder: str | Path, model: ModelConfig) -> tuple[AdapterConfig,
 
 
 def read_adapter(
-    folder: str | Path, places: Mapping[str, tuple[int, int]], model: ModelConfig | None = None
-) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
+    folder: str | Path, places: Mapping[str, tuple[int, int]], model: ModelConfig | None = None, *,
+    inside: str = "", beside: Collection[str] = (),
+) -> tuple[AdapterConfig, dict[str, np.ndarray]]:  # fmt: skip
     """The same where only the places are known: name -> (out_features, in_features), in the model's order.
 
-    `model` gives the places of a method that has others than linears.
+    `model` gives the places of a method that has others than linears. `inside` and `beside` are as in `save_adapter`;
+    the tensors of the latter are left out here.
 
     Raises:
         AdapterError: files are missing or damaged, the method is not supported, or tensors do not fit the linears; the
@@ -59,13 +68,15 @@ def read_adapter(
     """
     folder = Path(folder)
     peft, weights = _open(folder)
+    if beside:
+        peft |= {"modules_to_save": None}
     method = method_of_peft(peft)
     endings = {f".{ending}": f".{short}" for short, ending in method.PEFT_NAMES.items()}
     if model is not None and hasattr(method, "places"):
         places = method.places(model)
     names: dict[str, str] = {}
     for name in weights:
-        if name in method.PEFT_SHARED:
+        if name in method.PEFT_SHARED or name.removeprefix(PREFIX) in beside:
             continue
         if name in method.PEFT_NAMES.values():  # of the model as a whole
             names[name] = name
@@ -74,7 +85,7 @@ def read_adapter(
         if ending is None or not name.startswith(PREFIX):
             like = f"{PREFIX}…{next(iter(endings))}"
             raise AdapterError(f"{folder / MODEL} holds {name}; names like {like} were expected.")
-        names[name[len(PREFIX) :].removesuffix(ending) + endings[ending]] = name
+        names[name[len(PREFIX) :].removeprefix(inside).removesuffix(ending) + endings[ending]] = name
     found = dict.fromkeys(name.rpartition(".")[0] for name in names)
     unknown = [place for place in found if place not in places]
     if unknown:
@@ -121,6 +132,6 @@ def _open(folder: Path) -> tuple[dict[str, Any], Weights]:
         raise AdapterError(str(error)) from error
 
 
-def _peft_name(name: str, endings: Mapping[str, str]) -> str:
+def _peft_name(name: str, endings: Mapping[str, str], inside: str) -> str:
     place, _, short = name.rpartition(".")
-    return f"{PREFIX}{place}.{endings[short]}" if place else endings[short]
+    return f"{PREFIX}{inside}{place}.{endings[short]}" if place else endings[short]

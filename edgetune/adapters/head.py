@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from edgetune.adapters.base import CONFIG, MODEL, PREFIX
-from edgetune.adapters.lora import LoraConfig, config_to_peft
-from edgetune.errors import AdapterError
-from edgetune.weights import TensorInfo, write_atomic, write_safetensors
+from edgetune.adapters.base import CONFIG, MODEL, PREFIX, read_adapter, save_adapter
+from edgetune.adapters.config import AdapterConfig
+from edgetune.errors import AdapterError, ModelError
+from edgetune.models.encoder_config import EncoderConfig
+from edgetune.weights import open_tensors
 
 CLASSIFIER = "classifier"
 WEIGHT, BIAS = f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"
+TENSORS = (WEIGHT, BIAS)
 _DEVIATION = 0.02
 _INSIDE = {"bert": "bert.", "xlm-roberta": "roberta."}  # of Hugging Face's models with a head
 _TASKS = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
@@ -46,9 +50,23 @@ def initialize(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np
     }
 
 
+@dataclass(frozen=True)
+class Head:
+    """A trained head: what it was trained for, the names of its outputs, and its tensors."""
+
+    objective: str
+    classes: tuple[str, ...]
+    tensors: dict[str, np.ndarray]
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether each token has outputs of its own."""
+        return self.objective == "token-classification"
+
+
 def save_with_head(
-    folder: Path, config: LoraConfig, tensors: Mapping[str, np.ndarray], model_type: str, objective: str,
-    classes: tuple[str, ...], base_model: str,
+    folder: Path, config: AdapterConfig, tensors: Mapping[str, np.ndarray], model_type: str, objective: str,
+    base_model: str,
 ) -> None:  # fmt: skip
     """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT does of Hugging Face's model with a head.
 
@@ -57,19 +75,49 @@ def save_with_head(
     Raises:
         AdapterError: a tensor holds NaN or infinity.
     """
-    for name, value in tensors.items():
-        if not np.isfinite(value).all():
-            raise AdapterError(
-                f"{name} holds NaN or infinity; such an adapter is never saved. Lower the learning rate."
-            )
-    task = _TASKS.get(objective, "FEATURE_EXTRACTION")
-    inside = _INSIDE[model_type] if objective in _TASKS else ""
-    files = {
-        PREFIX + (name if name in (WEIGHT, BIAS) else f"{inside}{name}.weight"): value
-        for name, value in tensors.items()
-    }
-    write_safetensors(folder / MODEL, {k: TensorInfo("F32", v.shape) for k, v in files.items()}, files.__getitem__)
-    peft = config_to_peft(config, base_model) | {
-        "task_type": task, "modules_to_save": [CLASSIFIER] if objective in _TASKS else None
-    }  # fmt: skip
-    write_atomic(folder / CONFIG, json.dumps(peft, indent=1))
+    inner = {name: value for name, value in tensors.items() if name not in TENSORS}
+    if objective not in _TASKS:
+        save_adapter(folder, config, inner, base_model, said={"task_type": "FEATURE_EXTRACTION"})
+        return
+    said = {"task_type": _TASKS[objective], "modules_to_save": [CLASSIFIER]}
+    head = {name: tensors[name] for name in TENSORS}
+    save_adapter(folder, config, inner, base_model, inside=_INSIDE[model_type], beside=head, said=said)
+
+
+def load_with_head(
+    folder: Path, model: EncoderConfig, said: Mapping[str, Any]
+) -> tuple[AdapterConfig, dict[str, np.ndarray], Head | None]:
+    """Config and tensors of an encoder's adapter, and its head where it has one.
+
+    `said` is what a run says of itself (`summary.json`); of a folder that PEFT wrote it is empty, and the outputs are
+    named as Hugging Face names them then.
+
+    Raises:
+        AdapterError: as `read_adapter`; the head does not fit the model; or it is Hugging Face's own for whole texts,
+            behind a pooler that is not computed here.
+    """
+    try:
+        weights = open_tensors(folder / MODEL)
+        task = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("task_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise AdapterError(f"{folder} is no adapter folder: {error}. It needs {CONFIG} and {MODEL}.") from error
+    except ModelError as error:
+        raise AdapterError(str(error)) from error
+    names = {name: PREFIX + name for name in TENSORS}
+    if not any(name in weights for name in names.values()):
+        return *read_adapter(folder, model.linears()), None
+    if task == "SEQ_CLS" and "objective" not in said:
+        raise AdapterError(
+            f"{folder} has a head that Hugging Face puts behind a tanh pooler, which is not computed here. Train it "
+            "with --objective classification, or classify tokens (TOKEN_CLS)."
+        )
+    found = {name: weights.float32(full) for name, full in names.items() if full in weights}
+    outputs = len(found.get(BIAS, ()))
+    classes = tuple(said.get("classes") or (() if "objective" in said else (f"LABEL_{i}" for i in range(outputs))))
+    objective = str(said.get("objective", "token-classification"))
+    expected = head_shapes(objective, classes, model.hidden_size)
+    shapes = {name: value.shape for name, value in found.items()}
+    if shapes != expected or not all(np.isfinite(value).all() for value in found.values()):
+        raise AdapterError(f"{folder / MODEL}: the head has {shapes}; finite numbers of {expected} were expected.")
+    config, tensors = read_adapter(folder, model.linears(), inside=_INSIDE[model.model_type], beside=TENSORS)
+    return config, tensors, Head(objective, classes, found)

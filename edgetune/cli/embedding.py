@@ -1,17 +1,41 @@
-"""`edgetune run` on the bundle of an encoder: the embedding of a text."""
+"""`edgetune run` on the bundle of an encoder: what its head says of a text, or the text's embedding."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from edgetune.cli.console import answer, warnings_told
-from edgetune.runtime.embedding import embed
+from edgetune.runtime.embedding import open_embedder
+from edgetune.runtime.predicting import predict_with
+
+_SHOWN = 5  # classes, the likeliest ones; --json has all
 
 
 def show_embedding(bundle: Path, text: str, *, adapter: bool | str | Path, threads: int | None, as_json: bool) -> None:
-    """Print one JSON list of numbers in six digits; with --json `embedding` in all, `hidden_size` and `bundle`."""
+    """Print what the head says, where there is one, else the embedding as a JSON list of numbers in six digits.
+
+    With --json the embedding is whole, with `hidden_size` and `bundle`.
+    """
     with warnings_told():
-        numbers = embed(bundle, [text], adapter=adapter, threads=threads)[0].tolist()
+        embedder = open_embedder(bundle, adapter=adapter, threads=threads)
+        if embedder.bundle.model.objective is not None:
+            (found,) = predict_with(embedder, [text])
+            answer({"bundle": str(bundle), **found}, _told(found), as_json)
+            return
+        numbers = embedder.embed([text])[0].tolist()
     short = json.dumps([float(f"{number:.6g}") for number in numbers])
     answer({"bundle": str(bundle), "hidden_size": len(numbers), "embedding": numbers}, short, as_json)
+
+
+def _told(found: dict[str, Any]) -> str:
+    """A line for each class that is likely, for each word, or the number."""
+    if "value" in found:
+        return f"{found['value']:.6g}"
+    if "tokens" in found:
+        return "\n".join(
+            f"{token['word']:<20} {token['label']}  {token['probability']:.1%}" for token in found["tokens"]
+        )
+    likely = list(found["probabilities"].items())[:_SHOWN]
+    return "\n".join(f"{label}  {probability:.1%}" for label, probability in likely)

@@ -279,7 +279,7 @@ def _write_manifest(
     peak_rss_bytes: int,
 ) -> None:
     if isinstance(job.base, EncoderBase):
-        model = encoder.bundle_model(job.base.config, job.context_length)
+        model = encoder.bundle_model(job.base.config, job.context_length, job.adapter.head if job.adapter else None)
     else:
         model = _bundle_model(job)
     files = {

@@ -19,6 +19,7 @@ import onnx
 import onnxruntime
 import torch
 
+from edgetune.adapters.head import BIAS, WEIGHT, Head
 from edgetune.base import EncoderBase
 from edgetune.bundle import DATA, MODEL
 from edgetune.errors import ExportError, ParityError
@@ -36,10 +37,11 @@ MIN_COSINE = 0.9999
 _POSITIONS = 1000
 _LONGEST = 512  # tokens of the one text that is as long as the context: attention's scores grow with their square
 _TEXTS, _LENGTH = 4, 128  # of the other texts: how many in a batch, and the most tokens
-_RESULTS = {"last_hidden_state", "embedding"}
+_RESULTS = {"last_hidden_state", "embedding", "logits"}
 
 Feeds = dict[str, np.ndarray]
-Outputs = list[tuple[np.ndarray, np.ndarray]]  # of each batch: hidden states [tokens, hidden], embeddings [B, hidden]
+# Of each batch: hidden states [tokens, hidden], embeddings [B, hidden], and logits where there is a head.
+Outputs = list[tuple[np.ndarray, ...]]
 
 
 def write_model(
@@ -53,7 +55,10 @@ def write_model(
     source = BaseWeights(base)
     if job.merge or job.weights != stored:
         source = RoundedWeights(base, job.weights, job.adapter, merge=job.merge)
-    builder = encoder_graph(source, data_file=DATA, slots=[slot.name for slot in job.slots], contrib=job.contrib)
+    head = None if job.adapter is None else job.adapter.head
+    builder = encoder_graph(
+        source, data_file=DATA, slots=[slot.name for slot in job.slots], contrib=job.contrib, head=head
+    )
     builder.save(folder, MODEL, {"edgetune.base_sha256": job.base_sha256})
     parity.check_loads(model)
     parity.check_bytes(model, source, builder.sha256)
@@ -69,7 +74,7 @@ def write_model(
         feeds = job.feeds(attach_adapter(job, encoder))
     elif not job.merge:
         feeds = job.feeds(job.adapter)
-    expected = run_torch(encoder, texts)
+    expected = run_torch(encoder, texts, head)
     figures = _check_exact(expected, run_graph(model, feeds, texts, fp32_compute=True))
     if FORMATS[job.weights].ROUNDS_ACTIVATIONS:
         figures["fast"] = cosines(expected, run_graph(model, feeds, texts, fp32_compute=False))
@@ -90,19 +95,20 @@ def _rounded(job: Job, encoder: Encoder, model: Path, texts: Sequence[Feeds]) ->
     return rounded, cosines(trained, run_torch(rounded, texts))
 
 
-def bundle_model(config: EncoderConfig, context_length: int) -> dict[str, Any]:
+def bundle_model(config: EncoderConfig, context_length: int, head: Head | None) -> dict[str, Any]:
     """The fields of `bundle.EncoderModel`."""
     model = {key: getattr(config, key) for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")}
     pooling = {"pooling": config.pooling.mode, "normalize": config.pooling.normalize}
-    return model | {"max_position_embeddings": context_length} | pooling
+    model |= {"max_position_embeddings": context_length} | pooling
+    return model if head is None else model | {"objective": head.objective, "classes": list(head.classes)}
 
 
 def probe_change(model: Path, feeds: Mapping[str, np.ndarray], rows: Sequence[Sequence[int]]) -> float:
     """How far an adapter moves the base's embeddings of probe rows: the largest change of a number by the largest."""
     ids = np.array(rows, np.int64)
     texts = [{"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}]
-    ((_, base),) = run_graph(model, {}, texts, fp32_compute=True)
-    ((_, tuned),) = run_graph(model, feeds, texts, fp32_compute=True)
+    ((_, base, *_),) = run_graph(model, {}, texts, fp32_compute=True)
+    ((_, tuned, *_),) = run_graph(model, feeds, texts, fp32_compute=True)
     return float(np.abs(tuned - base).max() / np.abs(base).max())
 
 
@@ -121,14 +127,19 @@ def seeded_texts(config: EncoderConfig) -> list[Feeds]:
     return batches
 
 
-def run_torch(encoder: Encoder, texts: Sequence[Feeds]) -> Outputs:
+def run_torch(encoder: Encoder, texts: Sequence[Feeds], head: Head | None = None) -> Outputs:
     """Torch's outputs for batches."""
-    outputs = []
+    outputs: Outputs = []
     with torch.no_grad():
         for feeds in texts:
             ids, mask, types = (torch.from_numpy(value) for value in feeds.values())
             hidden = encoder.hidden(ids, mask, types)
-            outputs.append((hidden[mask == 1].numpy(), encoder.pool(hidden, mask).numpy()))
+            made = [hidden[mask == 1], encoder.pool(hidden, mask)]
+            if head is not None:
+                seen = made[0] if head.of_tokens else encoder.pool_plain(hidden, mask)
+                weight, bias = (torch.from_numpy(head.tensors[name]) for name in (WEIGHT, BIAS))
+                made.append(seen @ weight.T + bias)
+            outputs.append(tuple(part.numpy() for part in made))
             encoder.weights.unmap()
     return outputs
 
@@ -148,13 +159,18 @@ def run_graph(model: Path, adapter: Mapping[str, np.ndarray], texts: Sequence[Fe
             known.update(zip(piece.outputs, session.run(piece.outputs, feeds), strict=True))
             values[index] = {name: value for name, value in known.items() if name in piece.needed | _RESULTS}
         del session
-    masks = [feeds["attention_mask"] == 1 for feeds in texts]
-    return [(known["last_hidden_state"][mask], known["embedding"]) for mask, known in zip(masks, values, strict=True)]
+    found: Outputs = []
+    for feeds, known in zip(texts, values, strict=True):
+        mask = feeds["attention_mask"] == 1
+        logits = [known["logits"]] if "logits" in known else []
+        logits = [part[mask] if part.ndim == 3 else part for part in logits]  # of each token, else of each text
+        found.append((known["last_hidden_state"][mask], known["embedding"], *logits))
+    return found
 
 
 def cosines(expected: Outputs, found: Outputs) -> dict[str, float]:
     """Least and mean cosine of the embeddings of all texts; 0 where one is no number."""
-    wanted, got = (np.concatenate([embeddings for _, embeddings in outputs]) for outputs in (expected, found))
+    wanted, got = (np.concatenate([batch[1] for batch in outputs]) for outputs in (expected, found))
     products = (wanted * got).sum(1) / (np.linalg.norm(wanted, axis=1) * np.linalg.norm(got, axis=1))
     products = np.where(np.isfinite(products), products, 0)
     return {"min_cosine": float(products.min()), "mean_cosine": float(products.mean())}
@@ -163,15 +179,18 @@ def cosines(expected: Outputs, found: Outputs) -> dict[str, float]:
 def _check_exact(expected: Outputs, found: Outputs) -> dict[str, Any]:
     """The figures of parity; ParityError where they are beyond the gate."""
     pairs = list(zip(expected, found, strict=True))
-    hidden, embedding = (_worst([np.abs(a[i] - b[i]).max() for a, b in pairs]) for i in (0, 1))
-    figures = {"max_abs_hidden": hidden, "max_abs_embedding": embedding, **cosines(expected, found)}
+    names = ("max_abs_hidden", "max_abs_embedding", "max_abs_logit")[: len(expected[0])]
+    worst = {name: _worst([np.abs(a[i] - b[i]).max() for a, b in pairs]) for i, name in enumerate(names)}
+    hidden, embedding = worst["max_abs_hidden"], worst["max_abs_embedding"]
+    figures = {**worst, **cosines(expected, found)}
+    logits = f", logits by {worst['max_abs_logit']:.2e}" if "max_abs_logit" in worst else ""
     texts, rows = (sum(len(outputs[i]) for outputs in expected) for i in (1, 0))
-    if max(hidden, embedding) > MAX_ABS or figures["min_cosine"] < MIN_COSINE:
+    if max(worst.values()) > MAX_ABS or figures["min_cosine"] < MIN_COSINE:
         raise ParityError(
             f"The exported graph does not compute what torch does: over {rows} tokens of {texts} texts hidden states "
-            f"differ by up to {hidden:.2e} and embeddings by {embedding:.2e} (allowed {MAX_ABS:.0e}), and the least "
-            f"cosine of an embedding is {figures['min_cosine']:.6f} (wanted {MIN_COSINE}). Nothing was written. Report "
-            f"the model's config.json and the version of onnxruntime as a defect"
+            f"differ by up to {hidden:.2e} and embeddings by {embedding:.2e}{logits} (allowed {MAX_ABS:.0e}), and the "
+            f"least cosine of an embedding is {figures['min_cosine']:.6f} (wanted {MIN_COSINE}). Nothing was written. "
+            f"Report the model's config.json and the version of onnxruntime as a defect"
         )
     return figures | {"texts": texts, "rows": rows}
 

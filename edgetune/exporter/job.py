@@ -23,6 +23,7 @@ from edgetune.adapters.attach import attach
 from edgetune.adapters.base import load_adapter
 from edgetune.adapters.bottleneck import BottleneckConfig
 from edgetune.adapters.config import AdapterConfig
+from edgetune.adapters.head import Head, load_with_head
 from edgetune.adapters.lora import LoraConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.prompt import PromptConfig
@@ -57,6 +58,8 @@ class Adapter:
     tensors: dict[str, np.ndarray]
     linears: dict[str, tuple[int, int]]
     "(out_features, in_features) of those of the model, by name"
+    head: Head | None = None
+    "what stands behind an encoder"
 
     @property
     def method(self) -> ModuleType:
@@ -226,7 +229,7 @@ def read_job(
             f"with `edgetune adapter add BUNDLE {folder}`."
         )
     base = open_any_base(run["base"] if run else folder)
-    adapter = _read_adapter(folder, base, merge=merge) if run else None
+    adapter = _read_adapter(folder, base, run, merge=merge) if run else None
     if merge and adapter is None:
         raise ExportError(f"{folder} has no adapter to merge. Export a run folder, or leave --merge off.")
     profile = _profile(device, folder)
@@ -287,9 +290,13 @@ def _read_run(folder: Path) -> dict[str, Any]:
     return run
 
 
-def _read_adapter(folder: Path, base: AnyBase[Any], *, merge: bool) -> Adapter:
-    config, tensors = load_adapter(folder, base.config)
-    adapter = Adapter(config, tensors, base.config.linears())
+def _read_adapter(folder: Path, base: AnyBase[Any], run: Mapping[str, Any], *, merge: bool) -> Adapter:
+    head = None
+    if isinstance(base, EncoderBase):
+        config, tensors, head = load_with_head(folder, base.config, run)
+    else:
+        config, tensors = load_adapter(folder, base.config)
+    adapter = Adapter(config, tensors, base.config.linears(), head)
     can = adapter.method.CAPABILITIES
     can.require("merge" if merge else "as_lora" if can.own_inputs else "own_inputs", ExportError)
     if not any(adapter.changes(place) for place in adapter.places):

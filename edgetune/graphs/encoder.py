@@ -6,18 +6,22 @@
  -> embedding [batch_size, hidden_size], pooled and normalized as the model says                       float32
     last_hidden_state [batch_size, sequence_length, hidden_size], for clients that pool for themselves float32
 
-Inputs and `last_hidden_state` are called as in the exports of Hugging Face's optimum, so its clients find them.
-Initializers keep the base's names plus a suffix. Rows of a batch may end in padding, and hold at least one token.
+    logits [batch_size, outputs], or of each token [batch_size, sequence_length, outputs], where there is a head
+
+Inputs, `last_hidden_state` and `logits` are called as in the exports of Hugging Face's optimum, so its clients find
+them. Initializers keep the base's names plus a suffix. Rows of a batch may end in padding, and hold at least one token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 
+from edgetune.adapters.head import BIAS, Head
 from edgetune.graphs import FORMATS, ops
 from edgetune.graphs.builder import Builder
 from edgetune.grids.int4 import Fill
@@ -44,19 +48,21 @@ class Matrices(Protocol):
         """A tensor that is no matrix, float32."""
 
 
-def encoder_graph(source: Matrices, *, data_file: str, slots: Collection[str] = (), contrib: bool = True) -> Builder:
+def encoder_graph(
+    source: Matrices, *, data_file: str, slots: Collection[str] = (), contrib: bool = True, head: Head | None = None
+) -> Builder:
     """The graph, ready to be saved. `slots` are the linears that take an adapter.
 
     Without `contrib` it is of standard operators alone, which all formats of its weights have to allow.
     """
-    return _Encoder(source, Builder("encoder", data_file, contrib=contrib), slots).build()
+    return _Encoder(source, Builder("encoder", data_file, contrib=contrib), slots, head).build()
 
 
 class _Encoder:
     """What the parts of one graph share while it is built."""
 
-    def __init__(self, source: Matrices, builder: Builder, slots: Collection[str]) -> None:
-        self.source, self.config, self.b, self.slots = source, source.config, builder, slots
+    def __init__(self, source: Matrices, builder: Builder, slots: Collection[str], head: Head | None) -> None:
+        self.source, self.config, self.b, self.slots, self.head = source, source.config, builder, slots, head
 
     def build(self) -> Builder:
         b, c = self.b, self.config
@@ -66,10 +72,16 @@ class _Encoder:
         seen = self._seen(ids, mask)
         for i in range(c.num_hidden_layers):
             x = self._layer(x, c.block(i), seen)
-        x = ops.by_row(b, "/pooling", x, self.shape)
+        flat, x = x, ops.by_row(b, "/pooling", x, self.shape)
         embedding = self._pooled(x, mask)
         b.output(embedding, "embedding", "float32", ["batch_size", c.hidden_size])
         b.output(x, "last_hidden_state", "float32", [*_ROWS, c.hidden_size])
+        if self.head is not None and self.head.of_tokens:
+            logits = ops.by_row(b, "/classifier", self._logits(flat, self.head), self.shape)
+            b.output(logits, "logits", "float32", [*_ROWS, len(self.head.tensors[BIAS])])
+        elif self.head is not None:
+            logits = self._logits(self.pooled, self.head)
+            b.output(logits, "logits", "float32", ["batch_size", len(self.head.tensors[BIAS])])
         return b
 
     # ids ─────────── rows of words ─┐
@@ -146,11 +158,20 @@ class _Encoder:
             total = b.op("/pooling/Squeeze", "Squeeze", [b.op("/pooling/MatMul", "MatMul", [row, x]), second])
             count = b.op("/pooling/ReduceSum", "ReduceSum", [tokens, second], keepdims=1)
             pooled = b.op("/pooling/Div", "Div", [total, count])
+        self.pooled = pooled
         if not self.config.pooling.normalize:
             return pooled
         norm = b.op("/normalize/ReduceL2", "ReduceL2", [pooled, second], keepdims=1)
         least = b.constant("/normalize/least", np.array(NORM_EPSILON, np.float32))
         return b.op("/normalize/Div", "Div", [pooled, b.op("/normalize/Max", "Max", [norm, least])])
+
+    def _logits(self, x: ir.Value, head: Head) -> ir.Value:
+        """The head's outputs of x [n, hidden]."""
+        weight, bias = (
+            self.b.weight(name, "float32", value.shape, partial(np.asarray, value))
+            for name, value in head.tensors.items()
+        )
+        return self.b.op("/classifier/Gemm", "Gemm", [x, weight, bias], transB=1)
 
     def _table(self, name: str) -> ir.Value:
         return self._vector(f"{name}.weight", self.config.vectors()[f"{name}.weight"])

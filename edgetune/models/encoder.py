@@ -142,12 +142,15 @@ class Encoder(nn.Module):
 
     def pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, hidden] and mask [B, T] -> embeddings [B, hidden]."""
-        if self.config.pooling.mode == "cls":
-            pooled = hidden[:, 0]
-        else:
-            tokens = attention_mask.to(hidden.dtype)
-            pooled = (tokens[:, None] @ hidden)[:, 0] / tokens.sum(1, keepdim=True)
+        pooled = self.pool_plain(hidden, attention_mask)
         return F.normalize(pooled, eps=NORM_EPSILON) if self.config.pooling.normalize else pooled
+
+    def pool_plain(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The same, not normalized: what a head gets."""
+        if self.config.pooling.mode == "cls":
+            return hidden[:, 0]
+        tokens = attention_mask.to(hidden.dtype)
+        return (tokens[:, None] @ hidden)[:, 0] / tokens.sum(1, keepdim=True)
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None

@@ -32,7 +32,10 @@ def found(outputs: torch.Tensor, batch: Mapping[str, np.ndarray]) -> Found:
 
 
 def cross_entropy(logits: torch.Tensor, targets: np.ndarray) -> Found:
-    """Loss and gradient of logits [n, classes], which become the latter; correct ones are counted. Target -100: none."""
+    """Loss and gradient of logits [n, classes], which become the latter; the metric counts correct ones.
+
+    Rows of the target -100 are left out.
+    """
     import torch
 
     kept = torch.from_numpy(np.flatnonzero(targets >= 0))

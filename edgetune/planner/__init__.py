@@ -126,7 +126,7 @@ def plan(
 
 
 def _wishes(
-    base: AnyBase[Any], data: str | Path | Rows | None, eval_data: str | Path | None, adapter: LoraConfig,
+    base: AnyBase[Any], data: str | Path | Rows | None, eval_data: str | Path | None, adapter: AdapterConfig,
     config: TrainConfig, engine: str | None, skip_bad: bool,
 ) -> Wishes:  # fmt: skip
     """What was asked for, of the rows that were given."""

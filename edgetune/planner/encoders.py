@@ -29,7 +29,7 @@ from edgetune.tokenizer import load_tokenizer
 DEFAULT_ROWS = 16  # of a micro-batch
 _WALKED = 1 << 22  # rows of a run whose batches are counted; of a longer run the largest possible one is
 # What the ladder may not touch here, and what may not be asked for.
-_FIXED = frozenset({"max_seq_length", "activation_offloading", "step_rule"})
+_FIXED = frozenset({"max_seq_length", "activation_offloading", "fast_products", "step_rule"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +96,11 @@ def check_encoder(config: TrainConfig, engine: str | None, has_data: bool) -> No
         raise ConfigError("engine = 'ort'; there are no training graphs of encoders. Leave --engine out.")
     if config.step_rule not in (None, "backprop"):
         raise ConfigError(f"step_rule = {config.step_rule!r}; encoders have backprop alone. Leave it out.")
+    if config.fast_products:
+        raise ConfigError(
+            "fast_products = True; they keep code for each shape, and each batch of an encoder has one of its own. "
+            "Leave it out."
+        )
     if config.activation_offloading:
         raise ConfigError(
             "activation_offloading = True; encoders keep the inputs of their blocks in memory. Leave it out: "
@@ -113,6 +118,9 @@ class TextWishes(Wishes):
         freedom = super().freedom
         fixed = _FIXED | ({"batch_size"} if self.config.objective == "embedding" else set())
         return replace(freedom, settings=freedom.settings - fixed)
+
+    def _fast_products(self) -> bool:
+        return False
 
     def window(self) -> int:
         """Tokens that a text may have: as many as the longest has."""

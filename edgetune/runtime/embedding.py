@@ -49,14 +49,30 @@ class Embedder:
         self._feeds: dict[str, np.ndarray] = {}
 
     @cached_property
-    def _tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.bundle.folder)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings float32 [number of texts, hidden_size]. Raises ConfigError, DataError, ModelError."""
+        return self.embed_ids(self._encode(texts))
+
+    def logits(self, texts: Sequence[str]) -> np.ndarray:
+        """What the head for whole texts gives, float32 [number of texts, outputs]. Raises as `embed`."""
+        return self._run(self._encode(texts), "logits", max(1, len(self.bundle.model.classes)))
+
+    def token_logits(self, row: Sequence[int]) -> np.ndarray:
+        """What the head for tokens gives of a text's token ids, float32 [tokens, outputs]."""
+        self._check([row])
+        ids = np.array([row], np.int64)
+        inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), **self._feeds}
+        (logits,) = self._native.run(["logits"], inputs)
+        found: np.ndarray = logits[0]
+        return found
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if isinstance(texts, str):
             raise ConfigError("texts is one string, which would be embedded letter by letter. Give a list of texts")
-        tokenizer, longest = self._tokenizer, self.bundle.model.max_position_embeddings
+        tokenizer, longest = self.tokenizer, self.bundle.model.max_position_embeddings
         rows = [tokenizer.encode(text) for text in texts]
         cut = [index for index, row in enumerate(rows) if len(row) > longest]
         for index in cut:
@@ -66,24 +82,28 @@ class Embedder:
                 f"{len(cut)} of {len(rows)} texts are longer than the {longest} tokens that {self.bundle.folder} "
                 f"reads, and were cut there. Split them into shorter ones.",
                 EdgetuneWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        return self.embed_ids(rows)
+        return rows
 
     def embed_ids(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """The same of token ids.
 
         Raises ConfigError where a row is empty or longer than the model reads, or holds an id that the model has not.
         """
+        return self._run(rows, "embedding", self.bundle.model.hidden_size)
+
+    def _run(self, rows: Sequence[Sequence[int]], output: str, width: int) -> np.ndarray:
+        """An output of the graph, float32 [number of rows, width]."""
         self._check(rows)
-        embeddings = np.empty((len(rows), self.bundle.model.hidden_size), np.float32)
+        embeddings = np.empty((len(rows), width), np.float32)
         for group in _groups([len(row) for row in rows]):
             shape = len(group), max(len(rows[index]) for index in group)
             ids, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
             for at, index in enumerate(group):
                 ids[at, : len(rows[index])], mask[at, : len(rows[index])] = rows[index], 1
             inputs = {"input_ids": ids, "attention_mask": mask, **self._feeds}
-            (embeddings[group],) = self._native.run(["embedding"], inputs)
+            (embeddings[group],) = self._native.run([output], inputs)
         return embeddings
 
     def use_adapter(self, adapter: bool | str | Path = True) -> None:

@@ -42,7 +42,7 @@ class EncoderTrainer(Trainer):
         )  # fmt: skip
         self.encoder = load_encoder(inputs.base)
         self.encoder.workspace.tile_weights = plan.tile_weights
-        self.parameters = attach(self.encoder, plan.adapter, plan.seed, plan.method)
+        self.parameters = attach(self.encoder, plan.adapter, plan.seed)
         shapes = head_shapes(plan.objective, plan.classes, self.encoder.config.hidden_size)
         head = {name: nn.Parameter(torch.from_numpy(value)) for name, value in initialize(shapes, plan.seed).items()}
         self.parameters |= head
@@ -84,7 +84,7 @@ class EncoderTrainer(Trainer):
         """Adapter and head in PEFT's files."""
         plan = self.plan
         save_with_head(
-            self.folder, plan.adapter, tensors, self.encoder.config.model_type, plan.objective, plan.classes,
+            self.folder, plan.adapter, tensors, self.encoder.config.model_type, plan.objective,
             str(self.inputs.paths["base"]),
         )  # fmt: skip
 
