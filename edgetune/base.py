@@ -90,8 +90,8 @@ def open_base(folder: str | Path) -> Base:
     if isinstance(load_config(folder), EncoderConfig):
         raise ModelError(
             f"{folder} is an encoder, which turns texts into embeddings; a decoder, which continues them, was "
-            "expected. An encoder can be quantized, exported and run, but not planned for or trained: there is no "
-            "objective for embeddings yet. `edgetune export` makes a bundle of it."
+            "expected. An encoder is trained by `edgetune train --objective classification`, here and on no device "
+            "itself; `edgetune export` makes a bundle of it."
         )
     base = open_any_base(folder)
     assert isinstance(base, Base)

@@ -16,6 +16,7 @@ import edgetune as et
 from edgetune.adapter_file import BoundAdapter, read_adapter, write_adapter
 from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.lora import LoraConfig
+from edgetune.base import open_base
 from edgetune.bundle import EncoderBundle, explain, load_bundle
 from edgetune.errors import AdapterError, BundleError, ConfigError, ExportError, ModelError, ParityError
 from edgetune.exporter import encoder as encoder_gate
@@ -205,8 +206,10 @@ def test_hidden_states_or_embeddings_alone_fail_the_gate(hidden: list[float], em
 def test_verbs_for_decoders_refuse_an_encoder_with_the_next_step(model: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "one two three"}\n' * 20)
+    with pytest.raises(ModelError, match=r"is an encoder.*edgetune train --objective classification"):
+        open_base(model)
     for data in (None, rows):
-        with pytest.raises(ModelError, match=r"is an encoder.*there is no objective for embeddings yet"):
+        with pytest.raises(ConfigError, match=r"objective = none; an encoder has classification.*Set --objective"):
             et.plan(model, "host", data=data)
     with pytest.raises(ExportError, match=r"is an encoder: it predicts no token of held-out rows"):
         et.export(model, out=tmp_path / "bundle", eval_data=rows)

@@ -231,7 +231,7 @@ def quantize(
     text = f"{base}: {manifest['num_parameters']:,} weights on the {grid} grid, {format_mib(size)}"
     following: tuple[str | Path, ...] = ("train", base, "--device", "ID", "--data", "FILE", "--out", "run/")
     if isinstance(open_any_base(base), EncoderBase):
-        following = ("export", base, "--out", "bundle/")
+        following = (*following[:4], "--objective", "classification", *following[4:])
     answer({"base": str(base), "base_bytes": size} | manifest, text, as_json, following=following)
 
 
@@ -455,7 +455,7 @@ def run(
 ) -> None:
     """Generate text from a bundle with onnxruntime alone. Without --prompt it is a conversation.
 
-    The bundle of an encoder gives the embedding of the prompt instead.
+    The bundle of an encoder gives the class of the prompt instead, or its embedding where no head was trained.
 
     Example: edgetune run bundle/ --prompt "Dear diary," --temperature 0.8
     """

@@ -70,7 +70,7 @@ class Task:
 
         With `scale` they become their gradient, so many times that of the loss, and the head's gradients are added to.
         """
-        pooled = self._pool(hidden, batch["lengths"]) if self.objective.POOLED else hidden
+        pooled = self.pool(hidden, batch["lengths"]) if self.objective.POOLED else hidden
         outputs = torch.addmm(self.head[BIAS], pooled, self.head[WEIGHT].T) if self.head else pooled
         made: Found = self.objective.found(outputs, batch)
         if scale is not None:
@@ -86,7 +86,7 @@ class Task:
                 hidden.copy_(d)
         return made
 
-    def _pool(self, hidden: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
+    def pool(self, hidden: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
         """The mean of each text's rows, or its first: [texts, hidden]."""
         starts = np.cumsum(lengths) - lengths
         if self.mode == "cls":
@@ -97,7 +97,7 @@ class Task:
         return pooled
 
     def _unpool(self, d_pooled: torch.Tensor, lengths: np.ndarray, d: torch.Tensor) -> None:
-        """Backward of `_pool` into d [N, hidden]."""
+        """Backward of `pool` into d [N, hidden]."""
         starts = np.cumsum(lengths) - lengths
         if self.mode == "cls":
             d.zero_().index_copy_(0, torch.from_numpy(starts), d_pooled)

@@ -154,6 +154,6 @@ def test_planning_and_training_say_what_is_possible(
     words = ("--data", rows, "--out", tmp_path / "run") if verb == "train" else ()
     code, _, err = cli(capsys, verb, model, "--device", "host", *words)
     assert code == 1
-    assert "ModelError" in err
-    assert "can be quantized, exported and run, but not planned for or trained" in err
+    assert "ConfigError" in err
+    assert "an encoder has classification (label rows)" in err
     assert not (tmp_path / "run").exists()
