@@ -50,7 +50,7 @@ class FeatureClassifier:
 
     def accuracy(self, rows: LabeledRows | Sequence[LabeledRow]) -> float:
         """The share of rows whose class is found."""
-        return float(np.mean(self.predict(rows) == [int(row.labels[0]) for row in rows]))  # type: ignore[attr-defined]
+        return float(np.mean(self.predict(rows) == [int(row.labels[0]) for row in rows]))
 
 
 def train_feature_based(base: str | Path, data: str | Path) -> FeatureClassifier:
