@@ -209,7 +209,7 @@ def test_verbs_for_decoders_refuse_an_encoder_with_the_next_step(model: Path, tm
     with pytest.raises(ModelError, match=r"is an encoder.*edgetune train --objective classification"):
         open_base(model)
     for data in (None, rows):
-        with pytest.raises(ConfigError, match=r"objective = none; an encoder has classification.*Set --objective"):
+        with pytest.raises(ConfigError, match=r"objective = sft; an encoder has classification.*Set --objective"):
             et.plan(model, "host", data=data)
     with pytest.raises(ExportError, match=r"is an encoder: it predicts no token of held-out rows"):
         et.export(model, out=tmp_path / "bundle", eval_data=rows)

@@ -19,7 +19,7 @@ TABLES: list[tuple[ModuleType, dict[str, Any]]] = [
     (models, models.FAMILIES | models.ENCODERS),
     (grids, grids.GRIDS),
     (adapters, adapters.METHODS),
-    (objectives, objectives.OBJECTIVES),
+    (objectives, objectives.OBJECTIVES | objectives.ENCODER_OBJECTIVES),
     (optimizers, {info.rule.NAME: info.rule for info in optimizers.OPTIMIZERS.values()}),
     (training, rules.STEP_RULES),
     (graphs, graphs.FORMATS),

@@ -103,7 +103,7 @@ def read_labeled_rows(
     for line, texts, names in reader.rows(again, Report(file.path)):
         ids = np.concatenate([np.array(text, np.int32) for text in texts])
         labels = np.array(_NUMBERED[objective](names, number))
-        rows.append(LabeledRow(ids, labels, line, tuple(map(len, texts))))
+        rows.append(LabeledRow(ids, labels, line, lengths=tuple(map(len, texts))))
     if again.sha256 != file.sha256:
         raise DataError(f"{path} changed while it was read. Wait until it is written, then start again.")
     assert file.kind is not None

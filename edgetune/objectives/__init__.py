@@ -17,7 +17,17 @@ from typing import Any
 from edgetune.data import Rows
 from edgetune.data.teacher import with_teacher
 from edgetune.errors import DataError
-from edgetune.objectives import classification, distill, dpo, embedding, kto, orpo, regression, sft, token_classification
+from edgetune.objectives import (
+    classification,
+    distill,
+    dpo,
+    embedding,
+    kto,
+    orpo,
+    regression,
+    sft,
+    token_classification,
+)
 from edgetune.objectives.base import Objective
 
 OBJECTIVES = {"sft": sft, "dpo": dpo, "orpo": orpo, "kto": kto, "distill": distill}

@@ -412,7 +412,7 @@ def _made(
     step_seconds = STEP_WORK[wishes.engine](job).seconds(profile)
     cache_bytes = feature_bytes(job, job.cached_windows)
     fill_seconds = lower_work(job, job.cached_windows).seconds(profile) + cache_bytes / storage.write_mb_s / 1e6
-    if OBJECTIVES[config.objective].Objective.needs_reference and facts.rows:
+    if not isinstance(facts, TextFacts) and OBJECTIVES[config.objective].Objective.needs_reference and facts.rows:
         counts = facts.windows(choice.max_seq_length, choice.resolved.virtual_tokens)
         fill_seconds += reference_work(job, counts.learned + counts.held_out).seconds(profile)
     if cache_bytes:

@@ -247,7 +247,9 @@ def sequence_bytes(job: Job) -> int:
     """What a loss of whole sequences makes in numpy of a micro-batch: the sequence of every position, and what is
     gathered by sequence of the supervised ones.
     """
-    return 0 if job.objective in ("sft", "distill") else SEQUENCE_BYTES * (job.tokens + 2 * job.loss_rows)
+    if isinstance(job.model, EncoderConfig) or job.objective in ("sft", "distill"):
+        return 0
+    return SEQUENCE_BYTES * (job.tokens + 2 * job.loss_rows)
 
 
 def pack_bytes(job: Job) -> int:

@@ -67,7 +67,7 @@ def read_text_facts(
     config: TrainConfig, skip_bad: bool,
 ) -> TextFacts:  # fmt: skip
     """The rows to learn from and those held out, divided as training will divide them."""
-    objective, length = str(config.objective), config.max_seq_length or model.max_position_embeddings
+    objective, length = config.objective, config.max_seq_length or model.max_position_embeddings
     length = min(length, model.max_position_embeddings)
 
     def read(file: str | Path | LabeledRows, classes: tuple[str, ...] | None = None) -> LabeledRows:
@@ -87,7 +87,7 @@ def check_encoder(config: TrainConfig, engine: str | None, has_data: bool) -> No
     """Raises ConfigError for what encoders do not have."""
     if config.objective not in ENCODER_OBJECTIVES:
         known = ", ".join(f"{name} ({KIND_OF[name]} rows)" for name in ENCODER_OBJECTIVES)
-        raise ConfigError(f"objective = {config.objective or 'none'}; an encoder has {known}. Set --objective.")
+        raise ConfigError(f"objective = {config.objective}; an encoder has {known}. Set --objective.")
     if not has_data:
         raise ConfigError(
             "the plan of an encoder needs rows: its classes and the tokens of its steps come from them. Give --data."
@@ -138,9 +138,9 @@ class TextWishes(Wishes):
         per_step = choice.batch_size * choice.gradient_accumulation_steps
         steps = config.max_steps or max(1, math.ceil(epochs * len(facts.rows) / per_step))
         positions = facts.most_positions(choice.batch_size, steps * per_step, config.seed)
-        shapes = head_shapes(str(config.objective), facts.classes, self.model.hidden_size)
+        shapes = head_shapes(config.objective, facts.classes, self.model.hidden_size)
         texts = choice.batch_size * max(len(row.lengths) for row in facts.rows)
-        pooled = ENCODER_OBJECTIVES[str(config.objective)].POOLED
+        pooled = ENCODER_OBJECTIVES[config.objective].POOLED
         outputs = len(facts.classes) if shapes else texts
         floats = texts * (6 * self.model.hidden_size + 3 * outputs) if pooled else 3 * positions * outputs
         return replace(

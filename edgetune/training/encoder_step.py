@@ -113,6 +113,7 @@ class Rule:
         self.encoder, self.task, self.parameters = encoder, task, parameters
         self.max_grad_norm, self.first_block = plan.max_grad_norm, plan.adapter.first_block
         self.recompute_layers = plan.recompute_layers
+        self.figures: Mapping[str, float] = {}
         self.optimizer = Optimizer(plan.optimizer, parameters, weight_decay=plan.weight_decay)
 
     def gradient(self, batches: Sequence[Batch], key: tuple[int, int], check: Check) -> tuple[float, float]:
@@ -126,13 +127,16 @@ class Rule:
 
         The loss is the sum over all micro-batches divided by all that it counts.
         """
-        total, loss = max(1, sum(map(self.task.objective.count, batches))), 0.0
+        total, loss, metric = max(1, sum(map(self.task.objective.count, batches))), 0.0, 0.0
         for index, batch in enumerate(batches):
             set_dropout(self.encoder, (*key, index))
-            loss += self._micro_batch(batch, 1 / total, check)
+            made = self._micro_batch(batch, 1 / total, check)
+            loss += made.loss
+            metric += made.metric
+        self.figures = {self.task.objective.METRIC: metric / total}
         return float(loss / total)
 
-    def _micro_batch(self, batch: Batch, scale: float, check: Check) -> float:
+    def _micro_batch(self, batch: Batch, scale: float, check: Check) -> Found:
         walk = EncoderPass(self.encoder, batch["lengths"].tolist())
         x, like = below(self.encoder, walk, batch, self.first_block, check), self.encoder.workspace.like
         blocks, again = self.encoder.blocks[self.first_block :], self.recompute_layers
@@ -145,14 +149,14 @@ class Rule:
             x = y
             check()
         d = like(x, "d").copy_(x)
-        loss = self.task.found(d, batch, scale).loss
+        found = self.task.found(d, batch, scale)
         check()
         for index in reversed(range(len(blocks))):
             x = like(x, f"input.{index}")
             made = kept[index] or walk.forward(blocks[index], x, None, "slot.0")
             walk.backward(blocks[index], x, made, d, to_input=index > 0)
             check()
-        return loss
+        return found
 
     @property
     def kept_layers(self) -> int:

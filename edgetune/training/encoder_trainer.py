@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -47,7 +46,6 @@ class EncoderTrainer(Trainer):
         head = {name: nn.Parameter(torch.from_numpy(value)) for name, value in initialize(shapes, plan.seed).items()}
         self.parameters |= head
         self.task = Task(self.encoder, plan.objective, head)
-        self.metric = math.nan
         held = self.encoder.blocks[len(self.encoder.blocks) - plan.dequantized_layers :]
         self.held = [layer for block in held for layer in block.modules() if isinstance(layer, FrozenLinear)]
         self.rule = Rule(self.encoder, self.task, self.parameters, plan)
@@ -65,20 +63,14 @@ class EncoderTrainer(Trainer):
         most = facts.most_positions(size, self.max_steps * self.batches.windows_per_step, self.plan.seed)
         return held_out_batches(rows, size, most)
 
-    def mean_loss(self, batches: Iterable[Batch]) -> float:
-        loss, self.metric = evaluate(self.encoder, self.task, batches, self.check)
-        return loss
-
-    def figures(self) -> dict[str, float]:
-        """The objective's metric, as `eval_accuracy`."""
-        return {f"eval_{self.task.objective.METRIC}": self.metric} if math.isfinite(self.metric) else {}
+    def measure(self, batches: Iterable[Batch]) -> tuple[float, dict[str, float]]:
+        loss, metric = evaluate(self.encoder, self.task, batches, self.check)
+        return loss, {self.task.objective.METRIC: metric}
 
     def summary(self, stopped: str, enforcement: Mapping[str, Any]) -> dict[str, Any]:
-        """The certificate, with the metric at the best step and the names of the classes."""
-        name = f"eval_{self.task.objective.METRIC}"
-        best = [line for line in self.metrics.lines() if name in line and line["step"] == self.state.best_step]
+        """The certificate, with the names of the classes."""
         names = {str(index): label for index, label in enumerate(self.plan.classes)}
-        return super().summary(stopped, enforcement) | {name: best[-1][name] if best else None, "id2label": names}
+        return super().summary(stopped, enforcement) | {"id2label": names}
 
     def write_adapter(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Adapter and head in PEFT's files."""

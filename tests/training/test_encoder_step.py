@@ -45,7 +45,7 @@ def rows(objective: str) -> list[LabeledRow]:
             "token-classification": np.where(rng.random(sum(used)) < 0.5, rng.integers(0, 5, sum(used)), -100),
             "embedding": np.empty(0, np.float32),
         }[objective]  # fmt: skip
-        made.append(LabeledRow(rng.integers(5, 301, sum(used)).astype(np.int32), labels, index, used))
+        made.append(LabeledRow(rng.integers(5, 301, sum(used)).astype(np.int32), labels, index, lengths=used))
     return made
 
 
