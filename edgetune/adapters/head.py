@@ -6,7 +6,8 @@ PEFT keeps such a layer whole beside the adapter (`modules_to_save`), under its 
 `BertForTokenClassification` has `bert.encoder.layer.0. …` and `classifier`. W starts normal with a deviation of 0.02,
 as there, and b at zero. Pooled is by the mean or the first token, as `models.pooling` reads it from the model's folder.
 
-Left out: Hugging Face's tanh pooler between the first token and the layer, and dropout before it.
+Left out: Hugging Face's tanh pooler between the first token and the layer, the second layer that RoBERTa has there, and
+dropout. So PEFT reads the file of any head, but of Hugging Face's own models only those for tokens compute the same.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def _wishes(
         virtual_tokens = adapter.resolved(base.config).virtual_tokens
         facts = read_facts(data, eval_data, base.folder, base.config, config, skip_bad, virtual_tokens)
         return Wishes(base.config, adapter, config, facts)
-    check_encoder(config, engine, data is not None)
+    check_encoder(config, adapter, engine, data is not None)
     assert data is not None and (isinstance(data, (str, Path, LabeledRows)))
     return TextWishes(
         base.config, adapter, config, read_text_facts(data, eval_data, base.folder, base.config, config, skip_bad)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgetune.adapters.config import AdapterConfig, LinearsConfig
 from edgetune.adapters.head import head_shapes
 from edgetune.data import epoch_order, split_eval
 from edgetune.data.labeled import KIND_OF, LabeledRow, LabeledRows, labeled, read_labeled_rows
@@ -83,8 +84,12 @@ def read_text_facts(
     return TextFacts(labeled(rows), labeled(held_out), classes=found.classes)
 
 
-def check_encoder(config: TrainConfig, engine: str | None, has_data: bool) -> None:
+def check_encoder(config: TrainConfig, adapter: AdapterConfig, engine: str | None, has_data: bool) -> None:
     """Raises ConfigError for what encoders do not have."""
+    if not isinstance(adapter, LinearsConfig):
+        raise ConfigError(
+            f"adapter = {adapter.method!r}; encoders take the methods that stand at linears. Use --adapter lora."
+        )
     if config.objective not in ENCODER_OBJECTIVES:
         known = ", ".join(f"{name} ({KIND_OF[name]} rows)" for name in ENCODER_OBJECTIVES)
         raise ConfigError(f"objective = {config.objective}; an encoder has {known}. Set --objective.")
