@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tiny_encoder import encoder_hf, write_encoder
 import edgetune as et
 from edgetune.adapters.head import load_with_head
 from edgetune.bundle import EncoderBundle, load_any_bundle
+from edgetune.cli.embedding import show_embedding
 from edgetune.data.labeled import read_labeled_rows
 from edgetune.errors import AdapterError, BundleError, ConfigError, DataError
 from edgetune.models.encoder import load_encoder
@@ -258,3 +260,17 @@ def test_a_stopped_run_goes_on_to_the_bit(base: Path, tmp_path: Path) -> None:
     assert cut.stopped == "signal"
     cut = et.train(plan, base, data=data, out=tmp_path / "cut", resume=True)
     assert cut.summary["adapter_sha256"] == whole.summary["adapter_sha256"]
+
+
+def test_run_prints_the_label_with_its_probability(
+    runs: dict[str, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = et.export(runs["classification"], out=tmp_path / "bundle").folder
+    show_embedding(bundle, "abc cab", adapter=True, threads=1, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert re.fullmatch(r"yes  \d+\.\d%", lines[0])
+    show_embedding(bundle, "abc cab", adapter=True, threads=1, as_json=True)
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["label"] == "yes"
+    assert said["probability"] == max(said["probabilities"].values())

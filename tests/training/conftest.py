@@ -64,6 +64,7 @@ def make_plan(base: Path, **overrides: Any) -> Plan:
         "file_backed_bytes": 0, "fits": True, "concessions": (), "method": "lora", "adapter": adapter,
         "objective": "sft", "beta": None, "label_smoothing": None, "temperature": None,
         "distill_weight": None,
+        "classes": (),
         "optimizer": "adamw", "batch_size": 2, "gradient_accumulation_steps": 2, "max_seq_length": 48,
         "step_rule": "backprop", "recompute_layers": 1, "tile_weights": 2000, "activation_offloading": False,
         "dequantized_layers": 0, "fast_products": False, "feature_cache_bytes": 0,
