@@ -104,6 +104,12 @@ class Job:
     head_floats: int = 0  # what pooling, head and objective compute with
 
     @property
+    def decoder(self) -> DecoderConfig:
+        """The model, where it is a decoder."""
+        assert isinstance(self.model, DecoderConfig)
+        return self.model
+
+    @property
     def has_gradients(self) -> bool:
         """Whether a step goes backward."""
         return self.step_rule == "backprop"

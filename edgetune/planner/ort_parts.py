@@ -118,7 +118,7 @@ def batch_bytes(job: Job, *, trains: bool) -> int:
 def context_bytes(job: Job) -> int:
     """Masks and rotary tables of each kind of attention."""
     per_kind = job.max_seq_length + 2 * (job.model.head_dim // 2)
-    return FLOAT_BYTES * job.tokens * per_kind * len(job.model.attention_kinds)
+    return FLOAT_BYTES * job.tokens * per_kind * len(job.decoder.attention_kinds)
 
 
 def input_bytes(job: Job, *, trains: bool) -> int:
@@ -130,7 +130,7 @@ def input_bytes(job: Job, *, trains: bool) -> int:
 
 def kept_bytes(job: Job) -> int:
     """What blocks that do not run again keep for their backward: `graphs.block.kept_widths`."""
-    model, norms = job.model, job.model.block_norms
+    model, norms = job.decoder, job.decoder.block_norms
     q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
     width = 2 * (q + kv + model.intermediate_size)
     width += model.hidden_size * (1 + bool(norms.after_attention) + bool(norms.after_mlp))

@@ -49,7 +49,7 @@ def step_work(job: Job) -> StepWork:
 
 def _values_bytes(job: Job) -> int:
     """What all graphs of a micro-batch allocate, one after the other."""
-    model = job.model
+    model = job.decoder
     walk = Walk(model, job.batch_size, job.max_seq_length, job.supervised)
     tiles = len(list(row_tiles((model.vocab_size, model.hidden_size), HEAD_TILE_WEIGHTS)))
     assert isinstance(job.adapter, LoraConfig), "check_engine refuses the others"

@@ -114,7 +114,9 @@ class Rule:
         self.max_grad_norm, self.first_block = plan.max_grad_norm, plan.adapter.first_block
         self.recompute_layers = plan.recompute_layers
         self.figures: Mapping[str, float] = {}
-        self.optimizer = Optimizer(plan.optimizer, parameters, weight_decay=plan.weight_decay)
+        self.optimizer = Optimizer(
+            plan.optimizer, parameters, weight_decay=plan.weight_decay, lr_ratio=plan.adapter.lr_ratio
+        )  # fmt: skip
 
     def gradient(self, batches: Sequence[Batch], key: tuple[int, int], check: Check) -> tuple[float, float]:
         """Leaves the clipped gradients in `.grad`."""
