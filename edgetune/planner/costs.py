@@ -41,8 +41,8 @@ SLOT_OBJECT_BYTES = 5200
 PANEL, PACK_BYTES = 384, 1 << 17
 # These set the gradient of their input, others add to it.
 FIRST_BACKWARD = ("q_proj", "o_proj", "gate_proj", "down_proj")
-# What the kernels of a thread hold more after many micro-batches of as many shapes: found on MiniLM, where plans without
-# it were 3 to 4 % short (6.7 MiB on one thread after 48 of them). Not taken apart.
+# What the kernels of a thread hold more after many micro-batches of as many shapes: found on MiniLM, where plans
+# without it were 3 to 4 % short (6.7 MiB on one thread after 48 of them). Not taken apart.
 SHAPE_BYTES = 11 << 19
 # A row of data as Python and numpy objects, beyond its tokens; measured.
 ROW_OBJECT_BYTES = 700
