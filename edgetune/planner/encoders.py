@@ -41,8 +41,8 @@ class TextFacts(RowFacts):
     held_out: tuple[LabeledRow, ...] = ()
     classes: tuple[str, ...] = ()
 
-    def windows(self, length: int) -> Windows:  # type: ignore[override]  # not cached
-        """Each row for itself."""
+    def windows(self, length: int, virtual_tokens: int = 0) -> Windows:  # type: ignore[override]  # not cached
+        """Each row for itself; no method of virtual tokens is one for encoders."""
         return Windows(len(self.rows), len(self.held_out), 1, min(length, self.longest))
 
     @cached_property
