@@ -127,7 +127,8 @@ def test_as_many_shapes_as_the_plan_counts(tmp_path: Path, tile_weights: int) ->
     job = dataclasses.replace(_job(plan), supervised_per_window=max(window.num_supervised for window in windows))
     assert max(window.length for window in windows) == plan.max_seq_length
     assert len(made) == costs.num_fast_products(job)
-    assert costs.code_bytes(job) == CODE_BYTES * len(made)  # heads of 16 do not divide: the threads stay
+    assert costs.code_bytes(job) == CODE_BYTES * len(made)
+    assert costs.spare_code_bytes(job) == 0, "heads of 16 do not divide: the threads stay"
 
 
 def test_conceded_last_of_what_costs_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +147,18 @@ def test_conceded_last_of_what_costs_time_alone(tmp_path: Path, monkeypatch: pyt
     assert kept.fast_products and kept.budget_bytes > slow.budget_bytes
     with pytest.raises(ConfigError, match=r"fast_products cannot be set here"):
         planner.plan(folder, "pixel-9", config=TrainConfig(fast_products=True), grid="int4", engine="ort")
+
+
+def test_code_for_fewer_threads_is_kept_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wishes, "are_offered", lambda: True)
+    monkeypatch.setattr(costs, "keeps_bits", lambda threads, positions, head_dim: threads > 1)
+    made = planner.plan(write_model(tmp_path, tiny_config("llama")), "host", config=TrainConfig(max_seq_length=64))
+    for threads, times in ((1, 0), (2, 1), (8, 3)):
+        one = dataclasses.replace(_job(made), threads=threads)
+        assert costs.spare_code_bytes(one) == times * costs.code_bytes(one)
+    without = made.reserve_bytes - costs.spare_code_bytes(_job(made))
+    above = made.predicted_peak_bytes - made.floor_bytes
+    assert without == pytest.approx(0.02 * made.predicted_peak_bytes + 0.05 * above, abs=2)
 
 
 def test_not_planned_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

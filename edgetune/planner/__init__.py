@@ -41,6 +41,7 @@ from edgetune.planner.costs import (
     lower_work,
     peak_parts,
     reference_work,
+    spare_code_bytes,
     step_work,
     stored_bytes,
 )
@@ -340,7 +341,7 @@ class _Costs:
         """The smallest budget for a choice: the predicted peak, and what the prediction may be off by."""
         peak = sum(self.parts(choice)[1].values())
         above = MARGIN_ABOVE_FLOOR * (peak - self.floor_bytes)
-        return math.ceil(peak + MARGIN * peak + above)
+        return math.ceil(peak + MARGIN * peak + above) + spare_code_bytes(self.job(choice))
 
     def learning_rate(self, choice: Choice) -> float:
         """The optimizer's own; that of mezo keeps the length of a step, which grows with the parameters."""

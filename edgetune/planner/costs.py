@@ -267,14 +267,14 @@ def pack_bytes(job: Job) -> int:
 
 
 def code_bytes(job: Job) -> int:
-    """What fast products keep: code for each shape, and again for each number of threads that a crew may come down to.
+    """What fast products keep: code for each shape."""
+    return CODE_BYTES * num_fast_products(job) if job.fast_products else 0
 
-    It does so beside other programs alone, so less is taken where there are none.
-    """
-    if not job.fast_products:
-        return 0
+
+def spare_code_bytes(job: Job) -> int:
+    """The same once more for each number of threads that a crew may come down to; it does so beside other programs."""
     free = job.has_gradients and keeps_bits(job.threads, job.tokens, job.model.head_dim)
-    return CODE_BYTES * num_fast_products(job) * (job.threads.bit_length() if free else 1)
+    return code_bytes(job) * (job.threads.bit_length() - 1) if free else 0
 
 
 def num_fast_products(job: Job) -> int:
