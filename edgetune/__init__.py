@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from edgetune.runtime.generate import generate
     from edgetune.training.loop import train
     from edgetune.training.run import Run
+    from edgetune.training.sensitivity import allocate_ranks
 
 __version__ = "0.1.0"
 
@@ -118,6 +119,7 @@ __all__ = [
     "TrainConfig",
     "VeraConfig",
     "add_adapter",
+    "allocate_ranks",
     "attach",
     "bench",
     "bench_module",
@@ -163,6 +165,7 @@ _HOME = {
     "TrainConfig": "edgetune.planner",
     "VeraConfig": "edgetune.adapters.vera",
     "add_adapter": "edgetune.runtime.adapters",
+    "allocate_ranks": "edgetune.training.sensitivity",
     "attach": "edgetune.modules.attached",
     "bench": "edgetune.benchmark",
     "bench_module": "edgetune.modules.bench",

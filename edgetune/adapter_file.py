@@ -52,7 +52,7 @@ class Binding:
     base_sha256: str
     grid: str | None
     tokenizer_sha256: str | None
-    r: Annotated[int, Key("rank; 0 where it has no slots", low=0, high=1 << 20)]
+    r: Annotated[int, Key("rank; where linears have their own, what divides them all; 0 without slots", 0, 1 << 20)]
     lora_alpha: Annotated[float, Key("strength that training used; it is folded into lora_B", low=0)]
     slots: tuple[str, ...]
     "those of the graph that it fills"
@@ -108,7 +108,7 @@ class AdapterSlot:
 
     Those of a bottleneck are `adapter_down` and `adapter_up`, of the same shapes, with the activation between them.
     `modules` are the linears whose outputs lie side by side in it, each with its number. Where there are several, their
-    lora_A stand side by side and their lora_B along the diagonal (`by_slot`); n is r for each adapted one.
+    lora_A stand side by side and their lora_B along the diagonal (`by_slot`); n is the sum of their ranks.
     """
 
     name: str
@@ -333,7 +333,7 @@ def tensor_problems(
             yield f"{name}: its non-linearity is {adapter.binding.activation}, that of the graph {slot.activation}"
             continue
         first, second = slot.inputs
-        rank = _rank_in(tensors.get(first), slot, r)
+        rank = _rank_in(tensors.get(first), r)
         expected |= {first: (slot.in_features, rank), second: (rank, slot.out_features)}
     if virtual and prefix is None:
         yield "it begins a cache, and the graph has none"
@@ -354,7 +354,7 @@ def tensor_problems(
         yield f"{name}: is not of a slot that the adapter names"
 
 
-def _rank_in(a: np.ndarray | None, slot: AdapterSlot, r: int) -> int:
-    """How many columns lora_A of a slot has: r for each adapted linear, as many as the tensor shows; else r of one."""
+def _rank_in(a: np.ndarray | None, r: int) -> int:
+    """How many columns lora_A of a slot has: some times r, as many as the tensor shows; else r of one linear."""
     columns = 0 if a is None or a.ndim != 2 else a.shape[1]
-    return columns if columns in (r * count for count in range(1, len(slot.modules) + 1)) else r
+    return columns if columns and r and columns % r == 0 else r

@@ -228,15 +228,15 @@ def _short(hash: str | None) -> str:
 
 
 def _rank(sources: Sequence[_Source], combination_type: str, svd_rank: int | None) -> int:
-    ranks = [source.config.rank for source in sources]
+    ranks = [max(source.config.ranks) for source in sources]
     if combination_type == "cat":
         return sum(ranks)
     if combination_type.endswith("svd"):
         return svd_rank or max(ranks)
-    if len(set(ranks)) > 1:
+    if len(found := frozenset[int]().union(*(source.config.ranks for source in sources))) > 1:
         raise AdapterError(
-            f"{combination_type} needs adapters of one rank, and these have {', '.join(map(str, ranks))}. Use cat or "
-            "svd, which take any."
+            f"{combination_type} needs adapters of one rank, and these have {', '.join(map(str, sorted(found)))}. Use "
+            "cat or svd, which take any."
         )
     return ranks[0]
 

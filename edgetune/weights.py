@@ -234,6 +234,18 @@ def open_tensors(path: str | Path) -> Weights:
     return Weights(file.path.parent, dict.fromkeys(file.entries, file))
 
 
+def safetensors_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> bytes:
+    """What stands before the values of a safetensors file, its length included."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    end = 0
+    for name, info in infos.items():
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [end, end + info.nbytes]}
+        end += info.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_safetensors(
     path: Path,
     infos: Mapping[str, TensorInfo],
@@ -244,17 +256,11 @@ def write_safetensors(
 
     BF16 tensors are produced as their uint16 bits. The file appears under its name only when it is complete.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
-    end = 0
-    for name, info in infos.items():
-        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [end, end + info.nbytes]}
-        end += info.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header = safetensors_header(infos, metadata)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(header)
             for name, info in infos.items():
                 array = np.ascontiguousarray(produce(name))
                 assert array.nbytes == info.nbytes, f"{name}: produced {array.nbytes} bytes, announced {info.nbytes}"

@@ -7,7 +7,7 @@ prefix and what the method's `PEFT_NAMES` say; nothing else is ever written into
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,9 +16,18 @@ import numpy as np
 
 from edgetune.adapters import METHODS, method_of_peft
 from edgetune.adapters.config import AdapterConfig
+from edgetune.adapters.lora import LoraConfig, at_one_scaling
+from edgetune.adapters.slot import Slot
 from edgetune.errors import AdapterError, ModelError
 from edgetune.models import ModelConfig
-from edgetune.weights import TensorInfo, Weights, open_tensors, write_atomic, write_safetensors
+from edgetune.weights import (
+    TensorInfo,
+    Weights,
+    open_tensors,
+    safetensors_header,
+    write_atomic,
+    write_safetensors,
+)
 
 PREFIX = "base_model.model."
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
@@ -46,6 +55,14 @@ def save_adapter(
     files |= {f"{PREFIX}{name}": value for name, value in (beside or {}).items()}
     write_safetensors(folder / MODEL, {k: TensorInfo("F32", v.shape) for k, v in files.items()}, files.__getitem__)
     write_atomic(folder / CONFIG, json.dumps(method.config_to_peft(config, base_model) | dict(said or {}), indent=1))
+
+
+def file_bytes(config: AdapterConfig, slots: Iterable[Slot]) -> int:
+    """Bytes of the `adapter_model.safetensors` that `save_adapter` writes of a config with these slots."""
+    names = METHODS[config.method].PEFT_NAMES
+    shapes = {name: shape for slot in slots for name, shape in slot.names.items()}
+    infos = {_peft_name(name, names, ""): TensorInfo("F32", shape) for name, shape in shapes.items()}
+    return len(safetensors_header(infos)) + sum(info.nbytes for info in infos.values())
 
 
 def load_adapter(folder: str | Path, model: ModelConfig) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
@@ -115,6 +132,8 @@ def read_adapter(
     for name, value in tensors.items():
         if not np.isfinite(value).all():
             raise AdapterError(f"{folder / MODEL}: {name} holds NaN or infinity. Train the adapter again.")
+    if isinstance(config, LoraConfig):
+        tensors = at_one_scaling(config, peft, tensors)
     return config, {name: tensors[name] for name in expected}
 
 

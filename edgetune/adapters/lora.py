@@ -4,12 +4,15 @@ LoRA+ lets B learn faster than A, which costs nothing (arXiv 2402.12354): `lorap
 
 `scaling` is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732). A starts uniform in
 ±1/sqrt(in) (PEFT's Kaiming initialization), B starts at zero, so the adapted layer equals the base. Names and meaning
-follow PEFT. No torch here: `forward` uses only operators that torch tensors and numpy arrays share.
+follow PEFT. Where linears have ranks of their own (`rank_pattern`), `scaling` is still one for all: r divides every
+rank, and PEFT's `alpha_pattern` follows. No torch here: `forward` uses only operators that torch tensors and numpy
+arrays share.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -31,6 +34,7 @@ SCALES_BIAS = False
 # Short name of a tensor -> how its name ends in a PEFT file.
 PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 PEFT_SHARED = ()
+_PLAIN = re.compile(r"[\w.]+")
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,48 @@ class LoraConfig(LinearsConfig):
     loraplus_lr_ratio: Annotated[
         float | None, Key("LoRA+: B learns at so many times the learning rate of A. (default: 1)")
     ] = None
+    adapter_budget: Annotated[
+        int | None,
+        Key("Bytes of the adapter's file, such as 2MiB: a short pass over the rows chooses linears and ranks."),
+    ] = None
+    rank_pattern: dict[str, int] | None = None
+    """Place -> rank, where ranks differ: these places are adapted and no others."""
 
     def resolved(self: LoraT, model: ModelConfig) -> LoraT:
         """See `AdapterConfig`."""
+        if self.rank_pattern is not None:
+            return self._of_pattern(model)._resolved(model)
+        if self.adapter_budget is not None:
+            raise ConfigError(
+                f"adapter_budget = {self.adapter_budget}; ranks within it are chosen by the torch engine, on rows: use "
+                "`edgetune train`, `edgetune plan` with --data, or edgetune.allocate_ranks()."
+            )
+        return self._resolved(model)
+
+    def _of_pattern(self: LoraT, model: ModelConfig) -> LoraT:
+        """What the ranks of single places say of all the rest."""
+        shapes, pattern = model.linears(), self.rank_pattern or {}
+        wrong = [
+            f"{place}: {r!r}"
+            for place, r in pattern.items()
+            if place not in shapes or type(r) is not int or not 1 <= r <= model.hidden_size
+        ]
+        if wrong or not pattern:
+            raise ConfigError(
+                f"rank_pattern has {', '.join(wrong[:5]) or 'nothing'}; full names of linears with ranks from 1 to the "
+                f"hidden size {model.hidden_size} were expected, such as {next(iter(shapes))}: 4."
+            )
+        ranks = {place: pattern[place] for place in shapes if place in pattern}
+        blocks = [f"{model.block(index)}." for index in range(model.num_hidden_layers)]
+        return replace(
+            self,
+            r=math.gcd(*ranks.values()),
+            rank_pattern=ranks,
+            target_modules=tuple(dict.fromkeys(place.rpartition(".")[2] for place in ranks)),
+            layers_to_transform=tuple(i for i, block in enumerate(blocks) if any(p.startswith(block) for p in ranks)),
+        )
+
+    def _resolved(self: LoraT, model: ModelConfig) -> LoraT:
         r = 8 if self.r is None else self.r
         if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= model.hidden_size:
             raise ConfigError(f"r = {r!r}; an integer from 1 to the hidden size {model.hidden_size} was expected.")
@@ -89,13 +132,31 @@ class LoraConfig(LinearsConfig):
     @property
     def brief(self) -> str:
         """See `AdapterConfig`."""
+        if self.rank_pattern is not None:
+            lowest, highest, count = min(self.ranks), max(self.ranks), len(self.rank_pattern)
+            return f"r {lowest} to {highest} at {count} linears, scaling {self.scaling:g}"
         return f"r {self.r}, alpha {self._alpha:g}"
 
     @property
     def rank(self) -> int:
-        """R of a resolved config."""
+        """R of a resolved config: every rank, or where they differ what divides them all."""
         assert self.r is not None, "resolve the config first"
         return self.r
+
+    @property
+    def ranks(self) -> frozenset[int]:
+        """Those that occur in a resolved config."""
+        return frozenset((self.rank_pattern or {"": self.rank}).values())
+
+    def rank_at(self, place: str) -> int:
+        """That of one of a resolved config's places."""
+        return self.rank if self.rank_pattern is None else self.rank_pattern[place]
+
+    def linears(self, model: ModelConfig) -> dict[str, tuple[int, int]]:
+        """See `LinearsConfig`."""
+        found = super().linears(model)
+        pattern = found if self.rank_pattern is None else self.rank_pattern
+        return {place: shape for place, shape in found.items() if place in pattern}
 
     @property
     def scaling(self) -> float:
@@ -114,8 +175,8 @@ def slots(config: LoraConfig, model: ModelConfig) -> list[Slot]:
 
 def slot(place: str, shape: tuple[int, int], config: LoraConfig) -> Slot:
     """The slot of one linear of shape (out_features, in_features), for a resolved config."""
-    n, k = shape
-    return Slot(place, k, n, {"lora_A": (config.rank, k), "lora_B": (n, config.rank)})
+    (n, k), r = shape, config.rank_at(place)
+    return Slot(place, k, n, {"lora_A": (r, k), "lora_B": (n, r)})
 
 
 def initialize(slot: Slot, config: LoraConfig, rng: np.random.Generator, frozen: Any) -> dict[str, np.ndarray]:
@@ -194,10 +255,13 @@ def onnx_tensors(config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> dict[
 
 def config_to_peft(config: LoraConfig, base_model: str) -> dict[str, Any]:
     """The `adapter_config.json` of a resolved config, PEFT's keys only."""
+    ranks = config.rank_pattern or {}
+    alphas = {place: config.scaling * (math.sqrt(r) if config.use_rslora else r) for place, r in ranks.items()}
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
         "r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout,
-        "target_modules": list(config.target_modules or ()), "use_rslora": config.use_rslora,
+        "target_modules": list(ranks or config.target_modules or ()), "use_rslora": config.use_rslora,
+        "rank_pattern": ranks, "alpha_pattern": alphas,
         "layers_to_transform": list(config.layers_to_transform or ()),
         "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "inference_mode": True,
         "modules_to_save": None,
@@ -220,22 +284,33 @@ def config_from_peft(
         AdapterError: the adapter uses what LoRA here does not compute.
     """
     unsupported = [
-        f"{key} = {peft[key]!r}"
-        for key in ("fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
-        if peft.get(key)
+        f"{key} = {peft[key]!r}" for key in ("fan_in_fan_out", "modules_to_save", "lora_bias") if peft.get(key)
     ]
     if peft.get("bias", "none") != "none":
         unsupported.append(f"bias = {peft['bias']!r}")
     if unsupported:
         raise AdapterError(f"adapter_config.json sets {', '.join(unsupported)}, which LoRA here does not compute.")
-    ranks = {shape[0] for name, shape in tensors.items() if name.endswith(".lora_A")}
-    if ranks != {peft.get("r")}:
-        raise AdapterError(f"adapter_config.json has r = {peft.get('r')!r}; its tensors have rank {sorted(ranks)}.")
+    ranks = {name.rpartition(".")[0]: shape[0] for name, shape in tensors.items() if name.endswith(".lora_A")}
+    said = {place: _by_pattern(peft, "rank_pattern", place, peft.get("r")) for place in ranks}
+    if ranks != said or not ranks:
+        place = next((place for place in ranks if ranks[place] != said[place]), "")
+        raise AdapterError(
+            f"adapter_config.json has r = {said.get(place, peft.get('r'))!r}{place and f' for {place}'}; its tensors "
+            f"have rank {sorted(set(ranks.values()))}."
+        )
+    mixed = {place: ranks[place] for place in places if place in ranks} if len(set(ranks.values())) > 1 else None
+    r = math.gcd(*ranks.values())
     try:
+        scalings = [_scaling(peft, place, ranks) for place in ranks]
+        if not all(0 < scaling < math.inf for scaling in scalings):
+            raise ValueError(f"scaling {min(scalings)}")
         layers = {int(place.split(".")[2]) for place in places}
         return LoraConfig(
-            r=int(peft["r"]),
-            lora_alpha=float(peft["lora_alpha"]),
+            r=r,
+            lora_alpha=scalings[0] * _unit(peft, r)
+            if mixed or peft.get("alpha_pattern")
+            else float(peft["lora_alpha"]),
+            rank_pattern=mixed,
             lora_dropout=float(peft.get("lora_dropout") or 0.0),
             target_modules=tuple(dict.fromkeys(place.rpartition(".")[2] for place in places)),
             use_rslora=bool(peft.get("use_rslora", False)),
@@ -244,3 +319,37 @@ def config_from_peft(
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise AdapterError(f"adapter_config.json or a tensor name is not as PEFT writes it ({error!r}).") from error
+
+
+def at_one_scaling(
+    config: LoraConfig, peft: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The tensors that are with the config's one scaling what PEFT computes: it has one for each alpha and rank."""
+    ranks = {name.rpartition(".")[0]: len(value) for name, value in tensors.items() if name.endswith(".lora_A")}
+    shares = {place: _scaling(peft, place, ranks) / config.scaling for place in ranks}
+    return {
+        name: value * np.float32(shares[place]) if kind == "lora_B" and shares[place] != 1 else value
+        for name, value in tensors.items()
+        for place, _, kind in [name.rpartition(".")]
+    }
+
+
+def _scaling(peft: Mapping[str, Any], place: str, ranks: Mapping[str, int]) -> float:
+    return float(_by_pattern(peft, "alpha_pattern", place, peft["lora_alpha"])) / _unit(peft, ranks[place])
+
+
+def _unit(peft: Mapping[str, Any], r: int) -> float:
+    """What alpha is divided by at a rank."""
+    return math.sqrt(r) if peft.get("use_rslora") else r
+
+
+def _by_pattern(peft: Mapping[str, Any], key: str, place: str, default: Any) -> Any:
+    """A place's value in PEFT's `rank_pattern` or `alpha_pattern`: of the first name that it is, or ends with.
+
+    PEFT takes any regular expression there. One of a stranger's file may run for ever, so only names are read.
+    """
+    pattern = peft.get(key) or {}
+    if not isinstance(pattern, Mapping) or (wrong := [name for name in pattern if not _PLAIN.fullmatch(name)]):
+        shown = repr(wrong[0]) if isinstance(pattern, Mapping) else "no table"
+        raise AdapterError(f"adapter_config.json has {shown} in {key}; names of linears were expected.")
+    return next((value for name, value in pattern.items() if f".{place}".endswith(f".{name}")), default)

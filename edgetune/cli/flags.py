@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -103,10 +104,19 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(sorted(numbers))
 
 
+def _bytes(text: str) -> int:
+    """`2MiB`, `300KiB` or `5000`, in bytes."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(KiB|MiB|GiB|B|)", text)
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no number of bytes; write 2MiB, 300KiB or 5000")
+    return int(float(found[1]) * 1024 ** ["B", "KiB", "MiB", "GiB"].index(found[2] or "B"))
+
+
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "target_modules": _names,
     "feedforward_modules": _names,
     "layers_to_transform": _numbers,
+    "adapter_budget": _bytes,
 }
 
 

@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edgetune import errors, host, planner
+from edgetune.adapters.allocation import allocate, table
+from edgetune.adapters.config import AdapterConfig
+from edgetune.adapters.lora import LoraConfig
 from edgetune.base import open_any_base, open_base
 from edgetune.checkpoint import PLAN, newest_state
 from edgetune.cli.console import tell, tensor_progress
@@ -28,6 +31,7 @@ from edgetune.errors import BudgetError, CheckpointError, ConfigError, DeviceErr
 from edgetune.hub import model_folder
 from edgetune.memory import MIB, format_mib
 from edgetune.planner import Plan, TrainConfig
+from edgetune.planner.sensitivity import plan_pass
 from edgetune.quantizer import quantize
 
 
@@ -39,7 +43,10 @@ def new_run(
     Raises:
         BudgetError, ConfigError, DeviceError, ModelError, DataError: as `plan` and `quantize` raise them.
     """
-    plan = planner.plan(model, device, data=data, eval_data=eval_data, config=config, **wishes)
+    wishes |= {"data": data, "eval_data": eval_data, "config": config}
+    if budgeted(wishes["adapter"]):
+        model, wishes["adapter"] = ranks_for(model, device, out=out, **wishes)
+    plan = planner.plan(model, device, **wishes)
     if plan.engine != "torch":
         raise ConfigError(
             f"{model} fits {plan.device} by the {plan.engine} engine alone, which trains a bundle on the device. Next: "
@@ -47,11 +54,57 @@ def new_run(
             f"{plan.device} --data {data} --out {out}. --engine torch says what that engine lacks."
         )
     tell(brief(plan))
+    folder = _on_grid(model, plan, out)
+    return {
+        "plan": replace(plan, model=str(folder)) if open_any_base(model_folder(model)).grid is None else plan,
+        "base": folder, "data": data, "out": out, "eval_data": eval_data,
+    }  # fmt: skip
+
+
+def _on_grid(model: str, plan: Plan, out: Path) -> Path:
+    """The folder of a model, quantized for the plan where it is in no 4 bits yet."""
     folder = model_folder(model)
-    if open_any_base(folder).grid is None:
-        folder = _quantized(folder, plan.grid, out.with_name(f"{out.name}-base"))
-        plan = replace(plan, model=str(folder))
-    return {"plan": plan, "base": folder, "data": data, "out": out, "eval_data": eval_data}
+    return folder if open_any_base(folder).grid else _quantized(folder, plan.grid, out.with_name(f"{out.name}-base"))
+
+
+def budgeted(adapter: AdapterConfig) -> bool:
+    """Whether the adapter's ranks follow from a number of bytes."""
+    return isinstance(adapter, LoraConfig) and adapter.adapter_budget is not None
+
+
+def ranks_for(
+    model: str, device: str, *, adapter: LoraConfig, out: Path | None = None, **wishes: Any
+) -> tuple[str, LoraConfig]:
+    """The base, and the adapter with its ranks: a sensitivity pass in a child process, then what the bytes hold.
+
+    Args:
+        model: as for `plan`; without `out` it is in 4 bits already.
+        device: as for `plan`.
+        adapter: it has a budget.
+        out: the run folder, beside which a base may be written.
+        wishes: the other ones of `planner.plan`.
+
+    Raises:
+        BudgetError: the pass does not fit, or the adapter's budget holds nothing.
+        ConfigError: settings contradict each other, or the model is in no 4 bits.
+    """
+    plan = plan_pass(model, device, adapter=adapter, **wishes)
+    if out is None and open_any_base(model_folder(model)).grid is None:
+        raise ConfigError(
+            f"{model} is not in 4 bits yet, and what the frozen weights are on their grid decides the ranks. Next: "
+            f"edgetune quantize {model} --grid {plan.grid} --out base/, then plan for base/."
+        )
+    folder = model_folder(model) if out is None else _on_grid(model, plan, out)
+    if importlib.util.find_spec("torch") is None:
+        raise MissingExtraError("torch", "train")
+    tell(f"measuring how much the loss asks of each linear, {plan.max_steps} steps")
+    paths = {name: None if wishes[name] is None else str(wishes[name]) for name in ("data", "eval_data")}
+    job = {"plan": plan.to_dict(), "base": str(folder), **paths, "skip_bad": wishes["skip_bad"]}
+    job["work"] = None if out is None else str(out.absolute().parent)
+    norms = _child("measure", json.dumps(job))["norms"]
+    made = allocate(adapter, plan.model_config, norms)
+    tell(table(made, plan.model_config, norms))
+    return str(folder), made
 
 
 def way_to_personalize(model: str) -> list[str]:
@@ -132,17 +185,22 @@ def _quantized(model: Path, grid: str, base: Path) -> Path:
     if base.exists():
         raise ConfigError(f"{base} exists, and {model} would be quantized into it. Train on it as MODEL, or remove it.")
     tell(f"{model} is not in 4 bits yet: quantizing it into {base} on the {grid} grid")
-    command = [sys.executable, "-m", "edgetune.cli.launch", "quantize", str(model), grid, str(base)]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if child.returncode == 1 and child.stdout.startswith("{"):
-        last = json.loads(child.stdout)
-        kind = getattr(errors, last["error"])
-        raise kind.__new__(kind, last["message"])  # not every class takes its message as its only argument
-    if child.returncode:
-        raise EdgetuneError(
-            f"quantizing {model} ended with code {child.returncode}. `edgetune quantize` on its own may tell more."
-        )
+    _child("quantize", str(model), grid, str(base))
     return base
+
+
+def _child(verb: str, *words: str) -> dict[str, Any]:
+    """What a child process of `main` answers, one JSON object. Raises its error here."""
+    command = [sys.executable, "-m", "edgetune.cli.launch", verb, *words]
+    environment = {**host.THREAD_SETTINGS, **os.environ}
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    answer: dict[str, Any] = json.loads(child.stdout) if child.stdout.startswith("{") else {}
+    if child.returncode == 1 and "error" in answer:
+        kind = getattr(errors, answer["error"])
+        raise kind.__new__(kind, answer["message"])  # not every class takes its message as its only argument
+    if child.returncode:
+        raise EdgetuneError(f"`{verb}` ended with code {child.returncode}; what it told stands above.")
+    return answer
 
 
 def start(job: dict[str, Any], *, supervise: bool = False, **options: bool | str) -> NoReturn:
@@ -196,6 +254,22 @@ def _quantize_here(model: str, grid: str, base: str) -> int:
     return 0
 
 
+def _measure_here(job: str) -> int:
+    """The same for the norms of a sensitivity pass."""
+    from edgetune.training.progress import show_progress
+    from edgetune.training.sensitivity import measure_norms
+
+    values = json.loads(job)
+    try:
+        with show_progress() as show:
+            norms = measure_norms(Plan.from_dict(values.pop("plan")), values.pop("base"), **values, on_progress=show)
+    except EdgetuneError as error:
+        print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        return 1
+    print(json.dumps({"norms": norms}))
+    return 0
+
+
 def _train_here(job: str) -> int:
     from edgetune.cli.training import run_job  # here, so that Ctrl-C while torch is imported is caught below
 
@@ -203,9 +277,14 @@ def _train_here(job: str) -> int:
 
 
 def main(verb: str, *words: str) -> int:
-    """`python -m edgetune.cli.launch quantize MODEL GRID FOLDER` or `train JOB` (JSON); returns the exit code."""
+    """`python -m edgetune.cli.launch VERB WORDS`; returns the exit code.
+
+    quantize MODEL GRID FOLDER, or measure JOB or train JOB, which are JSON.
+    """
     try:
-        return _quantize_here(*words) if verb == "quantize" else _train_here(*words)
+        if verb == "quantize":
+            return _quantize_here(*words)
+        return _measure_here(*words) if verb == "measure" else _train_here(*words)
     except KeyboardInterrupt:
         tell("stopped before the first step; nothing was written")
         return 130

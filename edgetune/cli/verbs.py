@@ -171,10 +171,13 @@ def plan(
     from edgetune.cli import launch
 
     lora, config = read_settings(adapter, settings)
-    made = planner.plan(
-        model, device, data=data, eval_data=eval_data, adapter=lora, config=config, grid=grid, engine=engine,
-        budget=read_budget(budget), skip_bad=skip_bad,
-    )  # fmt: skip
+    wishes: dict[str, Any] = {
+        "data": data, "eval_data": eval_data, "adapter": lora, "config": config, "grid": grid, "engine": engine,
+        "budget": read_budget(budget), "skip_bad": skip_bad,
+    }  # fmt: skip
+    if launch.budgeted(lora):
+        _, wishes["adapter"] = launch.ranks_for(model, device, **wishes)
+    made = planner.plan(model, device, **wishes)
     answer(
         made.to_dict(),
         made.explain() if explain else f"{launch.brief(made)}\n--explain shows where each MiB goes.",

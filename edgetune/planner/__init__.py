@@ -192,6 +192,7 @@ def check_engine(wishes: Wishes, grid: str) -> None:
     adapter, config = wishes.adapter, wishes.config
     wanted = {
         "lora_dropout": bool(adapter.dropout),
+        "rank_pattern": isinstance(adapter, LoraConfig) and adapter.rank_pattern is not None,
         "step_rule": config.step_rule not in (None, "backprop"),
         "objective": config.objective != "sft",
         "activation_offloading": bool(config.activation_offloading),
@@ -200,8 +201,8 @@ def check_engine(wishes: Wishes, grid: str) -> None:
     refused = [name for name, asked in wanted.items() if asked]
     if refused:
         raise ConfigError(
-            f"{', '.join(refused)} cannot be set here: training graphs learn by sft, and have neither dropout nor a "
-            "file for what a step keeps. Leave that out, or use `edgetune train` (engine torch)."
+            f"{', '.join(refused)} cannot be set here: training graphs learn by sft, know one rank, and have neither "
+            "dropout nor a file for what a step keeps. Leave that out, or use `edgetune train` (engine torch)."
         )
     if config.optimizer not in (None, *ORT_OPTIMIZERS):
         raise ConfigError(f"optimizer = {config.optimizer!r}; training graphs have {', '.join(ORT_OPTIMIZERS)}.")

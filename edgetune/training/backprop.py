@@ -47,6 +47,8 @@ class Path:
 class Rule:
     """See `StepRule`: the exact gradient, clipped, and the plan's optimizer."""
 
+    figures: Mapping[str, float]
+
     def __init__(
         self, decoder: Decoder, parameters: Mapping[str, torch.nn.Parameter], plan: Plan, features: Features | None
     ) -> None:

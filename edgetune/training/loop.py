@@ -89,7 +89,7 @@ def train(
             features.remove(folder / FEATURES)
 
     def read() -> Inputs:
-        return _read_inputs(plan, base, Path(data), None if eval_data is None else Path(eval_data), skip_bad)
+        return checked_inputs(plan, base, Path(data), None if eval_data is None else Path(eval_data), skip_bad)
 
     trainer = EncoderTrainer if plan.objective in ENCODER_OBJECTIVES else TorchTrainer
     with using(plan.threads):
@@ -99,7 +99,7 @@ def train(
         )  # fmt: skip
 
 
-def _read_inputs(plan: Plan, base: Path, data: Path, eval_data: Path | None, skip_bad: bool) -> Inputs:
+def checked_inputs(plan: Plan, base: Path, data: Path, eval_data: Path | None, skip_bad: bool) -> Inputs:
     """Check everything before the model is loaded: base and plan, all rows of both files."""
     if plan.engine != ENGINE:
         raise ConfigError(f"the plan is for the {plan.engine} engine; this is the {ENGINE} engine. Plan again for it.")

@@ -1,0 +1,43 @@
+"""The plan of a sensitivity pass: some steps of a training run that never updates (`training.sensitivity`).
+
+It is the plan of that run, with an adapter of low rank at every linear. So it obeys the same budget, by the same
+concessions; linears that it concedes are not measured, and get no rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from edgetune.adapters.allocation import check_wishes
+from edgetune.adapters.lora import LoraConfig
+from edgetune.device import DeviceProfile
+from edgetune.errors import ConfigError
+from edgetune.planner import plan
+from edgetune.planner.plans import Plan, TrainConfig
+
+STEPS = 8
+
+
+def plan_pass(
+    model: str | Path, device: str | Path | DeviceProfile, *, data: str | Path | None, adapter: LoraConfig,
+    config: TrainConfig | None = None, engine: str | None = None, **wishes: Any,
+) -> Plan:  # fmt: skip
+    """The plan of the pass before a run with these wishes, which are those of `planner.plan`.
+
+    Raises:
+        ConfigError: there are no rows, the engine is another, or the adapter's settings contradict its budget.
+        BudgetError, DataError, DeviceError, ModelError: as `planner.plan`.
+    """
+    check_wishes(adapter)
+    if data is None or engine not in (None, "torch"):
+        what = "rows to measure on: give --data" if data is None else f"the torch engine, not {engine}: leave that out"
+        raise ConfigError(f"adapter_budget = {adapter.adapter_budget} needs {what}.")
+    steps = replace(
+        (config or TrainConfig()).checked(), max_steps=STEPS, num_epochs=None, step_rule="backprop", optimizer="sgd",
+        learning_rate=1.0, max_grad_norm=1e12, early_stopping_patience=None,
+    )  # fmt: skip
+    measured = LoraConfig(layers_to_transform=adapter.layers_to_transform)
+    made = plan(model, device, data=data, adapter=measured, config=steps, engine="torch", **wishes)
+    return replace(made, feature_cache_bytes=0)  # too few steps for it
