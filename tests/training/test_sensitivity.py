@@ -1,0 +1,101 @@
+"""The sensitivity pass against autograd's gradient by dense weights, and the whole way of `--adapter-budget`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import edgetune as et
+from edgetune.adapters.base import MODEL
+from edgetune.adapters.lora import LoraConfig
+from edgetune.cli import launch
+from edgetune.data import pack, read_rows
+from edgetune.errors import BudgetError, ConfigError
+from edgetune.planner.plans import Plan
+from edgetune.planner.sensitivity import STEPS, plan_pass
+from edgetune.tokenizer import load_tokenizer
+from edgetune.training.batches import Batches
+from edgetune.training.sensitivity import measure_norms
+from tests.training.conftest import make_base, make_plan, write_rows
+
+SETTINGS = et.TrainConfig(batch_size=2, gradient_accumulation_steps=1, max_seq_length=48, max_steps=3)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base and rows."""
+    folder = tmp_path_factory.mktemp("job")
+    return make_base(folder, grid="int4"), write_rows(folder / "rows.jsonl", 40)
+
+
+def norms_by_autograd(base: Path, data: Path, plan: Plan) -> dict[str, float]:
+    """Transformers, with the weights that int4 gives as its parameters, over the same windows."""
+    from peft_twin import loss_sum, transformers_model
+
+    model = transformers_model(base)
+    linears = {name: m.weight.requires_grad_() for name, m in model.named_modules() if name.endswith("_proj")}
+    windows = pack(read_rows(data, load_tokenizer(base), plan.max_seq_length), plan.max_seq_length)
+    batches = Batches(windows, batch_size=2, gradient_accumulation_steps=2, seed=plan.seed)
+    total = dict.fromkeys(linears, 0.0)
+    for step in range(STEPS):
+        micro, _ = batches.of_step(step)
+        supervised = sum(int((batch["labels"] != -100).sum()) for batch in micro)
+        loss = sum(loss_sum(model, batch) for batch in micro) / supervised
+        for name, gradient in zip(linears, torch.autograd.grad(loss, list(linears.values())), strict=True):
+            total[name] += float(gradient.double().square().sum())
+    return {name: (value / STEPS) ** 0.5 for name, value in total.items()}
+
+
+def test_the_norms_are_those_of_autograd(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, data = job
+    plan = make_plan(
+        base, adapter=LoraConfig(r=16), max_steps=STEPS, max_grad_norm=1e12, optimizer="sgd", eval_fraction=0.0
+    )  # fmt: skip
+    found, wanted = measure_norms(plan, base, data=data, work=tmp_path), norms_by_autograd(base, data, plan)
+    assert found.keys() == wanted.keys()
+    ratios = np.array([found[name] / wanted[name] for name in wanted])
+    assert (np.abs(ratios - 1) < 0.25).all(), "a sketch of 16 columns in 8 steps"
+    assert abs(np.mean(ratios**2) - 1) < 0.06, "and it is not biased"
+    assert not list(tmp_path.iterdir()), "its files are gone"
+    assert measure_norms(plan, base, data=data) == found, "the seed decides"
+
+
+def test_a_budgeted_run_goes_on_with_its_ranks(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, data = job
+    wanted = LoraConfig(adapter_budget=20_000)
+    adapter = et.allocate_ranks(base, "host", data=data, adapter=wanted, config=SETTINGS)
+    plan = et.plan(base, "host", data=data, adapter=adapter, config=SETTINGS)
+    run = et.train(plan, base, data=data, out=tmp_path / "run")
+    stored = Plan.from_dict(json.loads((run.folder / "plan.json").read_text()))
+    assert stored.adapter == adapter == plan.adapter
+    assert run.summary["adapter_bytes"] == (run.folder / MODEL).stat().st_size <= 20_000
+    assert 4 * run.summary["trainable_parameters"] > 12_000, "most of it is used"
+    other = launch.ranks_for(
+        str(base), "host", adapter=wanted, data=data, eval_data=None, config=SETTINGS, skip_bad=False
+    )
+    assert other == (str(base), adapter), "the child process of the command line comes to the same"
+    bundle = et.export(run.folder, out=tmp_path / "bundle")  # behind the parity gate
+    assert (bundle.folder / "adapter.safetensors").is_file()
+    et.add_adapter(bundle.folder, run.folder, name="again")
+
+
+def test_what_the_pass_refuses(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, data = job
+    budgeted = LoraConfig(adapter_budget=20_000)
+    with pytest.raises(ConfigError, match=r"adapter_budget = 20000 needs rows to measure on: give --data"):
+        plan_pass(base, "host", data=None, adapter=budgeted)
+    with pytest.raises(ConfigError, match=r"needs the torch engine, not ort"):
+        plan_pass(base, "host", data=data, adapter=budgeted, engine="ort")
+    with pytest.raises(ConfigError, match=r"is not in 4 bits yet.*edgetune quantize"):
+        launch.ranks_for(str(base.parent / "model"), "host", adapter=budgeted, data=data, skip_bad=False)
+    small = replace(make_plan(base, adapter=LoraConfig(r=2)), budget_bytes=1 << 20)
+    with pytest.raises(BudgetError, match=r"measures each linear used up the budget"):
+        measure_norms(small, base, data=data, work=tmp_path)
+    mixed = LoraConfig(rank_pattern={"model.layers.0.self_attn.q_proj": 2, "model.layers.1.mlp.up_proj": 4})
+    with pytest.raises(ConfigError, match=r"rank_pattern cannot be set here: training graphs .* know one rank"):
+        et.plan(base, "host", data=data, adapter=mixed, config=SETTINGS, engine="ort")
