@@ -295,8 +295,9 @@ def config_from_peft(
     if ranks != said or not ranks:
         place = next((place for place in ranks if ranks[place] != said[place]), "")
         raise AdapterError(
-            f"adapter_config.json has r = {said.get(place, peft.get('r'))!r}{place and f' for {place}'}; its tensors "
-            f"have rank {sorted(set(ranks.values()))}."
+            f"adapter_config.json has r = {said.get(place, peft.get('r'))!r}"
+            + (f" for {place}" if peft.get("rank_pattern") else "")
+            + f"; its tensors have rank {sorted(set(ranks.values()))}."
         )
     mixed = {place: ranks[place] for place in places if place in ranks} if len(set(ranks.values())) > 1 else None
     r = math.gcd(*ranks.values())
