@@ -12,8 +12,10 @@ from typing import Any
 
 from edgetune.adapters.allocation import check_wishes
 from edgetune.adapters.lora import LoraConfig
+from edgetune.base import EncoderBase, open_any_base
 from edgetune.device import DeviceProfile
 from edgetune.errors import ConfigError
+from edgetune.hub import model_folder
 from edgetune.planner import plan
 from edgetune.planner.plans import Plan, TrainConfig
 
@@ -34,6 +36,8 @@ def plan_pass(
     if data is None or engine not in (None, "torch"):
         what = "rows to measure on: give --data" if data is None else f"the torch engine, not {engine}: leave that out"
         raise ConfigError(f"adapter_budget = {adapter.adapter_budget} needs {what}.")
+    if isinstance(open_any_base(model_folder(model)), EncoderBase):
+        raise ConfigError(f"adapter_budget = {adapter.adapter_budget}; {model} is an encoder: set --r there.")
     steps = replace(
         (config or TrainConfig()).checked(), max_steps=STEPS, num_epochs=None, step_rule="backprop", optimizer="sgd",
         learning_rate=1.0, max_grad_norm=1e12, early_stopping_patience=None,
