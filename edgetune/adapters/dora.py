@@ -20,6 +20,7 @@ from edgetune.adapters import lora
 from edgetune.adapters.capabilities import Capabilities
 from edgetune.adapters.lora import LoraConfig
 from edgetune.adapters.slot import Slot
+from edgetune.errors import ConfigError
 from edgetune.models import ModelConfig
 
 NAME = "dora"
@@ -41,6 +42,11 @@ class DoraConfig(LoraConfig):
     """LoRA's settings."""
 
     method: ClassVar[str] = NAME
+
+    def _initialization(self) -> str:
+        if self.init_lora_weights == lora.LOFTQ:
+            raise ConfigError("init_lora_weights = 'loftq' is for lora: dora starts at the norms of the frozen rows.")
+        return super()._initialization()
 
 
 Config = DoraConfig

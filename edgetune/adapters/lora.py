@@ -7,6 +7,10 @@ LoRA+ lets B learn faster than A, which costs nothing (arXiv 2402.12354): `lorap
 follow PEFT. Where linears have ranks of their own (`rank_pattern`), `scaling` is still one for all: r divides every
 rank, and PEFT's `alpha_pattern` follows. No torch here: `forward` uses only operators that torch tensors and numpy
 arrays share.
+
+`init_lora_weights` has other starts, which `training.initialization` computes: `eva` changes A alone, and `loftq` both,
+so that the adapted model starts nearer to the original one than the base is. PiSSA is refused: it trains the principal
+part of each weight and freezes the rest, so the frozen part would be no base that was quantized before.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ NAME = "lora"
 
 CAPABILITIES = Capabilities(own_inputs="Its inputs are those of LoRA: export it without --merge.")
 SCALES_BIAS = False
+KAIMING, LOFTQ, EVA = "kaiming", "loftq", "eva"
+INITIALIZATIONS = (KAIMING, LOFTQ, EVA)
 # Short name of a tensor -> how its name ends in a PEFT file.
 PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 PEFT_SHARED = ()
@@ -60,6 +66,17 @@ class LoraConfig(LinearsConfig):
     ] = None
     rank_pattern: dict[str, int] | None = None
     """Place -> rank, where ranks differ: these places are adapted and no others."""
+    init_lora_weights: Annotated[
+        str | None,
+        Key(
+            "First values: kaiming, where the adapter does nothing yet; loftq, which recovers what quantization lost; "
+            "or eva, from the rows' activations. (default: kaiming)"
+        ),
+    ] = None
+    init_from: Annotated[
+        str | None,
+        Key("For loftq the original model, which the base was quantized from. (default: MODEL, if it is that)"),
+    ] = None
 
     def resolved(self: LoraT, model: ModelConfig) -> LoraT:
         """See `AdapterConfig`."""
@@ -106,6 +123,7 @@ class LoraConfig(LinearsConfig):
             lora_dropout=self.lora_dropout or 0.0,
             use_rslora=bool(self.use_rslora),
             loraplus_lr_ratio=1.0 if self.loraplus_lr_ratio is None else self.loraplus_lr_ratio,
+            init_lora_weights=self._initialization(),
         )
         if not 0 < config._alpha < math.inf:
             raise ConfigError(f"lora_alpha = {config.lora_alpha!r}; a positive number was expected.")
@@ -114,6 +132,19 @@ class LoraConfig(LinearsConfig):
         if not 1 <= config.lr_ratio("lora_B") < math.inf:
             raise ConfigError(f"loraplus_lr_ratio = {config.loraplus_lr_ratio!r}; a number from 1 up was expected.")
         return config
+
+    def _initialization(self) -> str:
+        name = self.init_lora_weights or KAIMING
+        if name == "pissa" or name.startswith("pissa_niter_"):
+            raise ConfigError(
+                f"init_lora_weights = {name!r} freezes what is left of each weight without its principal part, which "
+                "is another base than this one. Take loftq: it starts at what quantization lost, on the same base."
+            )
+        if name not in INITIALIZATIONS:
+            raise ConfigError(f"init_lora_weights = {name!r}; choose from {', '.join(INITIALIZATIONS)}.")
+        if self.init_from is not None and name != LOFTQ:
+            raise ConfigError(f"init_from is for init_lora_weights = 'loftq', and that is {name!r}. Leave it out.")
+        return name
 
     @property
     def _alpha(self) -> float:
@@ -316,6 +347,7 @@ def config_from_peft(
             target_modules=tuple(dict.fromkeys(place.rpartition(".")[2] for place in places)),
             use_rslora=bool(peft.get("use_rslora", False)),
             loraplus_lr_ratio=1.0,
+            init_lora_weights=KAIMING,
             layers_to_transform=tuple(sorted(layers)),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:

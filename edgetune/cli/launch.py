@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from edgetune import errors, host, planner
 from edgetune.adapters.allocation import allocate, table
 from edgetune.adapters.config import AdapterConfig
-from edgetune.adapters.lora import LoraConfig
+from edgetune.adapters.lora import LOFTQ, LoraConfig
 from edgetune.base import open_any_base, open_base
 from edgetune.checkpoint import PLAN, newest_state
 from edgetune.cli.console import tell, tensor_progress
@@ -55,10 +55,11 @@ def new_run(
         )
     tell(brief(plan))
     folder = _on_grid(model, plan, out)
-    return {
-        "plan": replace(plan, model=str(folder)) if open_any_base(model_folder(model)).grid is None else plan,
-        "base": folder, "data": data, "out": out, "eval_data": eval_data,
-    }  # fmt: skip
+    if open_any_base(model_folder(model)).grid is None:
+        if isinstance(plan.adapter, LoraConfig) and plan.adapter.init_lora_weights == LOFTQ:
+            plan = replace(plan, adapter=replace(plan.adapter, init_from=plan.adapter.init_from or plan.model))
+        plan = replace(plan, model=str(folder))
+    return {"plan": plan, "base": folder, "data": data, "out": out, "eval_data": eval_data}
 
 
 def _on_grid(model: str, plan: Plan, out: Path) -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 from edgetune import __version__, host
 from edgetune.adapters import METHODS
 from edgetune.adapters.config import AdapterConfig
-from edgetune.adapters.lora import LoraConfig
+from edgetune.adapters.lora import KAIMING, LoraConfig
 from edgetune.base import AnyBase, EncoderBase, open_any_base
 from edgetune.data import Rows, read_rows, split_eval
 from edgetune.data.labeled import LabeledRows
@@ -193,6 +193,7 @@ def check_engine(wishes: Wishes, grid: str) -> None:
     wanted = {
         "lora_dropout": bool(adapter.dropout),
         "rank_pattern": isinstance(adapter, LoraConfig) and adapter.rank_pattern is not None,
+        "init_lora_weights": getattr(adapter, "init_lora_weights", None) not in (None, KAIMING),
         "step_rule": config.step_rule not in (None, "backprop"),
         "objective": config.objective != "sft",
         "activation_offloading": bool(config.activation_offloading),
@@ -201,8 +202,9 @@ def check_engine(wishes: Wishes, grid: str) -> None:
     refused = [name for name, asked in wanted.items() if asked]
     if refused:
         raise ConfigError(
-            f"{', '.join(refused)} cannot be set here: training graphs learn by sft, know one rank, and have neither "
-            "dropout nor a file for what a step keeps. Leave that out, or use `edgetune train` (engine torch)."
+            f"{', '.join(refused)} cannot be set here: training graphs learn by sft, know one rank and an adapter that "
+            "does nothing at first, and have neither dropout nor a file for what a step keeps. Leave that out, or use "
+            "`edgetune train` (engine torch)."
         )
     if config.optimizer not in (None, *ORT_OPTIMIZERS):
         raise ConfigError(f"optimizer = {config.optimizer!r}; training graphs have {', '.join(ORT_OPTIMIZERS)}.")

@@ -80,6 +80,8 @@ def conduct_run(
             trainer.tell(note)
         if checkpoint is not None:
             trainer.restore(checkpoint)
+        else:
+            trainer.initialize()
         before, stopped = trainer.done, "failed"
         try:
             stopped = trainer.run()

@@ -18,6 +18,7 @@ from edgetune.planner.costs import filled, keeps_bits
 from edgetune.training.crew import Crew, using
 from edgetune.training.features import FeatureCache
 from edgetune.training.forward import Batch, Tally, evaluate, start_virtual_tokens
+from edgetune.training.initialization import initialize
 from edgetune.training.inputs import Inputs
 from edgetune.training.pace import Pace
 from edgetune.training.progress import Progress
@@ -69,6 +70,9 @@ class TorchTrainer(Trainer):
         if self.objective.needs_reference:
             self.reference = Reference(folder / REFERENCE, inputs)
         self.rule = STEP_RULES[plan.step_rule].Rule(self.decoder, self.parameters, plan, self.cache)
+
+    def initialize(self) -> None:
+        initialize(self.decoder, self.inputs, self.limit, self.tell)
 
     @property
     def filled(self) -> bool:

@@ -112,6 +112,9 @@ class Trainer(ABC):
     def release(self) -> None:
         """Give back what a step holds; one that was not finished begins again."""
 
+    def initialize(self) -> None:  # noqa: B027 - random numbers may be all that it takes
+        """Give a new run's adapter the first values that the model or the rows decide."""
+
     def fill_cache(self) -> None:  # noqa: B027 - an engine may have none
         """Compute once what does not change in a run, where plan or objective want that."""
 
