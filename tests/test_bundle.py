@@ -196,7 +196,7 @@ def test_adapters_of_any_rank_fit(exported: Bundle, rank: int, adapted: int) -> 
         (lambda t: t.update({f"{UP}.lora_A": t[A]}), "gate_up_proj.lora_A: is not of a slot that the adapter names"),
         (lambda t: t.update({A: t[A].astype(np.float16)}), "lora_A: is float16, expected float32"),
         (lambda t: t.update({A: t[A][:71]}), r"lora_A: has shape \[71, 3\], expected \[72, 3\]"),
-        (lambda t: t.update({A: t[A].T.copy()}), r"lora_A: has shape \[3, 72\], expected \[72, 3\]"),
+        (lambda t: t.update({A: t[A].T.copy()}), r"lora_A: has shape \[3, 72\], expected \[72, 72\]"),
         (lambda t: t.update({B: t[B][:2]}), r"lora_B: has shape \[2, 120\], expected \[3, 120\]"),
         (lambda t: t.update({A: t[A][:, :2], B: t[B][:2]}), r"lora_A: has shape \[72, 2\], expected \[72, 3\]"),
         (lambda t: t.update({A: t[A][:, 0]}), r"lora_A: has shape \[72\], expected \[72, 3\]"),

@@ -17,7 +17,9 @@ import numpy as np
 
 from edgetune import __version__
 from edgetune.adapters.base import MODEL, save_adapter
+from edgetune.adapters.lora import KAIMING
 from edgetune.checkpoint import PLAN, Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
+from edgetune.errors import ConfigError
 from edgetune.memory import format_mib
 from edgetune.training.batches import Batches, in_batches
 from edgetune.training.inputs import Inputs
@@ -112,8 +114,15 @@ class Trainer(ABC):
     def release(self) -> None:
         """Give back what a step holds; one that was not finished begins again."""
 
-    def initialize(self) -> None:  # noqa: B027 - random numbers may be all that it takes
-        """Give a new run's adapter the first values that the model or the rows decide."""
+    def initialize(self) -> None:
+        """Give a new run's adapter the first values that the model or the rows decide; refused where none are computed.
+
+        Raises:
+            ConfigError: the adapter asks for such values, or they cannot be had.
+        """
+        asked = getattr(self.plan.adapter, "init_lora_weights", None)
+        if asked not in (None, KAIMING):
+            raise ConfigError(f"init_lora_weights = {asked!r} is for decoders on the torch engine. Leave it out.")
 
     def fill_cache(self) -> None:  # noqa: B027 - an engine may have none
         """Compute once what does not change in a run, where plan or objective want that."""

@@ -270,11 +270,11 @@ def test_near_the_budget_before_the_first_step_is_forgotten(
 ) -> None:
     """Reading rows may take more than training does."""
     base, data = job
-    real = loop._read_inputs
+    real = loop.checked_inputs
     near: list[Any] = []
     enter = Guard.__enter__
     monkeypatch.setattr(Guard, "__enter__", lambda self: near.append(self.meter.near) or enter(self))
-    monkeypatch.setattr(loop, "_read_inputs", lambda *words: near[0].set() or real(*words))
+    monkeypatch.setattr(loop, "checked_inputs", lambda *words: near[0].set() or real(*words))
     run = train(make_plan(base, max_steps=1), base, data=data, out=tmp_path / "run")
     assert (run.stopped, run.summary["shrunk"]) == ("done", [])
 
