@@ -497,7 +497,13 @@ class TestPlan:
             "r": 5, "lora_alpha": 3.0, "lora_dropout": 0.1, "target_modules": ("k_proj",), "use_rslora": True,
             "layers_to_transform": (1, 3), "loraplus_lr_ratio": 4.0,
         }  # fmt: skip
-        assert set(adapters) == {field.name for field in dataclasses.fields(LoraConfig)}
+        adapters["init_lora_weights"] = "eva"
+        elsewhere = {
+            "init_from",
+            "adapter_budget",
+            "rank_pattern",
+        }  # they go with others: test_initialization, test_allocation
+        assert adapters.keys() | elsewhere == {field.name for field in dataclasses.fields(LoraConfig)}
         for name, value in adapters.items():
             after = plan(model, "rpi-5", adapter=LoraConfig(**{name: value}))
             assert getattr(after.adapter, name) == value != getattr(before.adapter, name), name
