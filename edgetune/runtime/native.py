@@ -19,6 +19,10 @@ from edgetune.runtime.prepacked import MANIFEST, align, find, identity, save_to,
 ARENA_ALIGNMENT = 256
 ARENA_EXTENSION_BYTES = 1 << 24
 
+# How long a thread of a training graph waits awake for its next node. Steps of the SmolLM2-135M shape over 256 tokens
+# are 10 % faster by it on two free cores, and 4 to 10 % slower beside a busy process; with 100 us 20 % slower there.
+SPIN_MICROSECONDS = 20
+
 
 def is_file(adapter: bool | str | Path) -> bool:
     """Whether this means a file, and no adapter of the bundle."""
@@ -73,9 +77,10 @@ def load_part(path: Path, threads: int, arena_bytes: int) -> onnxruntime.Inferen
     _share_arena(arena_bytes)
     options.enable_cpu_mem_arena = True
     options.add_session_config_entry("session.use_env_allocators", "1")
-    # Threads that wait awake would do so on the cores that the next part needs. One pool for all parts is no way: a
-    # process that has one can make no session with threads of its own any more.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads that wait awake between two parts would do so on the cores that the next part needs. One pool for all
+    # parts is no way: a process that has one can make no session with threads of its own any more.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
     # Which sums become part of a product would depend on the rest of the graph, and so would the last bits of both.
     return _session(path, options, without=["MatMulAddFusion"])
 
