@@ -2,7 +2,8 @@
 
     plain       LoRA r=8 on all linears, int4 base
     patience    the same with --early-stopping-patience 2
-    mixed       a quarter of the rows are stories, of another part of the text than the retention rows
+    mixed       --retention-data, of another part of the stories than the judged ones: a quarter of every step
+    kl          --kl-data, the same stories as texts that nobody labelled, at each of some --kl-weight
     alpha       plain's adapter at a part of its strength, as `export --merge --alpha` folds it in
 
 For each the loss on held-out pieces of Shakespeare (the last tenth of the text) and on stories (retention), in nats per
@@ -37,6 +38,7 @@ PIECE, CONTEXT, POSITIONS = 480, 256, 8 * 256
 TRAINING, HELD_OUT = slice(0, 1_000_000), slice(1_000_000, 1_100_000)
 REHEARSED, RETAINED = slice(0, 1_000_000), slice(1_500_000, 1_600_000)  # of the stories
 ALPHAS = (0.25, 0.5, 0.75)
+KL_WEIGHTS = (0.3, 1.0, 3.0)
 
 
 def pieces(text: str, part: slice, step: int = PIECE) -> list[str]:
@@ -68,11 +70,8 @@ def main() -> None:
         folder = Path(name)
         base = et.quantize(real("stories260k"), "int4", folder / "base")
         learned = pieces(play, TRAINING)
-        mixed = [*learned, *pieces(stories, REHEARSED)[: len(learned) // 3]]
-        files = {
-            "plain": write_rows(folder / "plain.jsonl", learned),
-            "mixed": write_rows(folder / "mixed.jsonl", mixed),
-        }
+        data = write_rows(folder / "data.jsonl", learned)
+        old = write_rows(folder / "rehearsed.jsonl", pieces(stories, REHEARSED)[: len(learned) // 3])
         judged = {
             "new": write_rows(folder / "new.jsonl", pieces(play, HELD_OUT, 2 * PIECE)),
             "retention": write_rows(folder / "old.jsonl", pieces(stories, RETAINED, 2 * PIECE)),
@@ -82,14 +81,20 @@ def main() -> None:
         wishes = et.TrainConfig(
             batch_size=8, gradient_accumulation_steps=1, max_seq_length=CONTEXT, max_steps=steps, learning_rate=1e-2
         )
+        settings: dict[str, tuple[dict[str, Any], dict[str, Path]]] = {
+            "plain": ({}, {}),
+            "patience": ({"early_stopping_patience": 2}, {}),
+            "mixed": ({"retention_share": 0.25}, {"retention_data": old}),
+            **{f"kl {weight}": ({"kl_weight": weight}, {"kl_data": old}) for weight in KL_WEIGHTS},
+        }
         runs = {}
-        for key, data, patience in (("plain", "plain", None), ("patience", "plain", 2), ("mixed", "mixed", None)):
-            config = replace(wishes, early_stopping_patience=patience)
+        for key, (changes, beside) in settings.items():
             plan = et.plan(
-                base, "host", data=files[data], eval_data=judged["new"], adapter=et.LoraConfig(r=8), config=config
-            )
+                base, "host", data=data, eval_data=judged["new"], adapter=et.LoraConfig(r=8),
+                config=replace(wishes, **changes), **beside,
+            )  # fmt: skip
             runs[key] = et.train(
-                plan, base, data=files[data], eval_data=judged["new"], out=folder / key, enforce="none"
+                plan, base, data=data, eval_data=judged["new"], out=folder / key, enforce="none", **beside
             )
         ways: dict[str, tuple[et.Run, float]] = {key: (run, 1.0) for key, run in runs.items()}
         ways |= {f"alpha {alpha}": (runs["plain"], alpha) for alpha in ALPHAS}

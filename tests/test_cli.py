@@ -800,7 +800,7 @@ TRAIN_VALUES = {
     "max_grad_norm": ("2", 2.0), "eval_fraction": ("0.25", 0.25), "seed": ("9", 9),
     "step_rule": ("mezo", "mezo"), "fast_products": (None, True), "objective": ("orpo", "orpo"),
     "beta": ("0.25", 0.25), "label_smoothing": ("0.1", 0.1), "temperature": ("3", 3.0), "distill_weight": ("1", 1.0),
-    "early_stopping_patience": ("4", 4),
+    "early_stopping_patience": ("4", 4), "retention_share": ("0.5", 0.5), "kl_weight": ("2", 2.0),
 }  # fmt: skip
 OBJECTIVE_OF = {"beta": "kto", "label_smoothing": "dpo", "temperature": "distill", "distill_weight": "distill"}
 

@@ -484,7 +484,7 @@ class TestPlan:
             "learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_ratio": 0.5, "weight_decay": 0.1,
             "max_grad_norm": 2.0, "eval_fraction": 0.2, "seed": 3, "step_rule": "mezo", "objective": "dpo",
             "beta": 0.3, "label_smoothing": 0.1, "temperature": 3.0, "distill_weight": 0.2, "fast_products": False,
-            "early_stopping_patience": 2,
+            "early_stopping_patience": 2, "retention_share": 0.5, "kl_weight": 2.0,
         }  # fmt: skip
         of_objective = {"dpo": ("beta", "label_smoothing"), "distill": ("temperature", "distill_weight")}
         goes_with = {name: {"objective": key} for key, names in of_objective.items() for name in names}

@@ -7,7 +7,8 @@ first pass and a resumed run sees those of an uninterrupted one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -216,6 +217,28 @@ def load_tensors(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, n
         raise AdapterError("The adapter does not fit: " + "; ".join(problems[:10]))
     for name, value in parameters.items():
         value.data.copy_(torch.from_numpy(np.ascontiguousarray(tensors[name])))
+
+
+@contextmanager
+def detached(model: Decoder) -> Iterator[None]:
+    """The base alone while the body runs: of adapted linears the frozen ones, nothing at other places.
+
+    An adapter with virtual tokens has no place here: they take positions, so a micro-batch is another one without them.
+    """
+    assert not model.virtual_tokens, "the base has other positions"
+    adapted = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, AdaptedLinear | AdaptedState)
+    ]
+    for parent, name, child in adapted:
+        setattr(parent, name, child.base_layer if isinstance(child, AdaptedLinear) else None)
+    try:
+        yield
+    finally:
+        for parent, name, child in adapted:
+            setattr(parent, name, child)
 
 
 def set_dropout(model: Decoder | Encoder, key: tuple[int, ...] | None) -> None:

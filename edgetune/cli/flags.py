@@ -52,6 +52,20 @@ EvalRows = Annotated[
     Path | None,
     typer.Option("--eval-data", metavar="FILE", help="Held-out rows. (default: a share of --data)", show_default=False),
 ]
+RetentionRows = Annotated[
+    Path | None,
+    typer.Option(
+        "--retention-data", metavar="FILE", show_default=False,
+        help="Rows to stay good at: --retention-share of a step's windows are of them. (default: none)",
+    ),
+]  # fmt: skip
+AnchorTexts = Annotated[
+    Path | None,
+    typer.Option(
+        "--kl-data", metavar="FILE", show_default=False,
+        help="Texts on which the model is held to its base, by --kl-weight. (default: none)",
+    ),
+]  # fmt: skip
 Grid = Annotated[
     str | None,
     typer.Option("--grid", help="int4 or nf4. (default: what the device's profile names)", show_default=False),

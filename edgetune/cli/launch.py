@@ -36,14 +36,16 @@ from edgetune.quantizer import quantize
 
 
 def new_run(
-    model: str, device: str, *, data: Path, out: Path, eval_data: Path | None, config: TrainConfig, **wishes: Any
-) -> dict[str, Any]:
+    model: str, device: str, *, data: Path, out: Path, eval_data: Path | None, config: TrainConfig,
+    retention_data: Path | None = None, kl_data: Path | None = None, **wishes: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Plan, and quantize where the model is not in 4 bits yet. `wishes` are the other ones of `planner.plan`.
 
     Raises:
         BudgetError, ConfigError, DeviceError, ModelError, DataError: as `plan` and `quantize` raise them.
     """
-    wishes |= {"data": data, "eval_data": eval_data, "config": config}
+    others = {"eval_data": eval_data, "retention_data": retention_data, "kl_data": kl_data}
+    wishes |= {"data": data, "config": config, **others}
     if budgeted(wishes["adapter"]):
         model, wishes["adapter"] = ranks_for(model, device, out=out, **wishes)
     plan = planner.plan(model, device, **wishes)
@@ -59,7 +61,7 @@ def new_run(
         if isinstance(plan.adapter, LoraConfig) and plan.adapter.init_lora_weights == LOFTQ:
             plan = replace(plan, adapter=replace(plan.adapter, init_from=plan.adapter.init_from or plan.model))
         plan = replace(plan, model=str(folder))
-    return {"plan": plan, "base": folder, "data": data, "out": out, "eval_data": eval_data}
+    return {"plan": plan, "base": folder, "data": data, "out": out, **others}
 
 
 def _on_grid(model: str, plan: Plan, out: Path) -> Path:
@@ -116,8 +118,9 @@ def way_to_personalize(model: str) -> list[str]:
 
 
 def old_run(
-    run: Path, *, data: Path | None, eval_data: Path | None, base: Path | None = None, budget: str | int | None = None
-) -> dict[str, Any]:
+    run: Path, *, data: Path | None, eval_data: Path | None, retention_data: Path | None = None,
+    kl_data: Path | None = None, base: Path | None = None, budget: str | int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """A run's plan, base and rows, from its own files; a base or rows that were moved since can be named again.
 
     That they are the same is checked by their hashes, when the run goes on.
@@ -162,9 +165,10 @@ def old_run(
                 "does not hold. Give more, or plan and train anew."
             )
         plan = replace(plan, budget_name=name, budget_bytes=size)
+    others = {"eval_data": eval_data, "retention_data": retention_data, "kl_data": kl_data}
     return {
         "plan": plan, "base": base or Path(known["base"]), "data": data or Path(known["data"]), "out": run,
-        "eval_data": eval_data or (None if known["eval_data"] is None else Path(known["eval_data"])),
+        **{name: given or (None if known.get(name) is None else Path(known[name])) for name, given in others.items()},
     }  # fmt: skip
 
 
@@ -214,7 +218,8 @@ def start(job: dict[str, Any], *, supervise: bool = False, **options: bool | str
     """
     if importlib.util.find_spec("torch") is None:
         raise MissingExtraError("torch", "train")
-    paths = {name: None if job[name] is None else str(job[name]) for name in ("base", "data", "out", "eval_data")}
+    names = ("base", "data", "out", "eval_data", "retention_data", "kl_data")
+    paths = {name: None if job.get(name) is None else str(job[name]) for name in names}
     text = json.dumps({"plan": job["plan"].to_dict(), **paths, **options})
     sys.stdout.flush()
     sys.stderr.flush()

@@ -30,6 +30,9 @@ def outcome(run: Run) -> str:
         + (f"emulating {summary['device']}" if summary["emulated"] else "on this machine"),
         f"  adapter      {summary['trainable_parameters']:,} parameters, {format_mib(summary['adapter_bytes'])}",
     ]
+    if summary["retention_loss_before"] is not None:
+        before, after = (_number(summary[key]) for key in ("retention_loss_before", "retention_loss"))
+        lines.insert(3, f"  retention    loss {before} before, {after} after, on held-out retention rows")
     if summary["late_steps"]:
         lines.append(
             f"  NOT held     {summary['late_steps']} steps took this machine longer than {summary['device']} would"

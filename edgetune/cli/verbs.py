@@ -23,6 +23,7 @@ from edgetune import __version__
 from edgetune.cli import adapters, benchmarking, evaluating, rows
 from edgetune.cli.console import answer, fail, flat, stream_text, tell, tell_text, tensor_progress, warnings_told
 from edgetune.cli.flags import (
+    AnchorTexts,
     Budget,
     Bundle,
     Device,
@@ -34,6 +35,7 @@ from edgetune.cli.flags import (
     Method,
     Model,
     Out,
+    RetentionRows,
     Rows,
     SkipBad,
     Threads,
@@ -154,6 +156,8 @@ def plan(
     device: Device,
     data: Rows = None,
     eval_data: EvalRows = None,
+    retention_data: RetentionRows = None,
+    kl_data: AnchorTexts = None,
     grid: Grid = None,
     engine: Engine = None,
     adapter: Method = "lora",
@@ -172,8 +176,8 @@ def plan(
 
     lora, config = read_settings(adapter, settings)
     wishes: dict[str, Any] = {
-        "data": data, "eval_data": eval_data, "adapter": lora, "config": config, "grid": grid, "engine": engine,
-        "budget": read_budget(budget), "skip_bad": skip_bad,
+        "data": data, "eval_data": eval_data, "retention_data": retention_data, "kl_data": kl_data, "adapter": lora,
+        "config": config, "grid": grid, "engine": engine, "budget": read_budget(budget), "skip_bad": skip_bad,
     }  # fmt: skip
     if launch.budgeted(lora):
         _, wishes["adapter"] = launch.ranks_for(model, device, **wishes)
@@ -269,6 +273,8 @@ def train(
         ),
     ] = None,
     eval_data: EvalRows = None,
+    retention_data: RetentionRows = None,
+    kl_data: AnchorTexts = None,
     grid: Grid = None,
     engine: Engine = None,
     adapter: Method = "lora",
@@ -311,11 +317,14 @@ def train(
         check_cgroup()  # before anything is planned or quantized
     if resume is not None:
         refuse_other_flags(
-            context, "resume", "base", "data", "eval_data", "budget", "enforce", "supervise", "emulate", "one_slice",
-            "keep_cache", "skip_bad", "as_json",
+            context, "resume", "base", "data", "eval_data", "retention_data", "kl_data", "budget", "enforce",
+            "supervise", "emulate", "one_slice", "keep_cache", "skip_bad", "as_json",
         )  # fmt: skip
         given = read_budget(budget) if was_typed(context, "budget") else None
-        job = launch.old_run(resume, base=base, data=data, eval_data=eval_data, budget=given)
+        job = launch.old_run(
+            resume, base=base, data=data, eval_data=eval_data, retention_data=retention_data, kl_data=kl_data,
+            budget=given,
+        )  # fmt: skip
     else:
         if base is not None:
             raise typer.BadParameter("--base goes with --resume; a new run takes its base as MODEL")
@@ -329,7 +338,7 @@ def train(
         check_run_folder(out, resume=False, force=force)  # before anything is planned or quantized
         lora, config = read_settings(adapter, settings)
         job = launch.new_run(
-            model, device, data=data, out=out, eval_data=eval_data,
+            model, device, data=data, out=out, eval_data=eval_data, retention_data=retention_data, kl_data=kl_data,
             adapter=lora, config=config, grid=grid, engine=engine, budget=read_budget(budget), skip_bad=skip_bad,
         )  # fmt: skip
     launch.start(

@@ -102,10 +102,10 @@ def token_losses(
     hidden: torch.Tensor, targets: torch.Tensor, head: Head, buffers: Buffers, finish: Finish | None = None
 ) -> torch.Tensor:
     """The cross-entropy of each supervised position, float32, of the arguments of `loss`."""
-    kept = _supervised(targets)
+    kept = supervised(targets)
     if not len(kept):
         return hidden.new_zeros(0)
-    rows = _rows(hidden, kept, buffers, len(kept))
+    rows = supervised_rows(hidden, kept, buffers, len(kept))
     losses = _one_pass(rows, targets[kept], head, buffers, None)[0]
     if finish is not None:
         finish(rows, targets[kept], losses, None)
@@ -125,12 +125,12 @@ def loss_and_gradient(
     Rows of zeros fill up to a multiple of `row_step`, so that parts of the logits end where whole vectors end. Another
     loss that starts from this pass has a `finish` that makes its gradient.
     """
-    kept = _supervised(targets)
+    kept = supervised(targets)
     if not len(kept):
         hidden.zero_()
         return 0.0
     count = -(-len(kept) // row_step) * row_step
-    rows = _rows(hidden, kept, buffers, count)
+    rows = supervised_rows(hidden, kept, buffers, count)
     gradient = buffers.take(count, rows.shape[1], "d").zero_()
     losses, total = _one_pass(rows, targets[kept], head, buffers, gradient)
     found = gradient.div_(total[:, None])[: len(kept)]
@@ -151,12 +151,12 @@ def _sum(losses: torch.Tensor) -> float:
     return float(losses.sum(dtype=torch.float64))
 
 
-def _supervised(targets: torch.Tensor) -> torch.Tensor:
+def supervised(targets: torch.Tensor) -> torch.Tensor:
     """Indices of the supervised positions."""
     return (targets != IGNORE_INDEX).nonzero()[:, 0]
 
 
-def _rows(hidden: torch.Tensor, kept: torch.Tensor, buffers: Buffers, count: int) -> torch.Tensor:
+def supervised_rows(hidden: torch.Tensor, kept: torch.Tensor, buffers: Buffers, count: int) -> torch.Tensor:
     """The supervised rows of hidden, and zeros up to `count` rows: [count, H]."""
     import torch
 

@@ -33,6 +33,7 @@ from edgetune.models.config import DecoderConfig
 from edgetune.objectives import ENCODER_OBJECTIVES, OBJECTIVES, with_needed
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.planner import ort_parts, ort_work
+from edgetune.planner.beside import NONE, Beside
 from edgetune.planner.costs import (
     FREE_SHARE,
     Job,
@@ -70,6 +71,8 @@ def plan(
     *,
     data: str | Path | Rows | None = None,
     eval_data: str | Path | None = None,
+    retention_data: str | Path | None = None,
+    kl_data: str | Path | None = None,
     adapter: AdapterConfig | None = None,
     config: TrainConfig | None = None,
     grid: str | None = None,
@@ -84,6 +87,8 @@ def plan(
         device: a profile, its id or its TOML file.
         data: rows to learn from; with them the window, the number of steps and the time of the run are known.
         eval_data: rows to evaluate on; None is the `eval_fraction` of the data.
+        retention_data: rows to stay good at, mixed in at `retention_share`, 0.25 where that is not set.
+        kl_data: texts on which the base holds the model, by `kl_weight`, 1 where that is not set.
         adapter: the adapter that is wanted; what it leaves open may be conceded.
         config: the training that is wanted; what it leaves open may be conceded.
         grid: "int4" or "nf4"; None is that of a base/ folder, else the device's.
@@ -101,10 +106,13 @@ def plan(
     profile = device if isinstance(device, DeviceProfile) else load_device(device)
     base = open_any_base(model_folder(model))
     named_budget = read_budget(budget, profile)
-    config = (config or TrainConfig()).checked()
+    beside = Beside.of(retention_data, kl_data)
+    config = beside.completed(config or TrainConfig()).checked()
+    if data is not None:
+        beside.check(config)
     if eval_data is not None:  # then all of `data` is learned
         config = replace(config, eval_fraction=0.0)
-    wishes = _wishes(base, data, eval_data, adapter or LoraConfig(), config, engine, skip_bad)
+    wishes = _wishes(base, data, eval_data, adapter or LoraConfig(), config, engine, skip_bad, beside)
 
     def made(engine: str) -> Plan:
         on_grid = _grid("int4" if engine == "ort" and grid is None and base.grid is None else grid, base, profile)
@@ -128,7 +136,7 @@ def plan(
 
 def _wishes(
     base: AnyBase[Any], data: str | Path | Rows | None, eval_data: str | Path | None, adapter: AdapterConfig,
-    config: TrainConfig, engine: str | None, skip_bad: bool,
+    config: TrainConfig, engine: str | None, skip_bad: bool, beside: Beside,
 ) -> Wishes:  # fmt: skip
     """What was asked for, of the rows that were given."""
     if not isinstance(base, EncoderBase):
@@ -139,7 +147,7 @@ def _wishes(
                 'with "prompt" and "completion".'
             )
         virtual_tokens = adapter.resolved(base.config).virtual_tokens
-        facts = read_facts(data, eval_data, base.folder, base.config, config, skip_bad, virtual_tokens)
+        facts = read_facts(data, eval_data, base.folder, base.config, config, skip_bad, virtual_tokens, beside)
         return Wishes(base.config, adapter, config, facts)
     check_encoder(config, adapter, engine, data is not None)
     assert data is not None and (isinstance(data, (str, Path, LabeledRows)))
@@ -198,13 +206,15 @@ def check_engine(wishes: Wishes, grid: str) -> None:
         "objective": config.objective != "sft",
         "activation_offloading": bool(config.activation_offloading),
         "fast_products": bool(config.fast_products),
+        "retention_share": config.retention_share is not None,
+        "kl_weight": config.kl_weight is not None,
     }
     refused = [name for name, asked in wanted.items() if asked]
     if refused:
         raise ConfigError(
-            f"{', '.join(refused)} cannot be set here: training graphs learn by sft, know one rank and an adapter that "
-            "does nothing at first, and have neither dropout nor a file for what a step keeps. Leave that out, or use "
-            "`edgetune train` (engine torch)."
+            f"{', '.join(refused)} cannot be set here: training graphs learn by sft from one file, know one rank and "
+            "an adapter that does nothing at first, and have neither dropout nor a file for what a step keeps. Leave "
+            "that out, or use `edgetune train` (engine torch)."
         )
     if config.optimizer not in (None, *ORT_OPTIMIZERS):
         raise ConfigError(f"optimizer = {config.optimizer!r}; training graphs have {', '.join(ORT_OPTIMIZERS)}.")
@@ -260,10 +270,10 @@ def why_untrainable(profile: DeviceProfile) -> str | None:
 
 def read_facts(
     data: str | Path | Rows | None, eval_data: str | Path | None, folder: Path, model: DecoderConfig,
-    config: TrainConfig, skip_bad: bool, virtual_tokens: int = 0,
+    config: TrainConfig, skip_bad: bool, virtual_tokens: int = 0, beside: Beside = NONE,
 ) -> RowFacts:  # fmt: skip
-    """The rows to learn from and those held out, divided as training will divide them; `virtual_tokens` take positions
-    of each.
+    """The rows to learn from and those held out, divided as training will divide them, and those beside them;
+    `virtual_tokens` take positions of each.
     """
     if data is None:
         return RowFacts()
@@ -272,14 +282,22 @@ def read_facts(
     def read(file: str | Path | Rows) -> Rows:
         if isinstance(file, Rows):
             return file
-        rows = read_rows(file, load_tokenizer(folder), length, skip_bad=skip_bad)
-        return with_needed(config.objective, rows, file, model.vocab_size)
+        return with_needed(config.objective, lines(Path(file)), file, model.vocab_size)
+
+    def lines(file: Path) -> Rows:
+        return read_rows(file, load_tokenizer(folder), length, skip_bad=skip_bad)
 
     rows, held_out = split_eval(read(data), config.eval_fraction, config.seed)
     if eval_data is not None:
         held_out = read(eval_data)
+    parts = beside.read(config.objective, lines, config.seed)
     give_back()
-    return RowFacts(rows.rows, held_out.rows, rows.kind == "text", rows.together)
+    kept, apart = parts.retention, parts.retention_eval
+    return RowFacts(
+        rows.rows, held_out.rows, rows.kind == "text", rows.together,
+        RowFacts(kept.rows, apart.rows, kept.kind == "text", kept.together) if kept.rows else None,
+        RowFacts(parts.anchors.rows, is_text=True) if parts.anchors.rows else None,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -312,8 +330,9 @@ class _Costs:
             step_rule=choice.step_rule,
             threads=self.threads,
             supervised_per_window=windows.supervised if windows else length,
+            anchored_per_window=(windows.anchored if windows else length) if self.wishes.config.kl_weight else 0,
             num_tokens=facts.num_tokens,
-            num_rows=len(facts.rows) + len(facts.held_out),
+            num_rows=facts.num_rows,
             tokenizer_file_bytes=tokenizer.stat().st_size if tokenizer.is_file() else 0,
             base_copy_bytes=self.source.copied_bytes,
             active_adapter_bytes=self.source.active_adapter_bytes,
@@ -333,7 +352,7 @@ class _Costs:
         steps = config.max_steps
         per_step = job.batch_size * job.gradient_accumulation_steps
         epochs = (config.num_epochs or DEFAULT_EPOCHS) if steps is None else steps * per_step / windows.learned
-        count = windows.learned + windows.held_out
+        count = windows.learned + windows.held_out + windows.beside
         return count if epochs > 1 and feature_bytes(job, count) <= FREE_SHARE * self.free_bytes else 0
 
     def parts(self, choice: Choice) -> tuple[str, dict[str, int]]:
@@ -468,6 +487,8 @@ def _made(
         max_grad_norm=config.max_grad_norm,
         eval_fraction=config.eval_fraction,
         early_stopping_patience=config.early_stopping_patience,
+        retention_share=config.retention_share,
+        kl_weight=config.kl_weight,
         seed=config.seed,
         threads=costs.threads,
         predicted_step_seconds=step_seconds,

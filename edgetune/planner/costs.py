@@ -26,7 +26,7 @@ from edgetune.grids import GRIDS, PIECE_CODES, tile_rows
 from edgetune.models import ModelConfig
 from edgetune.models.config import DecoderConfig
 from edgetune.models.encoder_config import EncoderConfig
-from edgetune.objectives import distill, sft
+from edgetune.objectives import distill, kl, sft
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.products import CODE_BYTES, are_offered
 
@@ -86,6 +86,7 @@ class Job:
     step_rule: str
     threads: int
     supervised_per_window: int
+    anchored_per_window: int = 0  # positions of a window on which the base holds the model; 0 without such windows
     num_tokens: int = 0
     num_rows: int = 0
     tokenizer_file_bytes: int = 0
@@ -145,6 +146,16 @@ class Job:
     def supervised(self) -> int:
         """Positions of a micro-batch that the loss computes, at most."""
         return min(self.supervised_per_window * self.batch_size, self.tokens)
+
+    @property
+    def anchored(self) -> int:
+        """Positions where the divergence from the base is computed, at most, with what fills them up."""
+        return filled(min(self.anchored_per_window * self.batch_size, self.tokens), self.threads)
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, the one that holds the model to its base included."""
+        return self.gradient_accumulation_steps + (1 if self.anchored else 0)
 
     @property
     def taught(self) -> int:
@@ -244,7 +255,7 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         "kept_activations": slots_ - one_slot,
         "block_workspace": work + one_slot,
         # Their tiles lie in the workspace; left are a few numbers for each supervised position.
-        "logits": FLOAT_BYTES * (8 * job.loss_rows + job.head_floats) + sequence_bytes(job),
+        "logits": FLOAT_BYTES * (8 * max(job.loss_rows, 2 * job.anchored) + job.head_floats) + sequence_bytes(job),
     }
 
 
@@ -309,7 +320,7 @@ def multiplied(model: ModelConfig) -> list[tuple[int, int]]:
 
 def data_bytes(job: Job) -> int:
     """Rows as int32 ids and labels, the windows of a step as four int64 arrays, and what reading leaves behind."""
-    step = 4 * 8 * job.tokens * job.gradient_accumulation_steps
+    step = 4 * 8 * job.tokens * job.micro_batches
     step += 12 * job.supervised * job.taught * job.gradient_accumulation_steps  # int64 ids, float32 values
     cached = FEATURE_OBJECT_BYTES * job.cached_windows
     return row_bytes(job) + step + cached + LEFT_BYTES + int(LEFT_BYTES_PER_BYTE * job.tokenizer_file_bytes)
@@ -334,7 +345,8 @@ def buffers(job: Job) -> dict[str, int]:
         for start in range(0, job.max_seq_length, queries)
     )
     rotates = any(model.attention_kinds[kind].rope_theta is not None for kind in model.layer_kinds[job.first_block :])
-    logits = min(sft.TILE_TOKENS, job.loss_rows) * tile_rows((model.vocab_size, hidden), job.tile_weights)
+    tile_positions = max(min(sft.TILE_TOKENS, job.loss_rows), 3 * min(kl.TILE_TOKENS, job.anchored))
+    logits = tile_positions * tile_rows((model.vocab_size, hidden), job.tile_weights)
     floats = {
         "weight": max(tile_rows(shape, job.tile_weights) * shape[1] for shape in model.matrices().values()),
         "h": positions * hidden,
@@ -348,8 +360,8 @@ def buffers(job: Job) -> dict[str, int]:
         floats["picked"] = min(distill.PIECE, job.supervised) * (job.taught + 1) * hidden
     if job.has_gradients:
         floats |= {
-            "d": max(positions, job.loss_rows) * hidden,
-            "d_h": max(positions, job.loss_rows) * hidden,
+            "d": max(positions, job.loss_rows, job.anchored) * hidden,
+            "d_h": max(positions, job.loss_rows, job.anchored) * hidden,
             "inner": max(positions * max(inner, q), logits),
             "d_inner": positions * (max(inner, q) if model.qk_norm else inner),
             "d_q": positions * q,
@@ -358,6 +370,8 @@ def buffers(job: Job) -> dict[str, int]:
             "attention.d_o": queries * q,
             "attention.d_scores": model.num_attention_heads * scores,
         }
+        if job.anchored:  # what the head gets from the base, and its mean row
+            floats |= {"kl.base": job.anchored * hidden, "kl.mean": job.anchored * hidden}
     elif job.first_block:
         floats["d"] = job.max_seq_length * hidden  # the lower blocks' second buffer
     block = GRIDS[job.grid].BLOCK
@@ -500,14 +514,31 @@ def step_work(job: Job) -> StepWork:
     flops += adapter.flops + below.flops
     traffic += adapter.traffic_bytes + below.traffic_bytes
     cycles = BLOCK_CYCLES * (forward + 2 * backward) + below.dispatch_cycles
-    times = job.gradient_accumulation_steps
+    times = job.micro_batches
     # An update reads and writes parameters and moments, and reads gradients; that of mezo, and its two shifts, draw
     # numbers in the parameters' place and add them to the copy, which is made before and given back after.
     update = (3.0 if job.has_gradients else 16.0) * FLOAT_BYTES * sum(job.tensor_sizes)
     update += 2 * OPTIMIZERS[job.optimizer].state_bytes(job.tensor_sizes)
     fast += below.fast_flops
     cycles = cycles * times + TENSOR_CYCLES * len(job.tensor_sizes)
-    return StepWork(flops * times, traffic * times + update, cycles, fast * times)
+    anchor = _anchor_work(job)
+    return StepWork(
+        flops * times + anchor.flops,
+        traffic * times + update + anchor.traffic_bytes,
+        cycles + anchor.dispatch_cycles,
+        fast * times,
+    )
+
+
+def _anchor_work(job: Job) -> StepWork:
+    """What holding to the base takes beside a micro-batch like the others: the base's forward, both products of its
+    logits, and what the head's rows of its own positions are more or fewer.
+    """
+    if not job.anchored:
+        return StepWork(0, 0, 0)
+    forward = reference_work(replace(job, supervised_per_window=0), job.batch_size)
+    head = job.model.vocab_size * job.model.hidden_size
+    return replace(forward, flops=forward.flops + head * (8.0 * job.anchored - 4.0 * job.loss_rows))
 
 
 def _adapter_work(job: Job, forward: float) -> StepWork:

@@ -70,6 +70,12 @@ class TrainConfig:
     early_stopping_patience: Annotated[
         int | None, Key("end after so many evaluations, ten of a run, without a lower held-out loss", 1, 1 << 20)
     ] = None
+    retention_share: Annotated[float | None, Key("share of the retention rows among a step's windows", 1e-3, 0.9)] = (
+        None
+    )
+    kl_weight: Annotated[
+        float | None, Key("how much the divergence from the base on --kl-data adds to the loss", 1e-6, 1e6)
+    ] = None
     seed: Annotated[int, Key("fixes the adapter's start, the order of the rows and dropout", 0, (1 << 63) - 1)] = 0
 
     def checked(self) -> TrainConfig:
@@ -83,6 +89,7 @@ class TrainConfig:
         if made is None:
             raise ConfigError("the training settings cannot be used:\n" + _listed(reader.problems))
         made._check_objective()
+        made._check_beside()
         return made
 
     @property
@@ -99,6 +106,27 @@ class TrainConfig:
                     f"{name} = {getattr(self, name):g} goes with objective {' or '.join(of)}; this one is "
                     f"{self.objective}. Leave one of the two out."
                 )
+
+    def _check_beside(self) -> None:
+        if self.objective in ENCODER_OBJECTIVES:
+            asked = [name for name in ("retention_share", "kl_weight") if getattr(self, name) is not None]
+            if asked:
+                raise ConfigError(
+                    f"{', '.join(asked)} cannot be set with objective {self.objective}: encoders have neither. Put "
+                    "rows to stay good at among those of --data."
+                )
+            return
+        needs = OBJECTIVES[self.objective].Objective
+        if self.retention_share is not None and (needs.needs_reference or needs.needs_teacher):
+            raise ConfigError(
+                f"retention_share = {self.retention_share:g}; {self.objective} learns from what a model said of its "
+                "rows, and of others nothing is recorded. Hold to the base with --kl-data instead."
+            )
+        if self.kl_weight is not None and self.step_rule == "mezo":
+            raise ConfigError(
+                f"kl_weight = {self.kl_weight:g}; it needs gradients, and mezo has none. Leave step_rule out, or mix "
+                "rows in with --retention-data."
+            )
 
 
 @dataclass(frozen=True)
@@ -182,6 +210,10 @@ class Plan:
     max_grad_norm: float
     eval_fraction: float
     early_stopping_patience: int | None
+    retention_share: float | None
+    """None where there are no retention rows."""
+    kl_weight: float | None
+    """None where nothing holds the model to its base."""
     seed: int
     threads: int
     predicted_step_seconds: float
@@ -212,10 +244,12 @@ class Plan:
         return "rows of up to" if isinstance(self.model_config, EncoderConfig) else "windows of"
 
     def with_steps(self, num_windows: int) -> Plan:
-        """The plan with `max_steps` and `warmup_steps` filled in for so many windows; what is set already stays."""
+        """The plan with `max_steps` and `warmup_steps` filled in for so many windows of the task; what is set already
+        stays.
+        """
         steps = self.max_steps
         if steps is None:
-            per_step = self.batch_size * self.gradient_accumulation_steps
+            per_step = self.batch_size * self.gradient_accumulation_steps * (1 - (self.retention_share or 0.0))
             steps = max(1, math.ceil(self.num_epochs * num_windows / per_step))
         warmup = round(self.warmup_ratio * steps) if self.warmup_steps is None else self.warmup_steps
         return replace(self, max_steps=steps, warmup_steps=warmup)
@@ -270,6 +304,10 @@ class Plan:
             yield f"              the weights of {self.dequantized_layers} blocks stay dequantized: the budget has room"
         if self.objective != "sft":
             yield f"  objective   {', '.join(self.objective_words)}"
+        if self.retention_share is not None:
+            yield f"  retention   {self.retention_share:.3g} of the windows are retention rows"
+        if self.kl_weight is not None:
+            yield f"  base        held to it by {self.kl_weight:g} times the divergence, one micro-batch more a step"
         yield f"  optimizer   {self.optimizer}, learning rate {self.learning_rate:g}"
         if self.fast_products:
             yield "  products    with the processor's widest vectors"

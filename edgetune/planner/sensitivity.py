@@ -1,7 +1,8 @@
 """The plan of a sensitivity pass: some steps of a training run that never updates (`training.sensitivity`).
 
 It is the plan of that run, with an adapter of low rank at every linear. So it obeys the same budget, by the same
-concessions; linears that it concedes are not measured, and get no rank.
+concessions; linears that it concedes are not measured, and get no rank. Rows beside those of the task have no part in
+it: where the adapter does nothing yet, the divergence from the base has no gradient.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from edgetune.device import DeviceProfile
 from edgetune.errors import ConfigError
 from edgetune.hub import model_folder
 from edgetune.planner import plan
+from edgetune.planner.beside import Beside
 from edgetune.planner.plans import Plan, TrainConfig
 
 STEPS = 8
@@ -24,7 +26,8 @@ STEPS = 8
 
 def plan_pass(
     model: str | Path, device: str | Path | DeviceProfile, *, data: str | Path | None, adapter: LoraConfig,
-    config: TrainConfig | None = None, engine: str | None = None, **wishes: Any,
+    config: TrainConfig | None = None, engine: str | None = None, retention_data: str | Path | None = None,
+    kl_data: str | Path | None = None, **wishes: Any,
 ) -> Plan:  # fmt: skip
     """The plan of the pass before a run with these wishes, which are those of `planner.plan`.
 
@@ -38,9 +41,13 @@ def plan_pass(
         raise ConfigError(f"adapter_budget = {adapter.adapter_budget} needs {what}.")
     if isinstance(open_any_base(model_folder(model)), EncoderBase):
         raise ConfigError(f"adapter_budget = {adapter.adapter_budget}; {model} is an encoder: set --r there.")
+    beside = Beside.of(retention_data, kl_data)
+    wanted = beside.completed(config or TrainConfig()).checked()
+    beside.check(wanted)
     steps = replace(
-        (config or TrainConfig()).checked(), max_steps=STEPS, num_epochs=None, step_rule="backprop", optimizer="sgd",
+        wanted, max_steps=STEPS, num_epochs=None, step_rule="backprop", optimizer="sgd",
         learning_rate=1.0, max_grad_norm=1e12, early_stopping_patience=None,
+        retention_share=None, kl_weight=None,
     )  # fmt: skip
     measured = LoraConfig(layers_to_transform=adapter.layers_to_transform)
     made = plan(model, device, data=data, adapter=measured, config=steps, engine="torch", **wishes)

@@ -31,9 +31,13 @@ class Windows(NamedTuple):
     learned: int
     held_out: int
     supervised: int
-    """The most supervised positions of any window that is learned."""
+    """The most supervised positions of any window that is learned, retention rows among them."""
     length: int
     """The fullest one's tokens: all are as long as that."""
+    beside: int = 0
+    """Windows of other rows, learned or held out."""
+    anchored: int = 0
+    """The most positions of a window on which the base holds the model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +51,26 @@ class RowFacts:
     is_text: bool = False
     together: int = 1
     """How many rows in turn no window divides."""
+    retention: RowFacts | None = None
+    """Rows that are mixed in."""
+    anchors: RowFacts | None = None
+    """Texts on which the base holds the adapted model."""
+
+    @property
+    def _beside(self) -> list[RowFacts]:
+        return [part for part in (self.retention, self.anchors) if part is not None]
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether all rows are texts."""
+        return self.is_text and all(part.is_text for part in self._beside)
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest row, or of the longest that stay together."""
+        """Tokens of the longest row, or of the longest that stay together; of rows beside, those that are no texts."""
         parts = (*units(self.rows, self.together), *units(self.held_out, self.together))
-        return max((sum(map(len, part)) for part in parts), default=0)
+        others = (part.longest for part in self._beside if not part.is_text)
+        return max((*(sum(map(len, part)) for part in parts), *others), default=0)
 
     @property
     def teacher_tokens(self) -> int:
@@ -62,7 +80,11 @@ class RowFacts:
 
     @cached_property
     def num_tokens(self) -> int:
-        return sum(map(len, self.rows + self.held_out))
+        return sum(map(len, self.rows + self.held_out)) + sum(part.num_tokens for part in self._beside)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows) + len(self.held_out) + sum(part.num_rows for part in self._beside)
 
     @lru_cache(maxsize=16)  # noqa: B019 - a plan asks for a handful of lengths, and its facts end with it
     def windows(self, length: int, virtual_tokens: int = 0) -> Windows:
@@ -70,7 +92,17 @@ class RowFacts:
         parts = (self._cut(rows, length - virtual_tokens) for rows in (self.rows, self.held_out))
         learned, held_out = (pack(rows, length, self.together, virtual_tokens) for rows in parts)
         supervised = max(window.num_supervised for window in learned)
-        return Windows(len(learned), len(held_out), supervised, max(window.length for window in learned + held_out))
+        length_of = max(window.length for window in learned + held_out)
+        beside = [part.windows(length, virtual_tokens) for part in self._beside]
+        mixed = [part.windows(length, virtual_tokens).supervised for part in [self.retention] if part is not None]
+        return Windows(
+            len(learned),
+            len(held_out),
+            max([supervised, *mixed]),
+            max([length_of, *(part.length for part in beside)]),
+            sum(part.learned + part.held_out for part in beside),
+            0 if self.anchors is None else self.anchors.windows(length, virtual_tokens).supervised,
+        )
 
     def _cut(self, rows: tuple[Row, ...], length: int) -> tuple[Row, ...]:
         """The rows as they will be read for this window: longer texts are cut."""
@@ -110,12 +142,15 @@ class Wishes:
         """What may be conceded. A window never gets shorter than a row that cannot be cut."""
         facts = self.facts
         virtual = self.virtual_tokens
-        shortest = SHORTEST_WINDOW + virtual if facts.is_text else max(facts.longest + virtual, SHORTEST_WINDOW)
+        longest = max(facts.longest + virtual, SHORTEST_WINDOW)
+        shortest = SHORTEST_WINDOW + virtual if facts.can_be_cut else longest
         accumulation = self.config.gradient_accumulation_steps is None
         rules = self.config.learning_rate is None
         free = frozenset(SETTINGS).difference(self.fixed) - (ADAPTER_SETTINGS - vars(self.adapter).keys())
         if self.config.step_rule == "mezo":
             free -= {"optimizer"}
+        if self.config.kl_weight is not None:  # it needs gradients
+            free -= {"step_rule"}
         if self.engine == "ort":
             return Freedom(free - ORT_FIXED, accumulation, shortest, rules, ORT_OPTIMIZERS)
         return Freedom(free, accumulation, shortest, rules)
@@ -148,6 +183,11 @@ class Wishes:
             raise ConfigError(
                 f"max_seq_length = {length}, of which num_virtual_tokens takes {self.virtual_tokens}; a row needs 2 "
                 "more. Set it higher, or that lower."
+            )
+        if config.kl_weight is not None and self.virtual_tokens:
+            raise ConfigError(
+                f"kl_weight = {config.kl_weight:g}; {self.adapter.method} gives rows other positions than the base, "
+                "so the two are not compared. Choose another adapter, or give rows to --retention-data."
             )
         if config.step_rule == "mezo" and config.optimizer not in (None, "sgd"):
             raise ConfigError(f"optimizer = {config.optimizer!r}; mezo is an SGD. Leave one of the two out.")

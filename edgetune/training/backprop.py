@@ -24,6 +24,7 @@ from edgetune.objectives import Objective, objective_of
 from edgetune.objectives.sft import Measured
 from edgetune.planner.costs import row_step
 from edgetune.planner.plans import Plan
+from edgetune.training.anchor import Anchor
 from edgetune.training.blocks import Activations, normalize, normalize_backward
 from edgetune.training.forward import SFT, Batch, Check, Features, Tally, below, start
 from edgetune.training.optimizer import Optimizer, clip_gradients
@@ -55,6 +56,7 @@ class Rule:
         self.decoder, self.parameters, self.max_grad_norm = decoder, parameters, plan.max_grad_norm
         self.objective, self.figures = objective_of(plan), dict[str, float]()
         self.path = Path(plan.adapter.first_block, plan.recompute_layers, features, row_step(plan.threads))
+        self.anchor: Anchor | None = None
         self.optimizer = Optimizer(
             plan.optimizer, parameters, weight_decay=plan.weight_decay, lr_ratio=plan.adapter.lr_ratio
         )  # fmt: skip
@@ -66,6 +68,10 @@ class Rule:
             self.decoder, batches, self.path, dropout_key=key, check=check, objective=self.objective, tally=tally
         )
         self.figures = tally.figures
+        if self.anchor is not None:
+            divergence = anchor_gradients(self.decoder, self.anchor, self.path, (*key, len(batches)), check)
+            loss += self.anchor.weight * divergence
+            self.figures = {**self.figures, "base_kl": divergence}
         return loss, clip_gradients(self.parameters.values(), self.max_grad_norm)
 
     @property
@@ -113,6 +119,19 @@ def loss_and_gradients(
         measured = _micro_batch(decoder, batch, objective, 1 / num_units, path, check)
         tally.add(measured, objective.units(batch))
     return tally.loss if tally.num_units else 0.0
+
+
+@torch.no_grad()
+def anchor_gradients(decoder: Decoder, anchor: Anchor, path: Path, dropout_key: tuple[int, ...], check: Check) -> float:
+    """Add the gradients of a step's divergence from the base, times its weight; returns its mean over tokens.
+
+    `dropout_key` is (seed, step, index of the micro-batch).
+    """
+    batch = anchor.of_step(dropout_key[1])
+    objective = anchor.objective(batch, check)
+    num_tokens = objective.units(batch)
+    set_dropout(decoder, dropout_key)
+    return _micro_batch(decoder, batch, objective, anchor.weight / num_tokens, path, check).loss / num_tokens
 
 
 def _micro_batch(

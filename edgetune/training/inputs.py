@@ -14,6 +14,7 @@ from edgetune.data.labeled import LabeledRow, labeled, read_labeled_rows
 from edgetune.data.teacher import teacher_path
 from edgetune.errors import CheckpointError, ConfigError, DataError
 from edgetune.objectives import ENCODER_OBJECTIVES, OBJECTIVES, with_needed
+from edgetune.planner.beside import NONE, Beside, one_length
 from edgetune.planner.plans import Plan
 from edgetune.tokenizer import load_tokenizer
 from edgetune.weights import sha256_file
@@ -47,21 +48,42 @@ class Inputs:
     rows: Sequence[LabeledRow] = ()
     """Those of an encoder, in place of windows."""
     eval_rows: Sequence[LabeledRow] = ()
+    beside: Beside = NONE
+    retention: Sequence[Window] = ()
+    """Mixed into every step's windows."""
+    retention_eval: Sequence[Window] = ()
+    anchors: Sequence[Window] = ()
+    """Texts on which the base holds the adapted model."""
 
     @property
     def paths(self) -> dict[str, str | None]:
         """Where everything was read, for whoever goes on with the run or exports it."""
-        named = {"base": self.base, "data": self.data, "eval_data": self.eval_data}
+        named = {"base": self.base, "data": self.data, "eval_data": self.eval_data, **self.beside.paths}
         return {name: None if path is None else str(path.absolute()) for name, path in named.items()}
 
+    @property
+    def learned(self) -> Sequence[Window]:
+        """The windows of a step's own micro-batches."""
+        return (*self.windows, *self.retention)
 
-def read_inputs(plan: Plan, base: Path, base_sha256: str, data: Path, eval_data: Path | None, skip_bad: bool) -> Inputs:
-    """Check all rows of both files and cut them to windows; `base` is the folder with the tokenizer.
+    @property
+    def every(self) -> Sequence[Window]:
+        """Whatever the model is given."""
+        return (*self.learned, *self.eval_windows, *self.retention_eval, *self.anchors)
+
+
+def read_inputs(
+    plan: Plan, base: Path, base_sha256: str, data: Path, eval_data: Path | None, skip_bad: bool,
+    beside: Beside = NONE,
+) -> Inputs:  # fmt: skip
+    """Check all rows of all files and cut them to windows; `base` is the folder with the tokenizer.
 
     Raises:
+        ConfigError: the plan has a setting of a file that is not there, or there is the file and not the setting.
         DataError: rows cannot be used, or the plan's objective does not learn from such rows.
         ModelError: there is no tokenizer.
     """
+    beside.check(plan)
     tokenizer = load_tokenizer(base)
     is_text = plan.objective in ENCODER_OBJECTIVES
     virtual = plan.adapter.virtual_tokens
@@ -71,10 +93,13 @@ def read_inputs(plan: Plan, base: Path, base_sha256: str, data: Path, eval_data:
             return read_labeled_rows(
                 path, tokenizer, plan.max_seq_length, plan.objective, classes=plan.classes or None, skip_bad=skip_bad
             )
-        rows = read_rows(path, tokenizer, plan.max_seq_length - virtual, skip_bad=skip_bad)
-        return with_needed(plan.objective, rows, path, plan.model_config.vocab_size)
+        return read_rows(path, tokenizer, plan.max_seq_length - virtual, skip_bad=skip_bad)
 
-    rows = read(data)
+    def learned(path: Path) -> Rows:
+        rows = read(path)
+        return rows if is_text else with_needed(plan.objective, rows, path, plan.model_config.vocab_size)
+
+    rows = learned(data)
     identity: dict[str, Any] = {
         "base_sha256": base_sha256,
         "tokenizer_sha256": sha256_file(base / "tokenizer.json"),
@@ -84,7 +109,7 @@ def read_inputs(plan: Plan, base: Path, base_sha256: str, data: Path, eval_data:
     if eval_data is None:
         rows, held_out = split_eval(rows, plan.eval_fraction, plan.seed)
     else:
-        held_out = read(eval_data)
+        held_out = learned(eval_data)
         identity["eval_data_sha256"] = held_out.sha256
     if not is_text and OBJECTIVES[plan.objective].Objective.needs_teacher:
         for name, path in (("teacher", data), ("eval_teacher", eval_data)):
@@ -96,14 +121,20 @@ def read_inputs(plan: Plan, base: Path, base_sha256: str, data: Path, eval_data:
             f"early_stopping_patience = {plan.early_stopping_patience} goes by held-out rows, and there are none. Give "
             "--eval-data or an eval_fraction above 0, or leave it out."
         )
-    windows, eval_windows = (
-        ([] if is_text else pack(each, plan.max_seq_length, each.together, virtual)) for each in (rows, held_out)
+    others = beside.read(plan.objective, read, plan.seed)
+    parts = (held_out, others.retention_eval, rows, others.retention, others.anchors)
+    eval_windows, retention_eval, *seen = (
+        [] if is_text else pack(each, plan.max_seq_length, each.together, virtual) for each in parts
     )
+    windows, retention, anchors = one_length(seen)
+    identity |= others.sha256
     plan = plan.with_steps(len(rows) if is_text else len(windows))
     values = json.loads(json.dumps(plan.to_dict()))  # as it comes back from a checkpoint: lists, no tuples
     identity["plan"] = {name: value for name, value in values.items() if name not in _CHANGES_NO_RESULT}
-    texts = (labeled(rows), labeled(held_out)) if is_text else ()
-    return Inputs(plan, base, data, eval_data, windows, eval_windows, identity, *texts)
+    texts = (labeled(rows), labeled(held_out)) if is_text else ((), ())
+    return Inputs(
+        plan, base, data, eval_data, windows, eval_windows, identity, *texts, beside, retention, retention_eval, anchors
+    )
 
 
 def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:

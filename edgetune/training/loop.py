@@ -13,6 +13,7 @@ from pathlib import Path
 
 from edgetune.errors import ConfigError, ModelError
 from edgetune.objectives import ENCODER_OBJECTIVES
+from edgetune.planner.beside import NONE, Beside
 from edgetune.planner.plans import Plan
 from edgetune.quantizer import read_manifest
 from edgetune.training import features
@@ -38,6 +39,8 @@ def train(
     data: str | Path,
     out: str | Path,
     eval_data: str | Path | None = None,
+    retention_data: str | Path | None = None,
+    kl_data: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
     enforce: str = "governor",
@@ -55,6 +58,8 @@ def train(
         data: rows to learn from, JSON Lines.
         out: the run folder.
         eval_data: rows to evaluate on; None takes the plan's `eval_fraction` of the data.
+        retention_data: rows to stay good at, of which the plan says their share.
+        kl_data: texts on which the base holds the model, as hard as the plan says.
         resume: go on where the folder's last checkpoint stands; a run that is done is returned at once.
         force: replace what an earlier run left in the folder.
         enforce: "governor" recomputes more where the budget is near and stops at the budget; "rlimit" also lets
@@ -89,7 +94,8 @@ def train(
             features.remove(folder / FEATURES)
 
     def read() -> Inputs:
-        return checked_inputs(plan, base, Path(data), None if eval_data is None else Path(eval_data), skip_bad)
+        beside = Beside.of(retention_data, kl_data)
+        return checked_inputs(plan, base, Path(data), None if eval_data is None else Path(eval_data), skip_bad, beside)
 
     trainer = EncoderTrainer if plan.objective in ENCODER_OBJECTIVES else TorchTrainer
     with using(plan.threads):
@@ -99,8 +105,10 @@ def train(
         )  # fmt: skip
 
 
-def checked_inputs(plan: Plan, base: Path, data: Path, eval_data: Path | None, skip_bad: bool) -> Inputs:
-    """Check everything before the model is loaded: base and plan, all rows of both files."""
+def checked_inputs(
+    plan: Plan, base: Path, data: Path, eval_data: Path | None, skip_bad: bool, beside: Beside = NONE
+) -> Inputs:
+    """Check everything before the model is loaded: base and plan, all rows of all files."""
     if plan.engine != ENGINE:
         raise ConfigError(f"the plan is for the {plan.engine} engine; this is the {ENGINE} engine. Plan again for it.")
     manifest = read_manifest(base)
@@ -110,4 +118,4 @@ def checked_inputs(plan: Plan, base: Path, data: Path, eval_data: Path | None, s
         )
     if sha256_file(base / WEIGHTS) != manifest["base_sha256"]:
         raise ModelError(f"{base / WEIGHTS} is not what its manifest names. Run `edgetune quantize` again.")
-    return read_inputs(plan, base, manifest["base_sha256"], data, eval_data, skip_bad)
+    return read_inputs(plan, base, manifest["base_sha256"], data, eval_data, skip_bad, beside)

@@ -59,7 +59,7 @@ def allocate_ranks(
         data: the rows that will be learned.
         adapter: its `adapter_budget` in bytes; ranks, target modules and alpha are left open.
         config: the training that is wanted.
-        wishes: the other ones of `plan`: eval_data, budget, skip_bad.
+        wishes: the other ones of `plan`: eval_data, retention_data, kl_data, budget, skip_bad.
 
     Raises:
         BudgetError: the pass does not fit the device, or the adapter's budget holds no linear.

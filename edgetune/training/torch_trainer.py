@@ -15,6 +15,8 @@ from edgetune.memory import give_back
 from edgetune.models.decoder import load_decoder
 from edgetune.objectives import objective_of, sft
 from edgetune.planner.costs import filled, keeps_bits
+from edgetune.training import backprop
+from edgetune.training.anchor import Anchor
 from edgetune.training.crew import Crew, using
 from edgetune.training.features import FeatureCache
 from edgetune.training.forward import Batch, Tally, evaluate, start_virtual_tokens
@@ -38,17 +40,17 @@ class TorchTrainer(Trainer):
     ) -> None:  # fmt: skip
         super().__init__(inputs, folder, guard, limit, pace, on_progress)
         plan = inputs.plan
-        positions = plan.batch_size * max((window.length for window in inputs.windows), default=0)
+        positions = plan.batch_size * max((window.length for window in inputs.learned), default=0)
         exact = keeps_bits(plan.threads, positions, plan.model_config.head_dim)
         self.crew = Crew(plan.threads, free=exact and plan.step_rule == "backprop")
         self.decoder = load_decoder(inputs.base)
         # Rotary tables, before allocations are limited: numpy crashes in a ufunc that is refused its buffers.
-        self.decoder.context(max((window.length for window in (*inputs.windows, *inputs.eval_windows)), default=0))
+        self.decoder.context(max((window.length for window in inputs.every), default=0))
         workspace = self.decoder.workspace
         workspace.tile_weights = plan.tile_weights
         if plan.fast_products:
             workspace.fast_positions = positions
-            supervised = max((window.num_supervised for window in inputs.windows), default=0)
+            supervised = max((window.num_supervised for window in inputs.learned), default=0)
             workspace.fast_loss_rows = min(
                 sft.TILE_TOKENS, filled(min(supervised * plan.batch_size, positions), plan.threads)
             )
@@ -70,6 +72,9 @@ class TorchTrainer(Trainer):
         if self.objective.needs_reference:
             self.reference = Reference(folder / REFERENCE, inputs)
         self.rule = STEP_RULES[plan.step_rule].Rule(self.decoder, self.parameters, plan, self.cache)
+        if inputs.anchors:
+            assert isinstance(self.rule, backprop.Rule), "the config refuses others"
+            self.rule.anchor = Anchor(self.decoder, inputs.anchors, plan, self.cache)
 
     def initialize(self) -> None:
         initialize(self.decoder, self.inputs, self.limit, self.tell)
@@ -102,7 +107,7 @@ class TorchTrainer(Trainer):
             return
         if self.reference is not None:
             self.inputs = self.reference.add(self.decoder.workspace, self.limit, self.check, self.tell)
-            self.batches.windows = self.inputs.windows
+            self.batches.task.windows = self.inputs.windows
         if self.cache is None or self.state.step >= self.max_steps:
             return
         if kind := memory_file_system(self.folder):
@@ -110,7 +115,7 @@ class TorchTrainer(Trainer):
             return
         try:
             with self.limit:
-                self.cache.fill([*self.inputs.windows, *self.inputs.eval_windows], self.check, self.tell)
+                self.cache.fill(self.inputs.every, self.check, self.tell)
         except OSError as error:
             if is_out_of_memory(error):
                 raise

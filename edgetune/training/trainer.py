@@ -56,6 +56,8 @@ class _State:
     best_step: int | None = None
     best_loss: float | None = None
     best_figures: dict[str, float] = field(default_factory=dict)  # of the objective, beside that loss
+    retention_before: float | None = None  # the held-out loss of the retention rows before the first step
+    retention_loss: float | None = None  # and with the adapter that is kept
     skipped: int = 0
     skipped_in_a_row: int = 0
     checkpoint_seconds: float = 0.0  # the longest so far
@@ -83,6 +85,7 @@ class Trainer(ABC):
         self.batches = Batches(
             inputs.windows, batch_size=plan.batch_size,
             gradient_accumulation_steps=plan.gradient_accumulation_steps, seed=plan.seed,
+            retention=inputs.retention, retention_share=plan.retention_share or 0.0,
         )  # fmt: skip
         self.state = _State()
         self.updating = False  # inside an update the parameters are of no step
@@ -195,6 +198,10 @@ class Trainer(ABC):
 
     def to_the_end(self) -> str:
         """Steps, evaluations and checkpoints."""
+        if self.inputs.retention_eval and self.state.retention_before is None:
+            self.state.retention_before = self.state.retention_loss = self.measure_retention()
+            self.metrics.append(step=0, eval_loss=None, retention_loss=self.state.retention_before)
+            self.save()
         while True:
             self.check()
             if self.evaluation_is_due():
@@ -288,19 +295,31 @@ class Trainer(ABC):
 
     def evaluate(self) -> None:
         """Loss over the held-out rows; the best so far is remembered with its step, where a checkpoint follows."""
-        if not (self.inputs.eval_windows or self.inputs.eval_rows):
+        if not (self.inputs.eval_windows or self.inputs.eval_rows or self.inputs.retention_eval):
             self.state.evaluated_step = self.state.step
             return
         started = self.pace.clock()
         with self.limit:
             loss, figures = self.measure(self.held_out())
+        retention = self.measure_retention()
         self.pace.end_evaluation(started, self.check)
         self.state.evaluated_step = self.state.step  # here, so that one that was stopped is made again
         told = {f"eval_{name}": value for name, value in figures.items()} if math.isfinite(loss) else {}
-        self.metrics.append(step=self.state.step, eval_loss=loss if math.isfinite(loss) else None, **told)
+        beside = {"retention_loss": retention} if self.inputs.retention_eval else {}
+        self.metrics.append(step=self.state.step, eval_loss=loss if math.isfinite(loss) else None, **told, **beside)
         if math.isfinite(loss) and (self.state.best_loss is None or loss < self.state.best_loss):
             self.state.best_step, self.state.best_loss, self.state.best_figures = self.state.step, loss, told
+        if self.state.best_step in (None, self.state.step):  # the adapter that is kept if the run ends here
+            self.state.retention_loss = retention
         self.tell()
+
+    def measure_retention(self) -> float | None:
+        """The loss over the held-out retention rows; None where there are none, or it is not finite."""
+        if not self.inputs.retention_eval:
+            return None
+        with self.limit:
+            loss, _ = self.measure(in_batches(self.inputs.retention_eval, self.plan.batch_size))
+        return loss if math.isfinite(loss) else None
 
     def save(self) -> None:
         """A checkpoint of the last completed step; a non-finite adapter is none."""
@@ -359,6 +378,8 @@ class Trainer(ABC):
             "eval_loss": state.best_loss,
             **state.best_figures,
             "best_step": state.best_step,
+            "retention_loss_before": state.retention_before,
+            "retention_loss": state.retention_loss,
             "trainable_parameters": sum(value.size for value in self.tensors().values()),
             "adapter_bytes": (self.folder / MODEL).stat().st_size,
             "adapter_sha256": sha256_file(self.folder / MODEL),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from edgetune.data import Row, Window
@@ -39,3 +41,20 @@ def test_a_step_needs_no_steps_before_it() -> None:
 def test_the_last_batch_may_be_smaller() -> None:
     sizes = [len(batch["input_ids"]) for batch in in_batches(windows(7), 3)]
     assert sizes == [3, 3, 1]
+
+
+def test_retention_windows_have_their_share_of_every_step() -> None:
+    task, kept = windows(7), windows(5)
+    settings: dict[str, Any] = {"retention": kept, "retention_share": 0.25, "seed": 5}
+    batches = Batches(task, batch_size=4, gradient_accumulation_steps=2, **settings)
+    again = Batches(task, batch_size=4, gradient_accumulation_steps=2, **settings)
+    seen = [batches.windows_of_step(step) for step in range(35)]
+    assert all(sum(any(window is old for old in kept) for window in step) == 2 for step in seen)
+    assert all(again.windows_of_step(step) == seen[step] for step in (30, 3, 17))
+    counts = [sum(window is each for step in seen for window in step) for each in (*task, *kept)]
+    assert counts == [30] * 7 + [14] * 5
+    few = Batches(task, batch_size=1, gradient_accumulation_steps=2, **settings)
+    assert sum(any(each is old for old in kept) for step in range(40) for each in few.windows_of_step(step)) == 20
+    only = Batches(task, batch_size=4, gradient_accumulation_steps=2, seed=5)
+    ours = [window for step in seen for window in step if not any(window is old for old in kept)]
+    assert ours[:56] == [window for step in range(7) for window in only.windows_of_step(step)]
