@@ -402,7 +402,8 @@ def test_the_next_step_is_told_with_its_flags(summary: dict[str, Any], last: str
     class Ended:
         folder = Path("run")
 
-    figures = dict.fromkeys(["train_loss", "eval_loss", "tokens_per_second"]) | {"late_steps": 0, "emulated": False}
+    losses = ["train_loss", "eval_loss", "retention_loss_before", "tokens_per_second"]
+    figures = dict.fromkeys(losses) | {"late_steps": 0, "emulated": False}
     sizes = ("measured_peak_bytes", "predicted_peak_bytes", "budget_bytes", "adapter_bytes")
     words = ("budget_name", "enforcement", "device")
     Ended.summary = (  # type: ignore[attr-defined]

@@ -207,9 +207,12 @@ def test_what_cannot_be_planned_is_refused_with_the_next_step(base: Path, tmp_pa
         ({"step_rule": "mezo"}, "step_rule = 'mezo'; encoders have backprop alone"),
         ({"activation_offloading": True}, "encoders keep the inputs of their blocks in memory"),
         ({"fast_products": True}, "each batch of an encoder has one of its own"),
+        ({"retention_share": 0.5}, "retention_share cannot be set with objective classification: encoders have"),
     ):
         with pytest.raises(ConfigError, match=message):
             plan_for(base, data, "classification", **settings)
+    with pytest.raises(ConfigError, match=r"kl_weight cannot be set with objective classification"):
+        et.plan(base, "host", data=data, kl_data=data, config=et.TrainConfig(objective="classification"))
     with pytest.raises(ConfigError, match=r"needs rows: its classes .* Give --data"):
         et.plan(base, "host", config=et.TrainConfig(objective="classification"))
     with pytest.raises(ConfigError, match="no training graphs of encoders"):
