@@ -2,7 +2,7 @@
 
 Each contestant loads once, in a process of its own; then all generate by turns, greedily, after prompts of several
 lengths. transformers runs the same model in float32; genai the same bundle; `no_slots` is the same graph without the
-adapter's inputs. The ratios are of medians over the rounds.
+adapter's inputs. Figures are medians over the rounds, and so are ratios, each of two in the same round.
 
 Run on an idle machine: python benchmarks/decode.py            (--num-hidden-layers 2 is a quick look)
 """
@@ -179,13 +179,18 @@ def compare(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
     for past in flags.past:
         token = {name: statistics.median(one["token"] for one in found[past]) for name, found in rounds.items()}
         prompt = {name: statistics.median(one["prompt"] for one in found[past]) for name, found in rounds.items()}
+
+        def ratio(name: str, peer: str, past: int = past) -> float:
+            pairs = zip(rounds[name][past], rounds[peer][past], strict=True)
+            return statistics.median(one["token"] / other["token"] for one, other in pairs)
+
         result["past"][past] = {
             "generation_tokens_per_second": {name: round(1 / seconds, 1) for name, seconds in token.items()},
             "prompt_ms": {name: round(1e3 * seconds, 1) for name, seconds in prompt.items()},
-            "times_transformers": round(token["transformers_fp32"] / token["edgetune"], 2),
-            "times_genai": round(token["genai"] / token["edgetune"], 3),
+            "times_transformers": round(ratio("transformers_fp32", "edgetune"), 2),
+            "times_genai": round(ratio("genai", "edgetune"), 3),
             "overhead_percent": {
-                name: round(100 * (token[key] / token["no_slots"] - 1), 1) for name, key in OVERHEADS.items()
+                name: round(100 * (ratio(key, "no_slots") - 1), 1) for name, key in OVERHEADS.items()
             },
             "same_tokens_as_genai": rounds["genai"][past][0]["ids"] == rounds["edgetune"][past][0]["ids"],
         }
