@@ -189,9 +189,7 @@ def compare(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
             "prompt_ms": {name: round(1e3 * seconds, 1) for name, seconds in prompt.items()},
             "times_transformers": round(ratio("transformers_fp32", "edgetune"), 2),
             "times_genai": round(ratio("genai", "edgetune"), 3),
-            "overhead_percent": {
-                name: round(100 * (ratio(key, "no_slots") - 1), 1) for name, key in OVERHEADS.items()
-            },
+            "overhead_percent": {name: round(100 * (ratio(key, "no_slots") - 1), 1) for name, key in OVERHEADS.items()},
             "same_tokens_as_genai": rounds["genai"][past][0]["ids"] == rounds["edgetune"][past][0]["ids"],
         }
     size = (bundle.folder / DATA).stat().st_size

@@ -6,8 +6,9 @@
 Each linear adds what its adapter makes of its input. A family may norm q and k by head, and o Wo and the MLP's output
 before they are added. Everything that differs from block to block is an input, so one graph serves all of them: 90
 sessions took 60 MiB on the SmolLM2-135M shape. Backward dequantizes every matrix once more rather than keeping it since
-forward, so that one of them exists at a time. It computes the block's forward again, or takes what that has kept:
-`kept_widths`, of which norms, attention's scores and the MLP's product are made anew, as `training.blocks` does.
+forward, so that one of them exists at a time. It computes the block's forward again, or takes what that has kept
+(`DecoderConfig.kept_widths`); norms, attention's scores and the MLP's product are made of it anew, as `training.blocks`
+does.
 """
 
 from __future__ import annotations
@@ -29,16 +30,6 @@ DOWN: Linears = ("mlp.down_proj",)
 
 
 Gradients = dict[str, tuple[ir.Value, list[int | str]]]
-
-
-def kept_widths(config: DecoderConfig) -> dict[str, int]:
-    """What a block may keep from forward to backward, as rows: name -> features."""
-    shapes = config.linear_shapes
-    widths = {"q": shapes[QKV[0]][0], "k": shapes[QKV[1]][0], "v": shapes[QKV[2]][0], "o": shapes[OUT[0]][1]}
-    widths |= {"x2": config.hidden_size, "gate": shapes[GATE_UP[0]][0], "up": shapes[GATE_UP[1]][0]}
-    norms = config.block_norms
-    inside = {"attention_out": norms.after_attention, "mlp_out": norms.after_mlp}
-    return widths | {name: config.hidden_size for name, norm in inside.items() if norm}
 
 
 class Block:
@@ -71,7 +62,7 @@ class Block:
         self.heads = Heads(n("Shape", self.mask, start=0, end=1), n("Shape", self.mask, start=2, end=3))
         self.z: dict[str, ir.Value] = {}  # of each linear, what its adapter's backward needs
         self.raw: dict[str, ir.Value] = {}  # what a norm inside the block took
-        self.kept: dict[str, ir.Value] = {}  # the values of `kept_widths`, after `forward`
+        self.kept: dict[str, ir.Value] = {}  # of `config.kept_widths`, after `forward`
         self.gradients: Gradients = {}
 
     def _norm_sizes(self) -> dict[str, tuple[int]]:
@@ -128,7 +119,7 @@ class Block:
         norms = self.config.block_norms
         self.kept = {
             name: self.b.input(f"kept.{name}", "float32", ["positions", width])
-            for name, width in kept_widths(self.config).items()
+            for name, width in self.config.kept_widths.items()
         }
         self.h = self._norm(norms.before_attention, self.x)
         self._attend(self.kept["q"], self.kept["k"], self.kept["v"])

@@ -14,7 +14,7 @@ A graph holds no weights: they are inputs, the bytes of the inference graph's da
 there, without `model.layers.i.` where a graph serves every block. A client maps the file, so the weights are on disk
 and in memory once. The backward graph computes its block's forward again from the stored x, so only the blocks' inputs
 are kept; in one graph with the forward, onnxruntime would merge the two and keep everything. Where there is memory for
-what a block keeps (`block.kept_widths`), the other pair saves that third of the work. The loss is the one pass
+what a block keeps (`DecoderConfig.kept_widths`), the other pair saves that third of the work. The loss is the one pass
 over the head of `objectives.sft`: a tile dequantizes one range of rows, so neither the logits nor the head exist whole.
 
 Adapter tensors have the names and the layout of the inference graph, but B without the scaling, so that the optimizer
@@ -31,7 +31,7 @@ import onnx_ir as ir
 
 from edgetune.graphs import FORMATS, backward
 from edgetune.graphs.backward import Nodes
-from edgetune.graphs.block import Block, kept_widths
+from edgetune.graphs.block import Block
 from edgetune.graphs.builder import Builder, part_name
 from edgetune.graphs.fused import FormatOf
 from edgetune.models.config import DecoderConfig
@@ -125,7 +125,7 @@ def _forward(c: DecoderConfig, format_of: FormatOf, *, keep: bool) -> Builder:
     b, _ = _graph("forward_kept" if keep else "forward")
     block = Block(b, c, format_of)
     b.output(block.forward(), "y", "float32", ["positions", c.hidden_size])
-    for name, width in kept_widths(c).items() if keep else ():
+    for name, width in c.kept_widths.items() if keep else ():
         b.output(block.kept[name], f"kept.{name}", "float32", ["positions", width])
     return b
 

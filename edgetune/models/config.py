@@ -107,6 +107,15 @@ class DecoderConfig:
         return dict(zip(LINEARS, shapes, strict=True))
 
     @property
+    def kept_widths(self) -> dict[str, int]:
+        """What a block of a training graph may keep from forward to backward, as rows: name -> features."""
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        widths = {"q": q, "k": kv, "v": kv, "o": q, "x2": self.hidden_size}
+        widths |= {"gate": self.intermediate_size, "up": self.intermediate_size}
+        inside = {"attention_out": self.block_norms.after_attention, "mlp_out": self.block_norms.after_mlp}
+        return widths | {name: self.hidden_size for name, norm in inside.items() if norm}
+
+    @property
     def largest_linear(self) -> int:
         """Weights of a block's largest matrix."""
         return max(n * k for n, k in self.linear_shapes.values())

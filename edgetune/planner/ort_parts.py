@@ -129,11 +129,8 @@ def input_bytes(job: Job, *, trains: bool) -> int:
 
 
 def kept_bytes(job: Job) -> int:
-    """What blocks that do not run again keep for their backward: `graphs.block.kept_widths`."""
-    model, norms = job.decoder, job.decoder.block_norms
-    q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    width = 2 * (q + kv + model.intermediate_size)
-    width += model.hidden_size * (1 + bool(norms.after_attention) + bool(norms.after_mlp))
+    """What blocks that do not run again keep for their backward."""
+    width = sum(job.decoder.kept_widths.values())
     return FLOAT_BYTES * job.tokens * width * (job.path_layers - job.recompute_layers)
 
 

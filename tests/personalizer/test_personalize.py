@@ -245,7 +245,7 @@ def test_defaults_follow_the_rows_and_the_device(made: Path, bundle: Path, tmp_p
             {"lora_dropout": 0.1},
             {},
             {},
-            "lora_dropout cannot be set here: training graphs learn by sft, know one rank",
+            "lora_dropout cannot be set here: training graphs learn by sft from one file, know one rank",
         ),
         ({}, {"step_rule": "mezo"}, {}, "step_rule cannot be set here"),
         ({}, {"optimizer": "lion"}, {}, "optimizer = 'lion'; training graphs have adamw, sgd"),
