@@ -366,6 +366,24 @@ def test_a_slice_ends_with_code_75_and_how_to_go_on(
     assert f"edgetune train --resume {tmp_path / 'run'} --one-slice" in err
 
 
+def test_rows_beside_those_of_the_task_reach_the_run(
+    way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(launch, "start", lambda job, **options: seen.update(job))
+    rows, texts = way / "rows.jsonl", tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "Once upon a time"}\n', encoding="utf-8")
+    device = ("--device", "host", "--data", rows)
+    beside = ("--retention-data", rows, "--kl-data", texts, "--kl-weight", "2")
+    assert call("train", way / "base", *device, "--out", tmp_path / "run", *beside) == 0
+    assert (seen["retention_data"], seen["kl_data"]) == (rows, texts)
+    assert (seen["plan"].retention_share, seen["plan"].kl_weight) == (0.25, 2.0)
+    capsys.readouterr()
+    assert call("plan", way / "base", *device, *beside, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["retention_share"], told["kl_weight"]) == (0.25, 2.0)
+
+
 @pytest.mark.parametrize("typed", [[], ["--emulate"], ["--one-slice"], ["--emulate", "--one-slice"]])
 @pytest.mark.parametrize("resume", [False, True])
 def test_pace_flags_reach_the_run(

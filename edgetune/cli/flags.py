@@ -56,14 +56,16 @@ RetentionRows = Annotated[
     Path | None,
     typer.Option(
         "--retention-data", metavar="FILE", show_default=False,
-        help="Rows to stay good at: --retention-share of a step's windows are of them. (default: none)",
+        help="Against forgetting, with rows of what the model should stay good at: they are --retention-share of the "
+        "windows of each step. (default: none)",
     ),
 ]  # fmt: skip
 AnchorTexts = Annotated[
     Path | None,
     typer.Option(
         "--kl-data", metavar="FILE", show_default=False,
-        help="Texts on which the model is held to its base, by --kl-weight. (default: none)",
+        help="Against forgetting, with texts alone: what the model makes of them is held to what its base does, by "
+        "--kl-weight. (default: none)",
     ),
 ]  # fmt: skip
 Grid = Annotated[

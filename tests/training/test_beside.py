@@ -12,7 +12,10 @@ import pytest
 from edgetune import errors
 from edgetune.adapters import METHODS
 from edgetune.adapters.lora import LoraConfig
+from edgetune.base import open_base
+from edgetune.cli import launch
 from edgetune.planner import TrainConfig, plan
+from edgetune.planner.wishes import RowFacts, Wishes
 from edgetune.training.loop import train
 from tests.training.conftest import at_step, interrupt, make_base, make_plan, write_rows
 
@@ -58,9 +61,30 @@ def test_a_run_with_both_goes_on_to_the_bit(base: Path, files: Files, tmp_path: 
     assert stopped.stopped == "signal"
     resumed = train(made, base, data=files["data"], **beside, out=tmp_path / "run", resume=True)
     assert resumed.summary["adapter_sha256"] == found["adapter_sha256"]
+    job = launch.old_run(tmp_path / "run", data=None, eval_data=None)
+    assert {name: job[name] for name in beside} == beside, "the command line goes on with the same files"
     assert resumed.summary["retention_loss_before"] == found["retention_loss_before"]
     with pytest.raises(errors.CheckpointError, match="was started with something else: kl_data"):
         train(made, base, data=files["data"], **(beside | {"kl_data": files["old"]}), out=tmp_path / "run", resume=True)
+
+
+def test_without_gradients_retention_rows_are_learned_too(base: Path, files: Files, tmp_path: Path) -> None:
+    made = make_plan(base, step_rule="mezo", optimizer="sgd", learning_rate=1e-3, retention_share=0.5)
+    beside = {"retention_data": files["old"]}
+    whole = train(made, base, data=files["data"], **beside, out=tmp_path / "whole").summary
+    train(made, base, data=files["data"], **beside, out=tmp_path / "run", on_progress=at_step(5, interrupt))
+    resumed = train(made, base, data=files["data"], **beside, out=tmp_path / "run", resume=True).summary
+    alone = train(replace(made, retention_share=None), base, data=files["data"], out=tmp_path / "alone").summary
+    assert resumed["adapter_sha256"] == whole["adapter_sha256"] != alone["adapter_sha256"]
+    assert whole["retention_loss"] != whole["retention_loss_before"] == resumed["retention_loss_before"]
+
+
+def test_no_budget_takes_the_gradients_from_the_divergence(base: Path) -> None:
+    def free(**settings: float) -> frozenset[str]:
+        return Wishes(open_base(base).config, LoraConfig(), TrainConfig(**settings), RowFacts()).freedom.settings
+
+    assert free() == free(retention_share=0.5) == free(kl_weight=1.0) | {"step_rule"}
+    assert "step_rule" not in free(kl_weight=1.0)
 
 
 def test_both_change_what_is_learned(base: Path, files: Files, tmp_path: Path) -> None:
