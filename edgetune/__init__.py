@@ -43,6 +43,7 @@ from edgetune.errors import (
 from edgetune.extras import missing_extra
 
 if TYPE_CHECKING:
+    from edgetune.adapters.bitfit import BitfitConfig
     from edgetune.adapters.bottleneck import BottleneckConfig
     from edgetune.adapters.dora import DoraConfig
     from edgetune.adapters.ia3 import Ia3Config
@@ -90,6 +91,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 __all__ = [
     "AdapterError",
     "AttachedModule",
+    "BitfitConfig",
     "BottleneckConfig",
     "BudgetError",
     "Bundle",
@@ -149,6 +151,7 @@ __all__ = [
 # Public name -> module. No module shares its name with a function here, or the second `et.plan` would be the module.
 _HOME = {
     "AttachedModule": "edgetune.modules.attached",
+    "BitfitConfig": "edgetune.adapters.bitfit",
     "BottleneckConfig": "edgetune.adapters.bottleneck",
     "Bundle": "edgetune.bundle",
     "DeviceProfile": "edgetune.device",

@@ -30,6 +30,7 @@ import numpy as np
 
 from edgetune.adapter_file import MERGE, Origin, read_origin
 from edgetune.adapters import base as peft
+from edgetune.adapters import lora
 from edgetune.adapters.lora import LoraConfig
 from edgetune.errors import AdapterError, ConfigError, ModelError
 from edgetune.output import folder_in_progress
@@ -188,9 +189,10 @@ def _read(folder: Path) -> _Source:
             linears = _linears(open_tensors(folder / peft.MODEL))
         except ModelError as error:
             raise AdapterError(str(error)) from error
+    if (method := peft.method_of(folder)) is not lora:
+        raise AdapterError(f"{folder} is of the method {method.NAME}; what is merged has LoRA's form. Merge LoRA's.")
     config, tensors = peft.read_adapter(folder, linears)
-    if not isinstance(config, LoraConfig) or config.method != LoraConfig.method:
-        raise AdapterError(f"{folder} is of the method {config.method}; what is merged has LoRA's form. Merge LoRA's.")
+    assert isinstance(config, LoraConfig)
     return _Source(folder, config, tensors, read_origin(folder))
 
 

@@ -60,7 +60,11 @@ class AnyBase(Generic[Config]):
 
     def vector(self, name: str) -> np.ndarray:
         """float32 copy of a tensor that is no matrix, by its full name; of a norm's weight, what it multiplies by."""
-        return self.weights.float32(name)
+        return self.in_use(name, self.weights.float32(name))
+
+    def in_use(self, name: str, vector: np.ndarray) -> np.ndarray:
+        """What the model computes with, of the vector that a file has under that name."""
+        return vector
 
     def nbytes(self, module: str) -> int:
         """Stored bytes of a matrix."""
@@ -71,8 +75,8 @@ class AnyBase(Generic[Config]):
 class Base(AnyBase[DecoderConfig]):
     """The base of a decoder."""
 
-    def vector(self, name: str) -> np.ndarray:
-        vector = super().vector(name)
+    def in_use(self, name: str, vector: np.ndarray) -> np.ndarray:
+        """Of a norm's weight, what it multiplies by."""
         return vector + np.float32(self.config.norm_offset) if name.endswith("norm.weight") else vector
 
 

@@ -15,6 +15,7 @@ from tiny_run import write_run
 from transformers import AutoModelForCausalLM
 
 from edgetune.adapters.base import load_adapter
+from edgetune.adapters.ln_tuning import LnTuningConfig
 from edgetune.adapters.lora import LoraConfig, merge
 from edgetune.arithmetic import COMBINATION_TYPES, merge_adapters, read_merge
 from edgetune.base import open_any_base
@@ -193,6 +194,8 @@ def test_what_does_not_go_together_is_refused(base: Path, tmp_path: Path) -> Non
             combination_type="linear")  # fmt: skip
     refused(AdapterError, "other-run was trained on another base than .*run-0: base_sha256", first, other)
     refused(AdapterError, "is no adapter folder", first, tmp_path / "nothing")
+    norms = write_run(tmp_path / "norms", base, LnTuningConfig())
+    refused(AdapterError, r"norms is of the method ln_tuning; what is merged has LoRA's form", first, norms)
     said = json.loads((first / "summary.json").read_text())
     shape = write_model(tmp_path / "narrow", tiny_config("llama", intermediate_size=40))
     same_hash = write_run(

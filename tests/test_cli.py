@@ -855,6 +855,8 @@ def test_every_flag_reaches_the_plan(
         ("bottleneck", "placement", "houlsby", "houlsby"),
         ("bottleneck", "non_linearity", "tanh", "tanh"),
         ("bottleneck", "layers_to_transform", "1", [1]),
+        ("ln_tuning", "target_modules", "norm,input_layernorm", ["input_layernorm", "norm"]),
+        ("ln_tuning", "layers_to_transform", "1", [1]),
         ("prompt_tuning", "num_virtual_tokens", "7", 7),
         ("prefix_tuning", "num_virtual_tokens", "7", 7),
     ],

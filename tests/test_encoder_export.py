@@ -15,6 +15,8 @@ from tiny_run import adapter_tensors, write_run
 import edgetune as et
 from edgetune.adapter_file import BoundAdapter, read_adapter, write_adapter
 from edgetune.adapters.attach import attach, load_tensors
+from edgetune.adapters.bitfit import BitfitConfig
+from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import open_base
 from edgetune.bundle import EncoderBundle, explain, load_bundle
@@ -140,13 +142,14 @@ def test_a_folder_that_peft_wrote_is_exported(model: Path, tmp_path: Path) -> No
         assert np.abs(wanted - before).max() > 0.01
 
 
-def test_an_adapter_is_merged(bases: dict[str, Path], tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", bases["int4"], LORA)
+@pytest.mark.parametrize("config", [LORA, BitfitConfig()])
+def test_an_adapter_is_merged(bases: dict[str, Path], tmp_path: Path, config: AdapterConfig) -> None:
+    run = write_run(tmp_path / "run", bases["int4"], config)
     bundle = et.export(run, out=tmp_path / "bundle", merge=True, weights="fp32")
     assert isinstance(bundle, EncoderBundle)
     assert bundle.slots == ()
     encoder = load_encoder(bases["int4"])
-    config, tensors = adapter_tensors(bases["int4"], LORA)
+    config, tensors = adapter_tensors(bases["int4"], config)
     load_tensors(attach(encoder, config), tensors)
     np.testing.assert_allclose(et.embed(bundle, TEXTS), torch_embeddings(encoder, bases["int4"]), atol=1e-5, rtol=0)
     rounding = bundle.summary()["rounding"]

@@ -16,6 +16,7 @@ import torch
 from tiny_encoder import encoder_hf, write_encoder
 
 import edgetune as et
+from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.head import load_with_head
 from edgetune.bundle import EncoderBundle, load_any_bundle
 from edgetune.cli.embedding import show_embedding
@@ -66,11 +67,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantize(model, "int4", model.parent / "int4")
 
 
-def plan_for(base: Path, data: Path, objective: str, /, **settings: Any) -> Plan:
+def plan_for(base: Path, data: Path, objective: str, /, adapter: AdapterConfig = LORA, **settings: Any) -> Plan:
     config = et.TrainConfig(
         **({"objective": objective, "batch_size": 6, "num_epochs": 4, "learning_rate": 1e-2} | settings)
     )
-    return et.plan(base, "host", data=data, adapter=LORA, config=config)
+    return et.plan(base, "host", data=data, adapter=adapter, config=config)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,20 @@ def test_every_objective_learns(runs: dict[str, Run], objective: str) -> None:
     lines = [json.loads(line) for line in (runs[objective].folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
+
+
+def test_biases_learn_too(base: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", text_rows(60))
+    plan = plan_for(base, data, "classification", et.BitfitConfig())
+    run = et.train(plan, base, data=data, out=tmp_path / "run")
+    losses = [json.loads(line).get("loss") for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    told = [loss for loss in losses if loss is not None]
+    assert np.mean(told[-4:]) < 0.8 * np.mean(told[:4])
+    assert run.summary["trainable_parameters"] == 2 * (5 * 96 + 107) + 3 * 97
+    bundle = et.export(run, out=tmp_path / "bundle", merge=True)
+    assert bundle.summary()["rounding"]["mean_relative_error"] == 0
+    chosen = [found["label"] for found in predict(bundle.folder, [row["text"] for row in text_rows(30, seed=5)])]
+    assert np.mean([label == row["label"] for label, row in zip(chosen, text_rows(30, seed=5), strict=True)]) > 0.6
 
 
 def test_the_planner_counts_every_buffer_and_parameter(base: Path, tmp_path: Path) -> None:

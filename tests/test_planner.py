@@ -18,7 +18,9 @@ from conftest import tiny_config, write_model
 
 from edgetune import planner
 from edgetune.adapters import METHODS, prefix, prompt
+from edgetune.adapters.bitfit import BitfitConfig
 from edgetune.adapters.config import BlocksConfig
+from edgetune.adapters.ln_tuning import LnTuningConfig
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import open_base
 from edgetune.data import Row, pack, read_rows, split_eval
@@ -37,6 +39,7 @@ from edgetune.quantizer import quantize
 from edgetune.tokenizer import load_tokenizer
 
 FLOOR = 100 * MIB
+RULES = ("backprop", "mezo")
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +224,12 @@ def test_buffers_are_those_of_the_trainer(
     source = write_model(tmp_path / "model", tiny_config(family, num_hidden_layers=4, hidden_size=128), tokenizer=False)
     decoder = load_decoder(quantize(source, "nf4", tmp_path / "base"))
     decoder.workspace.tile_weights = 3000
-    adapter = METHODS[method].Config(layers_to_transform=layers).resolved(decoder.config)
+    adapter = METHODS[method].Config(layers_to_transform=layers)
+    if method == "bitfit" and family != "qwen2":
+        with pytest.raises(ConfigError, match="has a bias to train"):
+            adapter.resolved(decoder.config)
+        return
+    adapter = adapter.resolved(decoder.config)
     attach(decoder, adapter)
     for batch, length, threads in ((1, 24, 1), (1, 24, 2), (3, 150, 1), (3, 150, 2)):  # two fill up the loss's rows
         walk = Walk(min(layers), recompute_layers, row_step=costs.row_step(threads))
@@ -296,6 +304,23 @@ def test_the_adapter_s_bytes_are_those_of_the_trainer(tmp_path: Path, method: st
     parts = peak_parts(job(decoder.config, adapter=adapter), FLOOR)[1]
     assert parts["adapter"] == bytes_held + costs.SLOT_OBJECT_BYTES * len(layers)
     assert parts["gradients"] == sum(value.nbytes for value in parameters.values())
+
+
+@pytest.mark.parametrize("method", [name for name, module in METHODS.items() if module.Config.own])
+def test_the_model_s_own_vectors_lie_in_the_base_s_bytes(tmp_path: Path, method: str) -> None:
+    from edgetune.adapters.attach import attach, own_vectors
+    from edgetune.models.decoder import load_decoder
+
+    decoder = load_decoder(write_model(tmp_path, tiny_config("qwen2"), tokenizer=False))
+    where = {name: getattr(*place).data_ptr() for name, place in own_vectors(decoder).items()}
+    adapter = METHODS[method].Config().resolved(decoder.config)
+    parameters = attach(decoder, adapter)
+    assert {name: value.data_ptr() for name, value in parameters.items()}.items() <= where.items()
+    trained = sum(value.nbytes for value in parameters.values())
+    exact, mezo = (peak_parts(job(decoder.config, adapter=adapter, step_rule=rule), FLOOR)[1] for rule in RULES)
+    objects = costs.SLOT_OBJECT_BYTES * len(parameters)
+    assert (exact["adapter"], exact["gradients"]) == (objects, trained)
+    assert (mezo["adapter"], mezo["gradients"]) == (objects + trained, 0), "mezo keeps a copy"
 
 
 @pytest.mark.parametrize("length", [7, 11, 40])
@@ -629,6 +654,17 @@ class TestLadder:
         large = plan(model, "pixel-watch-3", budget=1000, config=TrainConfig(batch_size=64))
         assert large.exceeds_device and "MORE than" in large.explain()
         assert beyond.device_budget_bytes == inside.budget_bytes
+
+    def test_norms_are_never_conceded(self, model: Path) -> None:
+        wishes = Wishes(load_config(model), LnTuningConfig(), TrainConfig(), RowFacts((row_of(150),)))
+        found = [choice.resolved for choice in descend(wishes.start(), wishes.freedom)]
+        assert {config.where(wishes.model) for config in found} == {
+            f"input_layernorm, post_attention_layernorm, norm in {count} of 8 blocks" for count in (8, 4, 2, 1)
+        }
+
+    def test_decay_of_what_does_not_start_at_zero_is_refused(self, model: Path) -> None:
+        with pytest.raises(ConfigError, match=r"weight_decay = 0\.1; ln_tuning trains the model's own vectors"):
+            plan(model, "pixel-9", adapter=LnTuningConfig(), config=TrainConfig(weight_decay=0.1))
 
     def test_alpha_follows_a_conceded_rank(self, model: Path) -> None:
         everywhere = LoraConfig(layers_to_transform=tuple(range(8)), target_modules=("up_proj", "down_proj"))
@@ -1069,6 +1105,12 @@ class TestTime:
         assert costs.step_work(job(tiny, step_rule="mezo")).flops == pytest.approx(flops)
         twice, once = (costs.step_work(job(tiny, gradient_accumulation_steps=n)).flops for n in (2, 1))
         assert twice == pytest.approx(2 * once)
+        # Of five norms a product and a sum for each feature; nothing forward.
+        flops = 64 * (2 * weights * 5 + attention * (3 + 5) + 2 * 5 * 48) + 4 * 301 * 48 * 62
+        assert costs.step_work(job(tiny, adapter=LnTuningConfig().resolved(tiny))).flops == pytest.approx(flops)
+        biased = load_config(write_model(tmp_path / "biased", TINY | {"model_type": "qwen2"}, tokenizer=False))
+        flops += 64 * 2 * ((48 + 16 + 16) - 5 * 48)  # of each bias the sum
+        assert costs.step_work(job(biased, adapter=BitfitConfig().resolved(biased))).flops == pytest.approx(flops)
 
     def test_traffic_by_hand(self, tmp_path: Path) -> None:
         tiny = load_config(write_model(tmp_path, TINY, tokenizer=False))
@@ -1209,7 +1251,8 @@ def test_blocks_are_named_as_they_are_typed() -> None:
 def test_methods_give_what_the_plan_needs() -> None:
     for method in METHODS.values():
         assert callable(method.slots)
-        assert method.CAPABILITIES is not None and (method in (prefix, prompt) or callable(method.add_gradients))
+        computes = not method.Config.own and method not in (prefix, prompt)
+        assert method.CAPABILITIES is not None and (not computes or callable(method.add_gradients))
 
 
 def test_runs_without_torch_and_onnx(model: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bundles of adapters with inputs of their own: bottlenecks, and what begins the cache."""
+"""Bundles of adapters away from linears: with inputs of their own, or of the model's own vectors, merged."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from conftest import tiny_config, write_model
 from edgetune.adapter_file import read_adapter, write_adapter
 from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.base import load_adapter, save_adapter
+from edgetune.adapters.bitfit import BitfitConfig
 from edgetune.adapters.bottleneck import BottleneckConfig
 from edgetune.adapters.config import AdapterConfig
+from edgetune.adapters.ln_tuning import LnTuningConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.prompt import PromptConfig
 from edgetune.errors import AdapterError, ConfigError, ExportError
@@ -139,6 +141,43 @@ def test_bundles_take_more_of_them(tmp_path: Path, base: Path) -> None:
     assert "prompt" in add_adapter(bundle, made.folder / "adapter.safetensors", name="prompt").adapters
     with pytest.raises(AdapterError, match=r"adapts model\.layers\.0\.mlp_output, which is no linear"):
         add_adapter(bundle, write_run(tmp_path / "bottleneck", base, CONFIGS["pfeiffer"]))
+
+
+@pytest.mark.parametrize(
+    ("config", "family"),
+    [
+        (LnTuningConfig(), "gemma3_text"),
+        (LnTuningConfig(target_modules=("k_norm",)), "qwen3"),
+        (BitfitConfig(), "qwen2"),
+    ],
+)
+def test_the_models_own_vectors_are_merged_exactly(tmp_path: Path, config: AdapterConfig, family: str) -> None:
+    base = quantize(write_model(tmp_path / "model", tiny_config(family)), "int4", tmp_path / "base")
+    run = write_run(tmp_path / "run", base, config)
+    with pytest.raises(ExportError, match=r"no LoRA stands for .*: export it with --merge"):
+        export(run, out=tmp_path / "bundle")
+    ids = np.random.default_rng(2).integers(0, 301, 40).tolist()
+    for alpha in (1.0, 0.25):
+        bundle = export(run, out=tmp_path / f"bundle-{alpha}", merge=True, alpha=alpha)
+        cost = bundle.manifest["rounding"]
+        assert (bundle.manifest["weights"], cost["mean_relative_error"], cost["max_abs_logit"]) == ("int4", 0, 0)
+        decoder = load_decoder(base)
+        found, tensors = load_adapter(run, decoder.config)
+        for name, value in attach(decoder, found).items():
+            value.data.lerp_(torch.from_numpy(tensors[name]), alpha)
+        with torch.no_grad():
+            expected = decoder(torch.tensor([ids]))[0].numpy()
+        session = open_session(bundle, fp32_compute=True)
+        np.testing.assert_allclose(np.concatenate(list(session.logits(ids))), expected, atol=1e-3)
+    other = export(base, out=tmp_path / "other")
+    with pytest.raises(AdapterError, match=r"export it with --merge, which is exact"):
+        add_adapter(other, run)
+    decoder = load_decoder(base)
+    names = attach(decoder, config.resolved(decoder.config))
+    same = {name: value.detach().numpy() for name, value in names.items()}
+    save_adapter(run, config.resolved(decoder.config), same, str(base))
+    with pytest.raises(ExportError, match=r"changes nothing\. Train it"):
+        export(run, out=tmp_path / "nothing", merge=True)
 
 
 def test_a_bottleneck_of_another_non_linearity_does_not_fit(tmp_path: Path, base: Path) -> None:

@@ -25,6 +25,10 @@ SCALES_BIAS:
     add_factor_gradient(d_factor, tensors, gradients, config, norms)  from that of either, to the gradients
     squared_norms(weight, squares, tensors, rows, config)             what `norms` are made of, where factors need them
 
+One of the model's own vectors has `Config.own` and computes nothing beside the model: each of its tensors has name and
+shape of a vector that the base keeps dense, starts as that, and takes its place. Of the functions above it has those of
+slots and of files alone.
+
 A method of hidden states (`models.places`) has the first three of these, for the place's input x and what is there, y.
 One of virtual tokens has none: its tensor is the model's, at the place "". Both have `places(model)`, every place that
 they could have, with shapes as `slot` takes them.
@@ -45,11 +49,12 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from edgetune.adapters import bottleneck, dora, ia3, lora, prefix, prompt, vera
+from edgetune.adapters import bitfit, bottleneck, dora, ia3, ln_tuning, lora, prefix, prompt, vera
 from edgetune.errors import AdapterError
 
 METHODS = {
     "lora": lora, "dora": dora, "ia3": ia3, "vera": vera,
+    "ln_tuning": ln_tuning, "bitfit": bitfit,
     "bottleneck": bottleneck, "prefix_tuning": prefix, "prompt_tuning": prompt,
 }  # fmt: skip
 

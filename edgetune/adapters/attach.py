@@ -21,7 +21,7 @@ from edgetune.adapters.slot import FACTOR_COLUMNS, Slot
 from edgetune.adapters.states import AdaptedState, put_virtual_tokens
 from edgetune.errors import AdapterError
 from edgetune.linear import FrozenLinear
-from edgetune.models.decoder import Decoder
+from edgetune.models.decoder import Decoder, RMSNorm
 from edgetune.models.encoder import Encoder
 
 
@@ -181,10 +181,18 @@ class AdaptedLinear(nn.Module):
 def attach(model: Decoder | Encoder, config: AdapterConfig, seed: int = 0) -> dict[str, nn.Parameter]:
     """Wrap the linears that a resolved config names; return the trainable tensors by full name.
 
-    The values are initialized from `seed` alone; the adapted model computes what the base computes.
+    The values are initialized from `seed` alone; the adapted model computes what the base computes. The model's own
+    vectors become parameters where they are, in the memory that they have.
     """
     method = METHODS[config.method]
     parameters: dict[str, nn.Parameter] = {}
+    if config.own:
+        vectors = own_vectors(model)
+        for name in (name for slot in method.slots(config, model.config) for name in slot.names):
+            module, attribute = vectors[name]
+            parameters[name] = nn.Parameter(getattr(module, attribute))
+            setattr(module, attribute, parameters[name])
+        return parameters
     for index, slot in enumerate(method.slots(config, model.config)):
         if not slot.place:
             parameters |= put_virtual_tokens(model, slot, config)
@@ -198,6 +206,17 @@ def attach(model: Decoder | Encoder, config: AdapterConfig, seed: int = 0) -> di
             parameters[f"{slot.place}.{key}"] = layer.tensors[key]
         setattr(parent, name, layer)
     return parameters
+
+
+def own_vectors(model: Decoder | Encoder) -> dict[str, tuple[nn.Module, str]]:
+    """What a method can train in its place, by full name: a module of the model, and its attribute."""
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            found[f"{module.name}.weight"] = module, "weight"
+        elif isinstance(module, FrozenLinear) and module.bias is not None:
+            found[f"{module.name}.bias"] = module, "bias"
+    return found
 
 
 def load_tensors(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, np.ndarray]) -> None:

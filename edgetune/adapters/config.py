@@ -25,6 +25,8 @@ class AdapterConfig:
 
     method: ClassVar[str]
     """Its key in `METHODS`."""
+    own: ClassVar[bool] = False
+    """Whether its tensors are the model's own vectors, trained in their place; see `adapters`."""
 
     def resolved(self: Config, model: ModelConfig) -> Config:
         """The same with every field filled.

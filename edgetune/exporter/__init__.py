@@ -42,7 +42,7 @@ from edgetune.device import DeviceProfile
 from edgetune.errors import ExportError
 from edgetune.exporter import agreement, encoder, parity
 from edgetune.exporter.job import Job, attach_adapter, read_job
-from edgetune.exporter.merging import BaseWeights, RoundedWeights, use_merged_biases
+from edgetune.exporter.merging import BaseWeights, RoundedWeights, use_merged_vectors
 from edgetune.exporter.sweep import choose_alpha
 from edgetune.exporter.training import check_trainable, write_training
 from edgetune.graphs import FORMATS
@@ -181,7 +181,7 @@ def _write_model(
         trained = parity.spool_logits(decoder, items, work / "trained")
         decoder = load_decoder(job.base.folder)
         if job.adapter is not None and job.merge:
-            use_merged_biases(decoder, job.adapter)
+            use_merged_vectors(decoder, job.adapter)
         parity.use_written_weights(decoder, model, job.weights)
         if tuned and not job.merge:
             attach_adapter(job, decoder)

@@ -25,7 +25,7 @@ from edgetune.bundle import DATA, MODEL
 from edgetune.errors import ExportError, ParityError
 from edgetune.exporter import parity
 from edgetune.exporter.job import Job, attach_adapter
-from edgetune.exporter.merging import BaseWeights, RoundedWeights, use_merged_biases
+from edgetune.exporter.merging import BaseWeights, RoundedWeights, use_merged_vectors
 from edgetune.exporter.pieces import cut, serialized
 from edgetune.graphs import FORMATS
 from edgetune.graphs.encoder import encoder_graph
@@ -88,7 +88,7 @@ def _rounded(job: Job, encoder: Encoder, model: Path, texts: Sequence[Feeds]) ->
     trained = run_torch(encoder, texts)
     rounded = load_encoder(job.base.folder)
     if job.adapter is not None and job.merge:
-        use_merged_biases(rounded, job.adapter)
+        use_merged_vectors(rounded, job.adapter)
     parity.use_written_weights(rounded, model, job.weights)
     if job.adapter is not None and not job.merge:
         attach_adapter(job, rounded)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -60,6 +60,8 @@ class Adapter:
     "(out_features, in_features) of those of the model, by name"
     head: Head | None = None
     "what stands behind an encoder"
+    frozen: Mapping[str, np.ndarray] = field(default_factory=dict)
+    "what the base has in the place of its tensors, where these are the model's own vectors"
 
     @property
     def method(self) -> ModuleType:
@@ -70,6 +72,9 @@ class Adapter:
         if alpha == 1:
             return self
         self.method.CAPABILITIES.require("merge_share", ExportError)
+        if self.config.own:
+            moved = {k: v + np.float32(alpha) * (self.tensors[k] - v) for k, v in self.frozen.items()}
+            return replace(self, tensors=moved)
         config, tensors = self.method.weakened(self.config, self.tensors, alpha)
         return replace(self, config=config, tensors=tensors)
 
@@ -88,8 +93,27 @@ class Adapter:
         made: np.ndarray = self.method.merge(weight, tensors, rows, self.config)
         return made
 
+    def merged_vector(self, name: str, vector: np.ndarray) -> np.ndarray:
+        """The vector that the base has under that name, with the adapter folded in."""
+        if self.config.own:
+            return self.tensors.get(name, vector)
+        place, _, kind = name.rpartition(".")
+        if kind != "bias" or place not in self.places or not self.method.SCALES_BIAS:
+            return vector
+        merged: np.ndarray = self.method.merge_bias(vector, self.places[place])
+        return merged
+
+    @property
+    def does_something(self) -> bool:
+        """Whether the adapted model differs from the base."""
+        if self.config.own:
+            return any(not np.array_equal(value, self.frozen[name]) for name, value in self.tensors.items())
+        return any(map(self.changes, self.places))
+
     def changes(self, place: str) -> bool:
-        """Whether it has something in it there."""
+        """Whether it has something in it at a matrix."""
+        if self.config.own:
+            return False
         return place in self.places and bool(self.method.changes(self.places[place]))
 
 
@@ -296,10 +320,11 @@ def _read_adapter(folder: Path, base: AnyBase[Any], run: Mapping[str, Any], *, m
         config, tensors, head = load_with_head(folder, base.config, run)
     else:
         config, tensors = load_adapter(folder, base.config)
-    adapter = Adapter(config, tensors, base.config.linears(), head)
+    frozen = {name: base.weights.float32(name) for name in tensors} if config.own else {}
+    adapter = Adapter(config, tensors, base.config.linears(), head, frozen)
     can = adapter.method.CAPABILITIES
     can.require("merge" if merge else "as_lora" if can.own_inputs else "own_inputs", ExportError)
-    if not any(adapter.changes(place) for place in adapter.places):
+    if not adapter.does_something:
         raise ExportError(f"The adapter of {folder} changes nothing. Train it, or export the base.")
     return as_prefix(base, adapter) if isinstance(config, PromptConfig) and isinstance(base, Base) else adapter
 

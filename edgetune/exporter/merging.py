@@ -19,11 +19,11 @@ from typing import Any, Generic
 import numpy as np
 import torch
 
+from edgetune.adapters.attach import own_vectors
 from edgetune.base import AnyBase, Config
 from edgetune.exporter.job import Adapter
 from edgetune.graphs import FORMATS, standard
 from edgetune.grids import GRIDS, row_tiles
-from edgetune.linear import FrozenLinear
 from edgetune.models.decoder import Decoder
 from edgetune.models.encoder import Encoder
 from edgetune.weights import Matrix
@@ -41,21 +41,11 @@ def round_to(weights: str, matrix: Matrix) -> Codes:
     return codes
 
 
-def merged_bias(adapter: Adapter, name: str, bias: np.ndarray) -> np.ndarray:
-    """The vector of that name with the adapter folded in."""
-    place, _, kind = name.rpartition(".")
-    if kind != "bias" or place not in adapter.places or not adapter.method.SCALES_BIAS:
-        return bias
-    merged: np.ndarray = adapter.method.merge_bias(bias, adapter.places[place])
-    return merged
-
-
-def use_merged_biases(model: Decoder | Encoder, adapter: Adapter) -> None:
-    """Give the linears of a torch model their merged biases, before it gets merged weights."""
-    for place in adapter.places:
-        layer = model.get_submodule(place.removeprefix("model."))
-        if isinstance(layer, FrozenLinear) and layer.bias is not None:
-            layer.bias = torch.from_numpy(merged_bias(adapter, f"{place}.bias", layer.bias.numpy()))
+def use_merged_vectors(model: Decoder | Encoder, adapter: Adapter) -> None:
+    """Give a torch model its merged norms and biases, before it gets merged weights."""
+    for name, (module, attribute) in own_vectors(model).items():
+        merged = adapter.merged_vector(name, getattr(module, attribute).numpy())
+        setattr(module, attribute, torch.from_numpy(merged))
 
 
 class BaseWeights(Generic[Config]):
@@ -122,9 +112,10 @@ class RoundedWeights(BaseWeights[Config]):
             yield from self._rounded(module, stored, parts)
 
     def vector(self, name: str) -> np.ndarray:
-        """As it is, or merged, where the adapter changes biases."""
-        stored = super().vector(name)
-        return merged_bias(self.adapter, name, stored) if self.merge and self.adapter is not None else stored
+        """As it is, or merged, where the adapter changes norms or biases."""
+        if not self.merge or self.adapter is None:
+            return super().vector(name)
+        return self.base.in_use(name, self.adapter.merged_vector(name, self.base.weights.float32(name)))
 
     def _rounded(self, module: str, stored: str, parts: Iterator[tuple[slice, Codes]]) -> Iterator[tuple[slice, Codes]]:
         """The parts of a matrix rounded, with the norms of the error measured on the way."""
@@ -162,10 +153,11 @@ class RoundedWeights(BaseWeights[Config]):
         ratios = {
             name: entry["error_over_delta"] for name, entry in self.rounding.items() if "error_over_delta" in entry
         }
+        errors = [entry["relative_error"] for entry in self.rounding.values()]
         worst = max(ratios, key=lambda name: ratios[name], default=None)
         changes = [entry["relative_change"] for entry in self.rounding.values() if "relative_change" in entry]
         return {
-            "mean_relative_error": float(np.mean([entry["relative_error"] for entry in self.rounding.values()])),
+            "mean_relative_error": float(np.mean(errors)) if errors else 0.0,
             "least_relative_change": min(changes, default=None),
             "mean_error_over_delta": float(np.mean(list(ratios.values()))) if ratios else None,
             "max_error_over_delta": ratios[worst] if worst else None, "worst_layer": worst,

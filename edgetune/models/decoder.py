@@ -33,16 +33,21 @@ class Context:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * factor over the last dimension (arXiv 1910.07467); factor = weight + offset."""
 
     def __init__(self, base: Base, name: str) -> None:
         super().__init__()
-        self.eps = base.config.rms_norm_eps
-        self.register_buffer("weight", torch.from_numpy(base.vector(f"{name}.weight")), persistent=False)
+        self.name, self.eps, self.offset = name, base.config.rms_norm_eps, base.config.norm_offset
+        self.register_buffer("weight", torch.from_numpy(base.weights.float32(f"{name}.weight")), persistent=False)
         self.weight: torch.Tensor
 
+    @property
+    def factor(self) -> torch.Tensor:
+        """What it multiplies by, as the weight is now."""
+        return self.weight + self.offset if self.offset else self.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.factor, self.eps)
 
 
 def rotate(x: torch.Tensor, context: Context) -> torch.Tensor:

@@ -195,6 +195,11 @@ def make(source: Source, profile: DeviceProfile, wishes: Wishes, budget_name: st
 def check_engine(wishes: Wishes, grid: str) -> None:
     """Raises ConfigError for what the engine does not train, or the ort engine's graphs do not have."""
     METHODS[wishes.adapter.method].CAPABILITIES.require(f"train_{wishes.engine}", ConfigError)
+    if wishes.adapter.own and (decay := wishes.config.weight_decay):
+        raise ConfigError(
+            f"weight_decay = {decay}; {wishes.adapter.method} trains the model's own vectors, which decay would draw "
+            "to zero, not to what they were. Leave it out, or train another adapter."
+        )
     if wishes.engine != "ort":
         return
     adapter, config = wishes.adapter, wishes.config

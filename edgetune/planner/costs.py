@@ -241,6 +241,7 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         "dequantized": FLOAT_BYTES * _per_block(job)[0] * job.dequantized_layers,
         "base": _vector_bytes(job.model) + job.base_copy_bytes + LINEAR_OBJECT_BYTES * len(job.model.matrices()),
         "adapter": FLOAT_BYTES * sum(trained) * (1 if job.has_gradients else 2)
+        - (FLOAT_BYTES * sum(slot.num_parameters for slot in slots) if job.adapter.own else 0)  # which the base has
         + FLOAT_BYTES * sum(slot.kept_floats for slot in slots)
         + SLOT_OBJECT_BYTES * len(slots),
         "gradients": 0,
@@ -548,6 +549,11 @@ def _adapter_work(job: Job, forward: float) -> StepWork:
     to the gradient of x.
     """
     inputs, outputs = (sum(slot.in_features for slot in job.slots), sum(slot.out_features for slot in job.slots))
+    if (
+        job.adapter.own
+    ):  # nothing but the sum of the gradients at a vector, of a norm after they are scaled by its input
+        tokens = job.tokens if job.has_gradients else 0
+        return StepWork(tokens * (inputs + outputs), tokens * FLOAT_BYTES * (2 * inputs + outputs), 0)
     multiplied = sum(slot.num_parameters for slot in job.slots if slot.in_features)  # virtual tokens are copied
     flops = 2.0 * multiplied * (forward + (2 if job.has_gradients else 0))
     if job.has_gradients:  # the frozen product again, for the gradient of its factors

@@ -151,6 +151,8 @@ class Wishes:
             free -= {"optimizer"}
         if self.config.kl_weight is not None:  # it needs gradients
             free -= {"step_rule"}
+        if self.adapter.own:
+            free -= {"target_modules"}  # vectors are hardly any bytes
         if self.engine == "ort":
             return Freedom(free - ORT_FIXED, accumulation, shortest, rules, ORT_OPTIMIZERS)
         return Freedom(free, accumulation, shortest, rules)

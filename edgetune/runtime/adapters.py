@@ -266,7 +266,10 @@ def _read_source(bundle: AnyBundle[Any], source: Path) -> BoundAdapter:
     shapes = {module: (rows, slot.in_features) for slot in bundle.slots for module, rows in slot.modules.items()}
     if (prefix := bundle.prefix) is not None:  # the model as a whole: keys and values of a position in all layers
         shapes[""] = 2 * prefix.layers * prefix.kv_heads * prefix.head_dim, 0
-    if peft.method_of(source) is prompt:
+    method = peft.method_of(source)
+    if method.Config.own:
+        method.CAPABILITIES.require("own_inputs", AdapterError)
+    if method is prompt:
         raise AdapterError(
             f"{source} is a prompt, and what keys and values the model makes of it is computed by an export. "
             f"`edgetune export {source} --out` another bundle, and add the adapter.safetensors of that one"

@@ -146,6 +146,7 @@ class BlockPass:
         `to_input` False leaves d unfinished: below this block nobody asks for it. Overwrites the activations.
         """
         config, attention, mlp = block.self_attn.config, block.self_attn, block.mlp
+        to_input = to_input or is_trained(block.before_attention.weight)
         take, positions, inner = self.workspace.take, self.positions, config.intermediate_size
         activate, activate_backward = _ACTIVATIONS[config.hidden_act]
 
@@ -241,6 +242,8 @@ class BlockPass:
                 layer.add_gradients(x, d_y, d_x)
                 return
         frozen = layer.base_layer if isinstance(layer, AdaptedLinear) else layer
+        if frozen.bias is not None and is_trained(frozen.bias):
+            add_to_gradient(frozen.bias, d_y)
         if d_x is not None:
             with self._products():
                 for rows, weight in frozen.tiles():
@@ -328,18 +331,36 @@ class BlockPass:
 
 def normalize(x: torch.Tensor, norm: RMSNorm, out: torch.Tensor) -> torch.Tensor:
     """RMSNorm of x [M, D] into `out`."""
-    return torch.mul(x, _inverse_rms(x, norm.eps), out=out).mul_(norm.weight)
+    return torch.mul(x, _inverse_rms(x, norm.eps), out=out).mul_(norm.factor)
 
 
 def normalize_backward(x: torch.Tensor, norm: RMSNorm, d_out: torch.Tensor, d_x: torch.Tensor) -> None:
     """Adds to d_x [M, D] the gradient of `normalize` for d_out [M, D], which is overwritten.
 
-    dx = r g - x r^3 (g . x) / D   with g = d_out * weight and r = 1 / rms(x)
+    dx = r g - x r^3 (g . x) / D   with g = d_out * factor and r = 1 / rms(x)
+    dw = sum of d_out * x r over the rows, where the weight is trained
     """
-    inverse = _inverse_rms(x, norm.eps)
-    d_x.addcmul_(d_out.mul_(norm.weight), inverse)
-    along = d_out.mul_(x).sum(1, keepdim=True).mul_(inverse**3).div_(-x.shape[1])
+    inverse, factor = _inverse_rms(x, norm.eps), norm.factor
+    if is_trained(norm.weight):
+        d_x.addcmul_(d_out.mul_(inverse), factor)
+        add_to_gradient(norm.weight, d_out.mul_(x))
+        along = d_out.mul_(factor).sum(1, keepdim=True).mul_(inverse**2).div_(-x.shape[1])
+    else:
+        d_x.addcmul_(d_out.mul_(factor), inverse)
+        along = d_out.mul_(x).sum(1, keepdim=True).mul_(inverse**3).div_(-x.shape[1])
     d_x.addcmul_(x, along)
+
+
+def is_trained(vector: torch.Tensor) -> bool:
+    """Whether a norm's weight or a linear's bias is trained in its place."""
+    return isinstance(vector, torch.nn.Parameter)
+
+
+def add_to_gradient(vector: torch.Tensor, rows: torch.Tensor) -> None:
+    """Adds the sum of the rows [M, D] to `.grad` of a trained vector [D]."""
+    if vector.grad is None:
+        vector.grad = torch.zeros_like(vector)
+    vector.grad.add_(rows.sum(0))
 
 
 def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""Adapters at places that are no linear's: bottlenecks, prompts and prefixes, their files and what they refuse."""
+"""Adapters at places that are no linear's: bottlenecks, prompts, prefixes and the model's own vectors, their files and
+what they refuse.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,16 @@ import peft
 import pytest
 import torch
 from conftest import tiny_config, write_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from edgetune.adapters import bitfit
 from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.base import load_adapter, save_adapter
+from edgetune.adapters.bitfit import BitfitConfig
 from edgetune.adapters.bottleneck import PLACEMENTS, BottleneckConfig
 from edgetune.adapters.config import AdapterConfig
+from edgetune.adapters.ln_tuning import LnTuningConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.prompt import PromptConfig
 from edgetune.errors import AdapterError, ConfigError
@@ -53,11 +59,19 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     return found if isinstance(found, torch.Tensor) else found.logits[:, -ids.shape[1] :]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("method", VIRTUAL)
-def test_peft_loads_ours(tmp_path: Path, method: str, family: str) -> None:
+OURS: list[tuple[AdapterConfig, str]] = [
+    *((config, family) for config in (*VIRTUAL.values(), LnTuningConfig()) for family in ("llama", "qwen3")),
+    (LnTuningConfig(layers_to_transform=(1,)), "gemma3_text"),
+    (LnTuningConfig(target_modules=("norm",)), "llama"),
+    (LnTuningConfig(target_modules=("q_norm", "post_feedforward_layernorm"), layers_to_transform=(0,)), "gemma3_text"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # so PEFT says of every norm
+@pytest.mark.parametrize(("ours", "family"), OURS)
+def test_peft_loads_ours(tmp_path: Path, ours: AdapterConfig, family: str) -> None:
     folder = write_model(tmp_path / "model", tiny_config(family))
-    decoder, config, tensors = adapted(folder, VIRTUAL[method])
+    decoder, config, tensors = adapted(folder, ours)
     (tmp_path / "run").mkdir()
     save_adapter(tmp_path / "run", config, tensors, str(folder))
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -79,6 +93,49 @@ def test_we_load_pefts(tmp_path: Path, kind: str, family: str) -> None:
     load_tensors(attach(decoder, config.resolved(decoder.config)), tensors)
     assert (logits(decoder) - plain).abs().max() > 1e-2
     assert (logits(model) - logits(decoder)).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # so PEFT says of every norm
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("llama", None), ("gemma3_text", None), ("qwen3", ["input_layernorm", "k_norm", "norm"]), ("qwen3", ["norm"])],
+)
+def test_we_load_pefts_norms(tmp_path: Path, family: str, targets: list[str] | None) -> None:
+    folder = write_model(tmp_path / "model", tiny_config(family))
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = peft.get_peft_model(base, peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=targets)).eval()
+    torch.manual_seed(3)
+    for value in model.parameters():
+        if value.requires_grad:
+            value.data.add_(torch.randn(value.shape) * 0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    decoder = load_decoder(folder)
+    config, tensors = load_adapter(tmp_path / "adapter", decoder.config)
+    assert config == config.resolved(decoder.config)
+    assert (
+        targets is not None
+        or config.changed(layers_to_transform=None, target_modules=None).resolved(decoder.config) == config
+    ), "PEFT's default is ours"
+    load_tensors(attach(decoder, config), tensors)
+    assert (logits(model) - logits(decoder)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("config", [LnTuningConfig(), BitfitConfig(layers_to_transform=(1,))])
+def test_the_models_own_vectors_are_trained_in_their_place(tmp_path: Path, config: AdapterConfig) -> None:
+    folder = write_model(tmp_path / "model", tiny_config("qwen2"))
+    decoder = load_decoder(folder)
+    expected = logits(decoder)
+    parameters = attach(decoder, config.resolved(decoder.config))
+    assert torch.equal(logits(decoder), expected)
+    assert {id(p) for p in decoder.parameters()} == {id(p) for p in parameters.values()}
+    stored = load_file(folder / "model.safetensors")
+    assert all(torch.equal(value, stored[name]) for name, value in parameters.items())
+    for value in parameters.values():
+        value.data.mul_(1.25)
+    changed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for name in parameters:
+        changed.get_parameter(name).data.mul_(1.25)
+    assert (logits(decoder) - logits(changed)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -115,9 +172,17 @@ def test_a_bottleneck_is_its_formula(tmp_path: Path, placement: str, non_lineari
     np.testing.assert_allclose(after["y"], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [BottleneckConfig(r=3, layers_to_transform=(1,)), *VIRTUAL.values()])
+@pytest.mark.parametrize(
+    "config",
+    [
+        BottleneckConfig(r=3, layers_to_transform=(1,)),
+        *VIRTUAL.values(),
+        LnTuningConfig(target_modules=("norm", "input_layernorm")),
+        BitfitConfig(target_modules=("v_proj", "q_proj"), layers_to_transform=(1,)),
+    ],
+)
 def test_saved_and_loaded_bit_for_bit(tmp_path: Path, config: AdapterConfig) -> None:
-    folder = write_model(tmp_path / "model", tiny_config("llama"))
+    folder = write_model(tmp_path / "model", tiny_config("qwen2"))
     _, config, tensors = adapted(folder, config)
     save_adapter(tmp_path, config, tensors)
     found, loaded = load_adapter(tmp_path, load_config(folder))
@@ -139,12 +204,29 @@ def test_saved_and_loaded_bit_for_bit(tmp_path: Path, config: AdapterConfig) -> 
         (BottleneckConfig(layers_to_transform=(2,)), r"layers_to_transform has \[2\]; choose from 0 to 1"),
         (PromptConfig(num_virtual_tokens=0), r"num_virtual_tokens = 0; an integer from 1 to \d+, what the model's"),
         (PrefixConfig(num_virtual_tokens=1 << 20), r"num_virtual_tokens = 1048576"),
+        (
+            LnTuningConfig(target_modules=("q_norm",)),
+            r"\['q_norm'\]; choose from input_layernorm, post_attention_layernorm, norm",
+        ),
+        (LnTuningConfig(target_modules=()), r"target_modules has nothing; choose from input_layernorm"),
+        (LnTuningConfig(layers_to_transform=(2,)), r"layers_to_transform has \[2\]; choose from 0 to 1"),
+        (BitfitConfig(), r"no linear of this llama has a bias to train\. Take --adapter ln_tuning"),
     ],
 )
 def test_wrong_settings_are_refused_by_value(config: AdapterConfig, message: str, tmp_path: Path) -> None:
     model = load_config(write_model(tmp_path / "m", tiny_config("llama")))
     with pytest.raises(ConfigError, match=message):
         config.resolved(model)
+
+
+def test_biases_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    model = load_config(write_model(tmp_path / "m", tiny_config("qwen2")))
+    with pytest.raises(ConfigError, match=r"\['o_proj'\]; linears with a bias are q_proj, k_proj, v_proj\."):
+        BitfitConfig(target_modules=("q_proj", "o_proj")).resolved(model)
+    with pytest.raises(ConfigError, match=r"target_modules has nothing"):
+        BitfitConfig(target_modules=()).resolved(model)
+    with pytest.raises(AdapterError, match=r"not as edgetune writes it \(KeyError\('layers_to_transform'\)\)"):
+        bitfit.config_from_peft({"peft_type": "BITFIT"}, {}, {})
 
 
 def test_wrong_files_are_refused_by_name(tmp_path: Path) -> None:
@@ -169,3 +251,8 @@ def test_wrong_files_are_refused_by_name(tmp_path: Path) -> None:
     refused(BottleneckConfig(r=3), r"not as edgetune writes it \(TypeError", r=None)
     refused(BottleneckConfig(r=3), r"mlp_output\.adapter_down has shape \[3, 72\]; \[4, 72\] was expected", r=4)
     refused(VIRTUAL["prompt"], r"peft_type 'CARTRIDGE'; supported are", peft_type="CARTRIDGE")
+    norms = {f"model.layers.{i}.input_layernorm.weight": np.ones(72, np.float32) for i in range(2)}
+    refused(LnTuningConfig(), r"sets modules_to_save, which LN tuning", norms, modules_to_save=["lm_head"])
+    other = norms | {"model.layers.1.post_attention_layernorm.weight": np.ones(72, np.float32)}
+    refused(LnTuningConfig(), r"other norms in one block than in another", other)
+    refused(LnTuningConfig(), r"norm\.weight has shape \[80\]; \[72\]", {"model.norm.weight": np.ones(80, np.float32)})

@@ -59,6 +59,6 @@ def test_the_whole_way(method: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", [name for name, module in METHODS.items() if module.CAPABILITIES.train_ort])
 def test_what_the_device_does_not_train_is_refused_by_its_reason(method: str, tmp_path: Path) -> None:
-    base, reason = make_base(tmp_path, "llama", "int4"), METHODS[method].CAPABILITIES.train_ort
+    base, reason = make_base(tmp_path, "qwen2", "int4"), METHODS[method].CAPABILITIES.train_ort
     with pytest.raises(ConfigError, match=reason):
         plan(base, "host", adapter=METHODS[method].Config(), config=TRAIN, engine="ort")

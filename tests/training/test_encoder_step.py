@@ -17,6 +17,8 @@ from torch import nn
 
 from edgetune.adapters import head
 from edgetune.adapters.attach import attach
+from edgetune.adapters.bitfit import BitfitConfig
+from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.lora import LoraConfig
 from edgetune.data.labeled import LabeledRow
 from edgetune.models.encoder import Encoder, load_encoder
@@ -50,12 +52,12 @@ def rows(objective: str) -> list[LabeledRow]:
 
 
 def tuned(
-    base: Path, objective: str, pooling: str = "mean", **lora: Any
-) -> tuple[Encoder, Task, dict[str, nn.Parameter], LoraConfig]:
-    """An encoder with an adapter and a head that are not zero."""
+    base: Path, objective: str, pooling: str = "mean", adapter: AdapterConfig | None = None, **lora: Any
+) -> tuple[Encoder, Task, dict[str, nn.Parameter], AdapterConfig]:
+    """An encoder with an adapter, LoRA where no other is given, and a head that are not zero."""
     encoder = load_encoder(base)
     encoder.config = replace(encoder.config, pooling=Pooling(pooling))
-    config = LoraConfig(**({"r": 3, "lora_alpha": 7} | lora)).resolved(encoder.config)
+    config = (adapter or LoraConfig(**({"r": 3, "lora_alpha": 7} | lora))).resolved(encoder.config)
     parameters = attach(encoder, config, seed=5)
     shapes = head.head_shapes(objective, CLASSES, encoder.config.hidden_size)
     extra = {name: nn.Parameter(torch.from_numpy(value)) for name, value in head.initialize(shapes, 1).items()}
@@ -65,7 +67,9 @@ def tuned(
     return encoder, Task(encoder, objective, extra), parameters | extra, config
 
 
-def rule(encoder: Encoder, task: Task, parameters: dict[str, nn.Parameter], config: LoraConfig, again: int = 1) -> Rule:
+def rule(
+    encoder: Encoder, task: Task, parameters: dict[str, nn.Parameter], config: AdapterConfig, again: int = 1
+) -> Rule:
     plan: Any = SimpleNamespace(
         max_grad_norm=1.0, adapter=config, recompute_layers=again, optimizer="adamw", weight_decay=0.0
     )
@@ -104,10 +108,15 @@ def reference(encoder: Encoder, task: Task, objective: str, batches: list[Mappin
     return total / max(1, sum(ENCODER_OBJECTIVES[objective].count(batch) for batch in batches))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-@pytest.mark.parametrize("objective", ENCODER_OBJECTIVES)
-def test_equals_autograd(base: Path, objective: str, pooling: str) -> None:
-    encoder, task, parameters, config = tuned(base, objective, pooling)
+@pytest.mark.parametrize(
+    ("objective", "pooling", "adapter"),
+    [
+        *((objective, pooling, None) for objective in ENCODER_OBJECTIVES for pooling in ("mean", "cls")),
+        ("token-classification", "mean", BitfitConfig(layers_to_transform=(1, 2))),
+    ],
+)
+def test_equals_autograd(base: Path, objective: str, pooling: str, adapter: AdapterConfig | None) -> None:
+    encoder, task, parameters, config = tuned(base, objective, pooling, adapter)
     found = rows(objective)
     batches = [stack(found[:3]), stack(found[3:])]
     expected = reference(encoder, task, objective, batches)

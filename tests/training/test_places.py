@@ -1,4 +1,6 @@
-"""What adapter methods put at the places of a decoder: passes by hand against autograd over the whole model."""
+"""What adapter methods put at the places of a decoder, and the model's own vectors: passes by hand against autograd
+over the whole model.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,10 @@ import torch
 from torch import nn
 
 from edgetune.adapters.attach import attach
+from edgetune.adapters.bitfit import BitfitConfig
 from edgetune.adapters.bottleneck import BottleneckConfig
 from edgetune.adapters.config import AdapterConfig
+from edgetune.adapters.ln_tuning import LnTuningConfig
 from edgetune.adapters.lora import LoraConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.prompt import PromptConfig
@@ -36,7 +40,16 @@ CASES: dict[str, AdapterConfig] = {
     "some blocks": BottleneckConfig(r=3, placement="houlsby", layers_to_transform=(1, 3)),
     "prompt": PromptConfig(num_virtual_tokens=4),
     "prefix": PrefixConfig(num_virtual_tokens=4),
+    "norms": LnTuningConfig(),
+    "norms of queries and keys": LnTuningConfig(target_modules=("q_norm", "k_norm", "norm"), layers_to_transform=(2,)),
+    "norms of some blocks": LnTuningConfig(layers_to_transform=(1, 3)),
+    "biases": BitfitConfig(),
+    "biases of some blocks": BitfitConfig(target_modules=("k_proj", "v_proj"), layers_to_transform=(1, 2)),
 }
+# Those that not every family has, and the families that have them.
+FAMILIES = {
+    "norms of queries and keys": ("gemma3_text", "qwen3"), "biases": ("qwen2",), "biases of some blocks": ("qwen2",)
+}  # fmt: skip
 LENGTHS = (9, 12, 7, 5, 20)
 
 
@@ -63,8 +76,12 @@ def autograd_loss(decoder: Decoder, batch: Batch) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), tensors["labels"].flatten(), ignore_index=-100)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
-@pytest.mark.parametrize("case", CASES)
+def everywhere(*families: str) -> list[tuple[str, str]]:
+    """Each case with each of these families, or with those that have it."""
+    return [(case, family) for case in CASES for family in FAMILIES.get(case, families)]
+
+
+@pytest.mark.parametrize(("case", "family"), everywhere("llama", "gemma3_text", "qwen3"))
 def test_gradients_equal_autograd(tmp_path: Path, case: str, family: str) -> None:
     decoder, parameters, config = adapted(tmp_path, family, CASES[case])
     batch = stack(pack(rows(), 40, virtual_tokens=config.virtual_tokens))
@@ -82,8 +99,7 @@ def test_gradients_equal_autograd(tmp_path: Path, case: str, family: str) -> Non
     assert evaluated == pytest.approx(expected.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "family"), everywhere("llama", "gemma3_text"))
 @pytest.mark.parametrize("recompute_layers", [0, 2])
 def test_the_planner_counts_the_buffers(tmp_path: Path, case: str, family: str, recompute_layers: int) -> None:
     decoder, parameters, config = adapted(tmp_path, family, CASES[case])
@@ -171,9 +187,9 @@ def test_they_start_as_tokens_of_the_vocabulary(tmp_path: Path, case: str) -> No
         assert (decoder(ids) - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("case", ["pfeiffer", "prompt", "prefix"])
+@pytest.mark.parametrize("case", ["pfeiffer", "prompt", "prefix", "norms", "biases"])
 def test_stopped_and_resumed_to_the_bit(tmp_path: Path, case: str) -> None:
-    base, data = make_base(tmp_path), write_rows(tmp_path / "rows.jsonl", 20)
+    base, data = make_base(tmp_path, *FAMILIES.get(case, ())), write_rows(tmp_path / "rows.jsonl", 20)
     config = CASES[case]
     plan = make_plan(base, adapter=config, method=config.method, max_steps=4)
     whole = train(plan, base, data=data, out=tmp_path / "whole").summary
