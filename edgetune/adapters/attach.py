@@ -240,7 +240,8 @@ def load_tensors(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, n
 
 @contextmanager
 def detached(model: Decoder) -> Iterator[None]:
-    """The base alone while the body runs: of adapted linears the frozen ones, nothing at other places.
+    """The base alone while the body runs: of adapted linears the frozen ones, nothing at other places, and the model's
+    own vectors as they are stored.
 
     An adapter with virtual tokens has no place here: they take positions, so a micro-batch is another one without them.
     """
@@ -253,9 +254,15 @@ def detached(model: Decoder) -> Iterator[None]:
     ]
     for parent, name, child in adapted:
         setattr(parent, name, child.base_layer if isinstance(child, AdaptedLinear) else None)
+    named = {name: getattr(*place) for name, place in own_vectors(model).items()}
+    own = [(name, value, value.data) for name, value in named.items() if isinstance(value, nn.Parameter)]
+    for name, value, _ in own:
+        value.data = torch.from_numpy(model.weights.float32(name))
     try:
         yield
     finally:
+        for _, value, trained in own:
+            value.data = trained
         for parent, name, child in adapted:
             setattr(parent, name, child)
 

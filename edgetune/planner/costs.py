@@ -224,7 +224,6 @@ def _vector_bytes(model: ModelConfig) -> int:
 
 def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
     """Parts that hardly change during a step."""
-    slots = job.slots
     trained, optimizer = job.tensor_sizes, OPTIMIZERS[job.optimizer]
     sizes = buffers(job)
     inputs, slots_, work = (
@@ -240,10 +239,7 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         "floor": floor_bytes,
         "dequantized": FLOAT_BYTES * _per_block(job)[0] * job.dequantized_layers,
         "base": _vector_bytes(job.model) + job.base_copy_bytes + LINEAR_OBJECT_BYTES * len(job.model.matrices()),
-        "adapter": FLOAT_BYTES * sum(trained) * (1 if job.has_gradients else 2)
-        - (FLOAT_BYTES * sum(slot.num_parameters for slot in slots) if job.adapter.own else 0)  # which the base has
-        + FLOAT_BYTES * sum(slot.kept_floats for slot in slots)
-        + SLOT_OBJECT_BYTES * len(slots),
+        "adapter": _adapter_bytes(job),
         "gradients": 0,
         "optimizer": optimizer.state_bytes(trained) + optimizer.scratch_bytes(trained),
         "data": data_bytes(job),
@@ -258,6 +254,18 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         # Their tiles lie in the workspace; left are a few numbers for each supervised position.
         "logits": FLOAT_BYTES * (8 * max(job.loss_rows, 2 * job.anchored) + job.head_floats) + sequence_bytes(job),
     }
+
+
+def _adapter_bytes(job: Job) -> int:
+    """What is trained, mezo's copy of that, what a method keeps beside it, and its objects.
+
+    The model's own vectors lie in the base's bytes; where the base also runs alone, it then has others.
+    """
+    slots = job.slots
+    floats = sum(job.tensor_sizes) * (1 if job.has_gradients else 2) + sum(slot.kept_floats for slot in slots)
+    if job.adapter.own and not job.anchored:
+        floats -= sum(slot.num_parameters for slot in slots)
+    return FLOAT_BYTES * floats + SLOT_OBJECT_BYTES * len(slots)
 
 
 def sequence_bytes(job: Job) -> int:
