@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from edgetune.adapters.bottleneck import BottleneckConfig
     from edgetune.adapters.dora import DoraConfig
     from edgetune.adapters.ia3 import Ia3Config
+    from edgetune.adapters.ln_tuning import LnTuningConfig
     from edgetune.adapters.lora import LoraConfig
     from edgetune.adapters.prefix import PrefixConfig
     from edgetune.adapters.prompt import PromptConfig
@@ -108,6 +109,7 @@ __all__ = [
     "ExportError",
     "GateError",
     "Ia3Config",
+    "LnTuningConfig",
     "LoraConfig",
     "MissingExtraError",
     "ModelError",
@@ -158,6 +160,7 @@ _HOME = {
     "DoraConfig": "edgetune.adapters.dora",
     "EncoderBundle": "edgetune.bundle",
     "Ia3Config": "edgetune.adapters.ia3",
+    "LnTuningConfig": "edgetune.adapters.ln_tuning",
     "LoraConfig": "edgetune.adapters.lora",
     "ModuleBundle": "edgetune.modules.bundle",
     "ModulePlan": "edgetune.modules.plan",
