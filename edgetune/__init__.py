@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from edgetune.adapters.ia3 import Ia3Config
     from edgetune.adapters.ln_tuning import LnTuningConfig
     from edgetune.adapters.lora import LoraConfig
+    from edgetune.adapters.loreft import LoreftConfig
     from edgetune.adapters.prefix import PrefixConfig
     from edgetune.adapters.prompt import PromptConfig
     from edgetune.adapters.vera import VeraConfig
@@ -111,6 +112,7 @@ __all__ = [
     "Ia3Config",
     "LnTuningConfig",
     "LoraConfig",
+    "LoreftConfig",
     "MissingExtraError",
     "ModelError",
     "ModuleBundle",
@@ -162,6 +164,7 @@ _HOME = {
     "Ia3Config": "edgetune.adapters.ia3",
     "LnTuningConfig": "edgetune.adapters.ln_tuning",
     "LoraConfig": "edgetune.adapters.lora",
+    "LoreftConfig": "edgetune.adapters.loreft",
     "ModuleBundle": "edgetune.modules.bundle",
     "ModulePlan": "edgetune.modules.plan",
     "Plan": "edgetune.planner",

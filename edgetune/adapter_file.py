@@ -21,12 +21,13 @@ from typing import Annotated
 
 import numpy as np
 
-from edgetune.adapters import METHODS, bottleneck, lora
+from edgetune.adapters import METHODS, bottleneck, lora, loreft
 from edgetune.adapters import prefix as prefix_tuning
 from edgetune.adapters.base import CONFIG
 from edgetune.adapters.bottleneck import BottleneckConfig
 from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.lora import LoraConfig
+from edgetune.adapters.loreft import LoreftConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.base import open_any_base, weights_sha256
 from edgetune.errors import AdapterError, ModelError
@@ -37,6 +38,7 @@ FORMAT_VERSION = 1
 SUFFIXES = (".safetensors", ".onnx_adapter")
 SUMMARY, MERGE = "summary.json", "merge.json"  # beside an adapter that was trained, or merged from others
 PAST = "past_key_values."  # inputs of a decoder's graph: its cache
+PROMPT_LENGTH = "prompt_length"  # an optional input of one with slots for positions of a prompt
 _METADATA = "edgetune"  # key in the safetensors header, whose values are strings
 # As a share of the largest logit. What changes less cannot be told from the rounding of float32.
 MIN_PROBE_CHANGE = 1e-6
@@ -59,6 +61,8 @@ class Binding:
     activation: str | None = None
     "of a bottleneck, which is that of the slots"
     virtual_tokens: Annotated[int, Key("positions that its keys and values begin the cache with", low=0)] = 0
+    positions: str | None = None
+    "of a LoReFT, which are those of the slots"
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,8 @@ def read_origin(folder: Path) -> Origin:
 class AdapterSlot:
     """Where an adapter plugs in: inputs `<name>.lora_A` [in_features, n] and `<name>.lora_B` [n, out_features].
 
-    Those of a bottleneck are `adapter_down` and `adapter_up`, of the same shapes, with the activation between them.
+    Those of a bottleneck are `adapter_down` and `adapter_up`, of the same shapes, with the activation between them; of
+    a LoReFT they are `reft_down`, `reft_bias` [n] and `reft_up`, for the `positions` of a prompt.
     `modules` are the linears whose outputs lie side by side in it, each with its number. Where there are several, their
     lora_A stand side by side and their lora_B along the diagonal (`by_slot`); n is the sum of their ranks.
     """
@@ -116,12 +121,26 @@ class AdapterSlot:
     out_features: int
     modules: dict[str, int]
     activation: str | None = None
+    positions: str | None = None
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether it takes LoRA, which any linear's can be put into."""
+        return self.activation is None and self.positions is None
 
     @property
     def inputs(self) -> tuple[str, str]:
-        """The names of both."""
+        """The names of the two matrices."""
         first, second = ("lora_A", "lora_B") if self.activation is None else ("adapter_down", "adapter_up")
+        if self.positions is not None:
+            first, second = "reft_down", "reft_up"
         return f"{self.name}.{first}", f"{self.name}.{second}"
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Every input with its shape."""
+        first, second = self.inputs
+        bias: dict[str, tuple[int, ...]] = {} if self.positions is None else {f"{self.name}.reft_bias": (rank,)}
+        return {first: (self.in_features, rank), **bias, second: (rank, self.out_features)}
 
 
 @dataclass(frozen=True)
@@ -165,8 +184,8 @@ def by_slot(tensors: Mapping[str, np.ndarray], slots: Iterable[AdapterSlot]) -> 
     """
     feeds: dict[str, np.ndarray] = {}
     for slot in slots:
-        if slot.activation is not None:
-            feeds |= {name: tensors[name] for name in slot.inputs if name in tensors}
+        if not slot.is_lora:
+            feeds |= {name: tensors[name] for name in slot.shapes(0) if name in tensors}
             continue
         adapted = [module for module in slot.modules if f"{module}.lora_A" in tensors]
         if not adapted:
@@ -222,6 +241,11 @@ def bind(
         feeds = by_slot(bottleneck.onnx_tensors(config, tensors), slots)
         filled = tuple(dict.fromkeys(name.rpartition(".")[0] for name in feeds))
         return BoundAdapter(Binding(*origin, config.rank, float(config.rank), filled, config.activation), feeds)
+    if isinstance(config, LoreftConfig):
+        feeds = by_slot(loreft.onnx_tensors(config, tensors), slots)
+        filled = tuple(dict.fromkeys(name.rpartition(".")[0] for name in feeds))
+        binding = Binding(*origin, config.rank, float(config.rank), filled, positions=config.positions)
+        return BoundAdapter(binding, feeds)
     method, slots = METHODS[config.method], tuple(slots)
     method.CAPABILITIES.require("as_lora", AdapterError)
     linears = {module: (rows, slot.in_features) for slot in slots for module, rows in slot.modules.items()}
@@ -332,9 +356,10 @@ def tensor_problems(
         if slot.activation != adapter.binding.activation:
             yield f"{name}: its non-linearity is {adapter.binding.activation}, that of the graph {slot.activation}"
             continue
-        first, second = slot.inputs
-        rank = _rank_in(tensors.get(first), r)
-        expected |= {first: (slot.in_features, rank), second: (rank, slot.out_features)}
+        if slot.positions != adapter.binding.positions:
+            yield f"{name}: it changes positions {adapter.binding.positions}, the graph {slot.positions}"
+            continue
+        expected |= slot.shapes(_rank_in(tensors.get(slot.inputs[0]), r))
     if virtual and prefix is None:
         yield "it begins a cache, and the graph has none"
     if not adapter.binding.slots and not virtual:
@@ -349,7 +374,7 @@ def tensor_problems(
             yield f"{name}: has shape {list(array.shape)}, expected {list(shape)}"
         elif not np.isfinite(array).all():
             yield f"{name}: holds NaN or infinity"
-    named = {name for slot in adapter.binding.slots if slot in slots for name in slots[slot].inputs}
+    named = {name for slot in adapter.binding.slots if slot in slots for name in slots[slot].shapes(0)}
     for name in sorted(tensors.keys() - expected.keys() - named):
         yield f"{name}: is not of a slot that the adapter names"
 

@@ -336,7 +336,8 @@ def check_adapter(bundle: AnyBundle[Any], adapter: BoundAdapter, *, origin: str 
         )
     slots = {slot.name: slot for slot in bundle.slots}
     pairs = [tuple(adapter.tensors[name] for name in slots[slot].inputs) for slot in adapter.binding.slots]
-    if pairs and not any(a.any() and b.any() for a, b in pairs):
+    biased = any(value.any() for name, value in adapter.tensors.items() if name.endswith(".reft_bias"))
+    if pairs and not biased and not any(a.any() and b.any() for a, b in pairs):
         first, second = (name.rpartition(".")[2] for name in slots[adapter.binding.slots[0]].inputs)
         raise AdapterError(f"{origin} changes nothing: {first} or {second} of every slot is zero. Train it")
 

@@ -199,8 +199,8 @@ class TestCounts:
         assert parts["dropout"] == 4 * 4 * 64 * 88
 
 
-# Those of the model as a whole have a test of their own (training/test_places.py).
-IN_BLOCKS = [name for name, method in METHODS.items() if issubclass(method.Config, BlocksConfig)]
+# Those of the model as a whole, and of a prompt's positions, have tests of their own (training/test_places.py).
+IN_BLOCKS = [name for name, method in METHODS.items() if issubclass(method.Config, BlocksConfig) and name != "loreft"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

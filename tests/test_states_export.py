@@ -19,21 +19,28 @@ from edgetune.adapters.bitfit import BitfitConfig
 from edgetune.adapters.bottleneck import BottleneckConfig
 from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.ln_tuning import LnTuningConfig
+from edgetune.adapters.loreft import LoreftConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.prompt import PromptConfig
+from edgetune.data import pack, read_rows, stack
 from edgetune.errors import AdapterError, ConfigError, ExportError
 from edgetune.exporter import export
 from edgetune.models.decoder import load_decoder
 from edgetune.personalizer.job import make_plan
 from edgetune.quantizer import quantize
 from edgetune.runtime.adapters import add_adapter, check_adapters, set_default_adapter
+from edgetune.runtime.evaluate import mean_nll
 from edgetune.runtime.generate import generate
 from edgetune.runtime.session import open_session
+from edgetune.tokenizer import load_tokenizer
+from edgetune.training.forward import evaluate
+from tests.test_clients import PROMPTS, genai_greedy, greedy
 
 CONFIGS: dict[str, AdapterConfig] = {
     "houlsby": BottleneckConfig(r=3, placement="houlsby", non_linearity="silu"),
     "parallel": BottleneckConfig(r=2, placement="parallel", non_linearity="tanh", layers_to_transform=(1,)),
     "pfeiffer": BottleneckConfig(r=3, placement="pfeiffer", non_linearity="relu"),
+    "loreft": LoreftConfig(r=3, positions="f2+l3"),
     "prompt": PromptConfig(num_virtual_tokens=5),
     "prefix": PrefixConfig(num_virtual_tokens=5),
 }
@@ -61,18 +68,22 @@ def write_run(folder: Path, base: Path, config: AdapterConfig, scale: float = 0.
     return folder
 
 
-def torch_logits(base: Path, run: Path, ids: list[int]) -> np.ndarray:
+def torch_logits(base: Path, run: Path, ids: list[int], prompt_length: int | None = None) -> np.ndarray:
     decoder = load_decoder(base)
     config, tensors = load_adapter(run, decoder.config)
     load_tensors(attach(decoder, config.resolved(decoder.config)), tensors)
+    lengths = None if prompt_length is None else torch.tensor([[prompt_length]])
     with torch.no_grad():
-        logits: np.ndarray = decoder(torch.tensor([ids]))[0].numpy()
+        logits: np.ndarray = decoder(torch.tensor([ids]), prompt_lengths=lengths)[0].numpy()
     return logits
 
 
 @pytest.mark.parametrize(
     ("case", "family"),
-    [*((case, "llama") for case in CONFIGS), ("houlsby", "gemma3_text"), ("prefix", "gemma3_text")],
+    [
+        *((case, "llama") for case in CONFIGS),
+        *((case, "gemma3_text") for case in ("houlsby", "loreft", "prefix")),
+    ],
 )
 def test_a_bundle_computes_what_was_trained(tmp_path: Path, base: Path, case: str, family: str) -> None:
     if family != "llama":  # standard attention, norms of what is added, a sliding window
@@ -85,14 +96,17 @@ def test_a_bundle_computes_what_was_trained(tmp_path: Path, base: Path, case: st
     expected = torch_logits(base, run, ids)
     np.testing.assert_allclose(np.concatenate(list(session.logits(ids))), expected, atol=1e-3)
     session.reset()
-    for at, token in enumerate(ids[:9]):
-        np.testing.assert_allclose(session.forward([token]), expected[at], atol=1e-3)
+    first = 8 if case == "loreft" else 1  # its prompt is what comes first
+    expected = torch_logits(base, run, ids, first) if case == "loreft" else expected
+    np.testing.assert_allclose(session.forward(ids[:first]), expected[first - 1], atol=1e-3)
+    for at in range(first, first + 8):
+        np.testing.assert_allclose(session.forward([ids[at]]), expected[at], atol=1e-3)
     plain = open_session(bundle, fp32_compute=True, adapter=False)
     with torch.no_grad():
         alone = load_decoder(base)(torch.tensor([ids]))[0].numpy()
     np.testing.assert_allclose(np.concatenate(list(plain.logits(ids))), alone, atol=1e-3)
     plain.use_adapter()
-    np.testing.assert_allclose(np.concatenate(list(plain.logits(ids))), expected, atol=1e-3)
+    np.testing.assert_allclose(np.concatenate(list(plain.logits(ids, first))), expected, atol=1e-3)
 
 
 def test_what_the_manifest_says(tmp_path: Path, base: Path) -> None:
@@ -213,6 +227,8 @@ def test_a_prefix_that_does_not_fit_is_refused(tmp_path: Path, base: Path) -> No
     ("case", "settings", "message"),
     [
         ("pfeiffer", {"merge": True}, r"An activation keeps it from being folded into a weight\. Export it without"),
+        ("loreft", {"merge": True}, r"changes some positions alone, and no weight does\. Export it without"),
+        ("loreft", {"with_training": True}, r"know LoRA alone\. Train with --engine torch"),
         ("prefix", {"merge": True}, r"Virtual tokens change no weight\. Export it without --merge"),
         ("pfeiffer", {"with_training": True}, r"know LoRA alone\. Train with --engine torch"),
         ("prompt", {"with_training": True}, r"know LoRA alone\. Train with --engine torch"),
@@ -242,3 +258,57 @@ def test_rounding_under_a_bottleneck_is_measured(tmp_path: Path, base: Path) -> 
     bundle = export(run, out=tmp_path / "bundle", weights="int8")
     assert bundle.manifest["rounding"]["max_error_over_delta"] is None
     assert bundle.manifest["rounding"]["kl"] < 0.05
+
+
+def test_what_the_manifest_says_of_loreft(tmp_path: Path, base: Path) -> None:
+    run = write_run(tmp_path / "run", base, LoreftConfig(r=2, positions="l4", layers_to_transform=(1,)))
+    bundle = export(run, out=tmp_path / "bundle")
+    names = [f"model.layers.{i}.block_output" for i in range(2)]
+    assert [(slot.name, slot.activation, slot.positions) for slot in bundle.slots] == [(n, None, "l4") for n in names]
+    binding = bundle.adapters["adapter"].binding
+    assert (binding.r, binding.slots, binding.positions) == (2, (names[1],), "l4")
+    tensors = bundle.adapter_tensors()
+    assert {name.rpartition(".")[2]: value.shape for name, value in tensors.items()} == {
+        "reft_down": (72, 2), "reft_bias": (2,), "reft_up": (2, 72)
+    }  # fmt: skip
+    rotation = tensors[f"{names[1]}.reft_up"]
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(2), atol=1e-6)
+    own = export(run, out=tmp_path / "own", slots="adapter")
+    assert [slot.name for slot in own.slots] == names[1:]
+
+    ranks = write_run(tmp_path / "ranks", base, LoreftConfig(r=5, positions="l4"))
+    assert len(add_adapter(bundle, ranks, name="ranks").adapters) == 2
+    other = write_run(tmp_path / "other", base, LoreftConfig(r=2, positions="f1"))
+    with pytest.raises(AdapterError, match=r"block_output: it changes positions f1, the graph l4"):
+        add_adapter(bundle, other)
+    bottleneck = write_run(tmp_path / "bottleneck", base, CONFIGS["pfeiffer"])
+    with pytest.raises(AdapterError, match=r"adapts model\.layers\.0\.mlp_output, which is no linear"):
+        add_adapter(bundle, bottleneck)
+
+
+def test_held_out_rows_are_measured_with_their_prompts(tmp_path: Path, base: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"prompt": "a b " * n, "completion": "c" * (2 + n % 3)} for n in range(1, 12)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    run = write_run(tmp_path / "run", base, CONFIGS["loreft"], max_seq_length=64)
+    bundle = export(run, out=tmp_path / "bundle", eval_data=rows)
+    exact = bundle.manifest["parity"]["task"]["exact"]
+    held_out = read_rows(rows, load_tokenizer(base), 64).rows
+    decoder = load_decoder(base)
+    config, tensors = load_adapter(run, decoder.config)
+    load_tensors(attach(decoder, config.resolved(decoder.config)), tensors)
+    loss = evaluate(decoder, [stack(pack(held_out, 64))], check=lambda: None)
+    assert exact["loss"] == pytest.approx(loss, abs=1e-4)
+    assert mean_nll(bundle, held_out, fp32_compute=True)["nll"] == pytest.approx(loss, abs=1e-4)
+
+
+def test_onnxruntime_genai_takes_the_first_call_as_the_prompt(tmp_path: Path, base: Path) -> None:
+    og = pytest.importorskip("onnxruntime_genai")
+    bundle = export(write_run(tmp_path / "run", base, CONFIGS["loreft"], scale=1), out=tmp_path / "bundle")
+    model = og.Model(str(bundle.folder))
+    adapters = og.Adapters(model)
+    adapters.load(str(bundle.folder / "adapter.onnx_adapter"), "adapter")
+    for prompt in PROMPTS[1:4]:
+        assert genai_greedy(model, prompt, (adapters, "adapter")) == greedy(bundle, prompt, "adapter")[0]
+    changed = [greedy(bundle, prompt, "adapter")[0] != greedy(bundle, prompt, False)[0] for prompt in PROMPTS[1:4]]
+    assert any(changed)

@@ -29,7 +29,8 @@ One of the model's own vectors has `Config.own` and computes nothing beside the 
 shape of a vector that the base keeps dense, starts as that, and takes its place. Of the functions above it has those of
 slots and of files alone.
 
-A method of hidden states (`models.places`) has the first three of these, for the place's input x and what is there, y.
+A method of hidden states (`models.places`) has the first three of these, for the place's input x and what is there, y;
+one whose config has `prompt_positions` gets those rows alone.
 One of virtual tokens has none: its tensor is the model's, at the place "". Both have `places(model)`, every place that
 they could have, with shapes as `slot` takes them.
 
@@ -49,13 +50,13 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from edgetune.adapters import bitfit, bottleneck, dora, ia3, ln_tuning, lora, prefix, prompt, vera
+from edgetune.adapters import bitfit, bottleneck, dora, ia3, ln_tuning, lora, loreft, prefix, prompt, vera
 from edgetune.errors import AdapterError
 
 METHODS = {
     "lora": lora, "dora": dora, "ia3": ia3, "vera": vera,
     "ln_tuning": ln_tuning, "bitfit": bitfit,
-    "bottleneck": bottleneck, "prefix_tuning": prefix, "prompt_tuning": prompt,
+    "bottleneck": bottleneck, "loreft": loreft, "prefix_tuning": prefix, "prompt_tuning": prompt,
 }  # fmt: skip
 
 

@@ -193,6 +193,8 @@ def attach(model: Decoder | Encoder, config: AdapterConfig, seed: int = 0) -> di
             parameters[name] = nn.Parameter(getattr(module, attribute))
             setattr(module, attribute, parameters[name])
         return parameters
+    if isinstance(model, Decoder):
+        model.prompt_positions = config.prompt_positions
     for index, slot in enumerate(method.slots(config, model.config)):
         if not slot.place:
             parameters |= put_virtual_tokens(model, slot, config)

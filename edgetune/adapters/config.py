@@ -10,9 +10,10 @@ None means "not set": the plan chooses, and may concede it to the budget where i
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from edgetune.errors import ConfigError
+from edgetune.errors import ConfigError, DataError
 from edgetune.models import ModelConfig
 from edgetune.schema import Key
 
@@ -51,9 +52,22 @@ class AdapterConfig:
         return 0
 
     @property
+    def prompt_positions(self) -> tuple[int, int] | None:
+        """How many first and last positions of a row's prompt a resolved config changes; None where it changes all."""
+        return None
+
+    @property
     def dropout(self) -> float:
         """Share of the adapter's inputs that training zeroes."""
         return 0.0
+
+    def check_rows(self, kind: str, path: str | Path) -> None:
+        """Raises DataError for rows of a file that a resolved config cannot learn from."""
+        if self.prompt_positions is not None and kind == "text":
+            raise DataError(
+                f"{path} has text rows, and {self.method} changes positions of a prompt, which these do not have. "
+                'Write rows with "prompt" and "completion", or train with --adapter bottleneck or lora.'
+            )
 
     def lr_ratio(self, tensor: str) -> float:
         """The learning rate of a tensor, by its short name, over the plan's."""

@@ -65,6 +65,7 @@ class Row:
     desirable: bool | None = None  # the label of a feedback row
     teacher: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None  # [num_supervised, k]: see `data.teacher`
     reference: float | None = None  # the log-probability, in nats, that a reference model gives to what is learned
+    prompt_length: int | None = None  # None: the tokens before the first that is learned
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -165,6 +166,12 @@ class Window:
     def segment_ids(self) -> npt.NDArray[np.int64]:
         """[length]; the number of the row in this window; padding is -1."""
         return self._joined([np.full(len(row) + self.virtual_tokens, i) for i, row in enumerate(self.rows)], -1)
+
+    @property
+    def prompt_lengths(self) -> npt.NDArray[np.int64]:
+        """[length]; that of each row, 0 where it has none and in padding."""
+        parts = [np.full(len(row) + self.virtual_tokens, row.prompt_length or 0) for row in self.rows]
+        return self._joined(parts, 0)
 
     def of_rows(self, key: str, count: int) -> npt.NDArray[np.float64]:
         """[count]; a value of each row, NaN where it has none and beyond the last."""
@@ -428,7 +435,8 @@ def stack(windows: Sequence[Window]) -> dict[str, npt.NDArray[Any]]:
     """A micro-batch: "input_ids", "labels", "position_ids" and "segment_ids", each int64 [batch, length].
 
     Where rows have them, also "reference" and "desirable", float64 [batch, the most rows of a window], NaN for none;
-    and "teacher_ids" int64 and "teacher_logps" float32 of all learned positions in turn, [M, k].
+    and "teacher_ids" int64 and "teacher_logps" float32 of all learned positions in turn, [M, k]; and "prompt_lengths"
+    int64 [batch, length], 0 where a row has none.
     """
     names = ("input_ids", "labels", "position_ids", "segment_ids")
     made: dict[str, npt.NDArray[Any]] = {
@@ -439,6 +447,8 @@ def stack(windows: Sequence[Window]) -> dict[str, npt.NDArray[Any]]:
         if any(getattr(row, key) is not None for window in windows for row in window.rows):
             made[key] = np.stack([window.of_rows(key, most) for window in windows])
     taught = [row.teacher for window in windows for row in window.rows if row.teacher is not None]
+    if any(row.prompt_length is not None for window in windows for row in window.rows):
+        made["prompt_lengths"] = np.stack([window.prompt_lengths for window in windows])
     if taught:
         made["teacher_ids"] = np.concatenate([ids for ids, _ in taught], dtype=np.int64)
         made["teacher_logps"] = np.concatenate([logps for _, logps in taught], dtype=np.float32)

@@ -91,7 +91,10 @@ class Scorer:
         """The token among the options of each row that has the largest logit after its prompt and what was said."""
         indices = list(options)
         allowed = sorted({token for tokens in options.values() for token in tokens})
-        rows = [_asking(np.append(prompts[index], said[index]).astype(np.int32)) for index in indices]
+        rows = [
+            _asking(np.append(prompts[index], said[index]).astype(np.int32), prompt_length=len(prompts[index]))
+            for index in indices
+        ]
         found: dict[int, int] = {}
         if not rows:
             return found
@@ -116,12 +119,12 @@ class Scorer:
         return made
 
 
-def _asking(ids: np.ndarray, *, all_of_it: bool = False) -> Row:
+def _asking(ids: np.ndarray, *, all_of_it: bool = False, prompt_length: int | None = None) -> Row:
     """A row whose supervised positions are the last of `ids`, or all of them. What follows is asked for, not read."""
     labels = np.zeros(len(ids) + 1, np.int32)
     if not all_of_it:
         labels[:-1] = IGNORED
-    return Row(np.append(ids, np.int32(0)), labels, 0)
+    return Row(np.append(ids, np.int32(0)), labels, 0, prompt_length=prompt_length)
 
 
 class _Tree:

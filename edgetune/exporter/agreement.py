@@ -31,6 +31,12 @@ class Probe:
     ids: np.ndarray
     labels: np.ndarray
 
+    @property
+    def prompt_length(self) -> int:
+        """The tokens before the first that is learned; all of them where none is."""
+        learned = self.labels != IGNORED
+        return int(learned.argmax()) + 1 if learned.any() else len(self.ids)
+
 
 def probes(rows: Sequence[Row], vocab_size: int, context_length: int) -> tuple[list[Probe], list[Probe]]:
     """(what parity is measured on, all held-out probes for the task metric), both drawn without order from the rows.
@@ -83,12 +89,13 @@ class Spool:
     """Logits [positions, vocab_size] of all positions of some probes, in a file: written in tiles, read in ranges.
 
     A vocabulary of 128k makes 1,000 positions half a gigabyte, so they are never in memory together. `ids` are the
-    batches [B, T] that the tiles are of.
+    batches [B, T] that the tiles are of, and `prompt_lengths` [B] what their probes have.
     """
 
     def __init__(self, path: Path, items: Sequence[Probe], vocab_size: int, *, alone: bool = False) -> None:
         plan = list(batches(items, alone=alone))
         self.ids = [ids for ids, _ in plan]
+        self.prompt_lengths = [np.array([probe.prompt_length for probe in group]) for _, group in plan]
         lengths = [[len(probe.ids) for probe in group] for _, group in plan]
         starts = iter(accumulate((n for group in lengths for n in group), initial=0))
         self._rows = [[(next(starts), n) for n in group] for group in lengths]

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 
 from edgetune.adapter_file import AdapterSlot, BoundAdapter, PrefixShape, bind
-from edgetune.adapters import METHODS, bottleneck
+from edgetune.adapters import METHODS
 from edgetune.adapters.attach import attach
 from edgetune.adapters.base import load_adapter
 from edgetune.adapters.bottleneck import BottleneckConfig
 from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.head import Head, load_with_head
 from edgetune.adapters.lora import LoraConfig
+from edgetune.adapters.loreft import LoreftConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.prompt import PromptConfig
 from edgetune.base import AnyBase, Base, EncoderBase, open_any_base, weights_sha256
@@ -151,12 +152,15 @@ class Job:
         if self.merge:
             return ()
         slots = adapter_slots(self.base.config, self.format_of)
-        if self.adapter is not None and isinstance(config := self.adapter.config, BottleneckConfig):
+        config = None if self.adapter is None else self.adapter.config
+        if isinstance(config, BottleneckConfig | LoreftConfig):
             everywhere = config.changed(layers_to_transform=None).resolved(self.base.config)
             hidden = self.base.config.hidden_size
+            activation = config.activation if isinstance(config, BottleneckConfig) else None
+            positions = config.positions if isinstance(config, LoreftConfig) else None
             slots = tuple(
-                AdapterSlot(slot.place, hidden, hidden, {slot.place: hidden}, config.activation)
-                for slot in bottleneck.slots(everywhere, self.base.config)
+                AdapterSlot(slot.place, hidden, hidden, {slot.place: hidden}, activation, positions)
+                for slot in METHODS[config.method].slots(everywhere, self.base.config)
             )
         if self.any_adapter or self.adapter is None or self.virtual_tokens:
             return slots

@@ -28,7 +28,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from edgetune import host
-from edgetune.adapter_file import PAST
+from edgetune.adapter_file import PAST, PROMPT_LENGTH
 from edgetune.data import IGNORED
 from edgetune.errors import ExportError, ParityError
 from edgetune.exporter.agreement import MIN_POSITIONS, Probe, Spool, compare, num_positions, task_of
@@ -69,7 +69,7 @@ class Graph:
         """Logits of all probes; attention over a past, which a prefix is, takes one at a time."""
         prefixed = any(name.startswith(PAST) for name in self._feeds)
         spool = Spool(path, items, self._config.vocab_size, alone=prefixed)
-        for batch, _, rows, logits in self._tiles([[ids] for ids in spool.ids]):
+        for batch, _, rows, logits in self._tiles([[ids] for ids in spool.ids], spool.prompt_lengths):
             spool.write(batch, rows, logits)
         return spool
 
@@ -78,16 +78,18 @@ class Graph:
         spool = Spool(path, [item], self._config.vocab_size)
         half = len(item.ids) // 2
         cuts = list(range(half, min(half + 5, len(item.ids))))
-        for _, first, rows, logits in self._tiles([np.split(item.ids[None], cuts, axis=1)]):
+        for _, first, rows, logits in self._tiles([np.split(item.ids[None], cuts, axis=1)], spool.prompt_lengths):
             spool.write(0, rows, logits, first)
         return spool
 
-    def _tiles(self, sequences: Sequence[Sequence[np.ndarray]]) -> Iterator[tuple[int, int, slice, np.ndarray]]:
+    def _tiles(
+        self, sequences: Sequence[Sequence[np.ndarray]], prompt_lengths: Sequence[np.ndarray]
+    ) -> Iterator[tuple[int, int, slice, np.ndarray]]:
         """Runs batches of sequences, each in steps of ids [B, t] that follow each other through the cache.
 
         Yields (index of the batch, first position of the step, rows of the vocabulary, logits [B, t, rows]).
         """
-        values = [list(self._steps(sequence)) for sequence in sequences]
+        values = [list(self._steps(*each)) for each in zip(sequences, prompt_lengths, strict=True)]
         for piece in self._pieces:
             session = self._session(piece, values[0][0])
             for sequence, steps in zip(sequences, values, strict=True):
@@ -126,12 +128,13 @@ class Graph:
         first = {name: self._feeds.get(name, empty) for name in piece.inputs if name.startswith(PAST)}
         return {name: np.repeat(value, batch, axis=0) for name, value in first.items()}
 
-    def _steps(self, sequence: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    def _steps(self, sequence: Sequence[np.ndarray], prompt_lengths: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
         """The inputs of the graph for each step."""
         total = next((value.shape[2] for name, value in self._feeds.items() if name.startswith(PAST)), 0)
         for ids in sequence:
             total += ids.shape[1]
-            yield {"input_ids": ids, "attention_mask": np.ones((len(ids), total), np.int64)}
+            mask = np.ones((len(ids), total), np.int64)
+            yield {"input_ids": ids, "attention_mask": mask, PROMPT_LENGTH: prompt_lengths}
 
 
 def session_options(folder: Path, *, fp32_compute: bool) -> onnxruntime.SessionOptions:
@@ -179,7 +182,10 @@ def spool_logits(decoder: Decoder, items: Sequence[Probe], path: Path) -> Spool:
     for block in decoder.blocks:  # the pages of a block are not kept mapped for the next one
         block.register_forward_hook(lambda *_: weights.unmap())
     with torch.no_grad():
-        hidden = [decoder.hidden(torch.from_numpy(ids)) for ids in spool.ids]
+        hidden = [
+            decoder.hidden(torch.from_numpy(ids), prompt_lengths=torch.from_numpy(lengths)[:, None])
+            for ids, lengths in zip(spool.ids, spool.prompt_lengths, strict=True)
+        ]
         for rows, weight in decoder.lm_head.tiles():
             for batch, x in enumerate(hidden):
                 spool.write(batch, rows, (x @ weight.T).numpy())

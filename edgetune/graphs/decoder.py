@@ -4,6 +4,8 @@
     past_key_values.%d.key/.value [batch_size, kv_heads, past_sequence_length, head_dim]               float32
     <slot>.lora_A [in, r], <slot>.lora_B [r, out]                                                      float32, optional
     <place>.adapter_down [hidden, r], <place>.adapter_up [r, hidden], where there are bottlenecks      float32, optional
+    <place>.reft_down [hidden, r], .reft_bias [r], .reft_up [r, hidden], where there are LoReFTs       float32, optional
+    prompt_length [1 or batch_size], the tokens of the first call where it is left out, with these     int64, optional
     logits_to_keep [1], 0 where it is left out                                                         int64, optional
  -> logits [batch_size, logits_length, vocab_size], present.%d.key/.value                              float32
 
@@ -24,6 +26,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgetune.adapter_file import AdapterSlot
+from edgetune.adapters import loreft
 from edgetune.graphs import FORMATS, fused, ops
 from edgetune.graphs.builder import Builder
 from edgetune.grids.int4 import Fill
@@ -48,7 +51,7 @@ class Matrices(Protocol):
 def decoder_graph(
     source: Matrices, *, data_file: str, context_length: int, slots: Collection[AdapterSlot] = (), contrib: bool = True
 ) -> Builder:
-    """The graph, ready to be saved. `slots` are those of the `adapter_slots` that it has, and bottlenecks.
+    """The graph, ready to be saved. `slots` are those of the `adapter_slots` that it has, bottlenecks and LoReFTs.
 
     Without `contrib` it is of standard operators alone, which all formats of its weights have to allow.
     """
@@ -78,6 +81,8 @@ class _Decoder:
         x = ops.scaled(b, f"{_path(embedding)}/scaled", x, c.embedding_scale)
         x = ops.flat(b, _path(embedding), x, c.hidden_size)
         self.shape = ops.row_shape(b, ids)
+        positions = next((slot.positions for slot in self.slots.values() if slot.positions is not None), None)
+        self.prompt = None if positions is None else ops.prompt_mask(b, ids, mask, positions)
         shared = ops.attention_inputs(b, ids, mask, c, context_length)
         present = []
         for i in range(c.num_hidden_layers):
@@ -122,7 +127,11 @@ class _Decoder:
             h = self._norm(h, f"{name}.{norms.after_mlp}")
         h = self._adapted(h, h, f"{name}.mlp_output")
         h = self._adapted(taken, h, f"{name}.mlp_parallel")
-        return self.b.op(f"{_path(mlp)}/Add", "Add", [x, h]), key, value
+        x = self.b.op(f"{_path(mlp)}/Add", "Add", [x, h])
+        place = f"{name}.{loreft.PLACE}"
+        if place in self.slots and self.prompt is not None:
+            x = ops.loreft(self.b, _path(place), x, self.slots[place], self.prompt)
+        return x, key, value
 
     def _adapted(self, x: ir.Value, y: ir.Value, place: str) -> ir.Value:
         """Hidden states y with what a bottleneck at a place of `models.places` adds of x, both [b*s, hidden]."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from edgetune.adapter_file import AdapterSlot
+from edgetune.adapter_file import PROMPT_LENGTH, AdapterSlot
+from edgetune.adapters.loreft import parse_positions
 from edgetune.graphs.builder import CONTRIB, Builder
 from edgetune.models.config import DecoderConfig
 from edgetune.models.rope import rope_tables
@@ -81,6 +82,47 @@ def bottleneck(b: Builder, path: str, x: ir.Value, y: ir.Value, slot: AdapterSlo
         kind = _NON_LINEARITIES[str(slot.activation)]
         z = b.op(f"{path}/{kind}", kind, [z])
     return b.op(f"{path}/adapter_up/Gemm", "Gemm", [z, up, y])
+
+
+# ids, mask, prompt_length ── [b*s, 1]
+def prompt_mask(b: Builder, ids: ir.Value, mask: ir.Value, positions: str) -> ir.Value:
+    """1 at the new tokens that are among so many first or last positions of the prompt, else 0, for `loreft`.
+
+    The optional input `prompt_length` [1 or b] is the number of its tokens, in every call of a sequence. Left out, the
+    prompt is what the first call gives, so that nothing is changed where tokens lie in the cache already.
+    """
+    path, (first, last) = "/prompt", parse_positions(positions)
+    given = b.optional_input(PROMPT_LENGTH, ["prompt_lengths"], np.array([-1], np.int64))
+    zero, one = (b.constant(f"{path}/{n}", np.array(n, np.int64)) for n in (0, 1))
+    total = _length(b, f"{path}/mask", mask)
+    start = b.op(f"{path}/start/Sub", "Sub", [total, _length(b, f"{path}/ids", ids)])
+    at = b.op(f"{path}/Range", "Range", [start, total, one])
+    here = b.op(f"{path}/here/Where", "Where", [b.op(f"{path}/here/Equal", "Equal", [start, zero]), total, zero])
+    length = b.op(f"{path}/Where", "Where", [b.op(f"{path}/given/Less", "Less", [given, zero]), here, given])
+    length = b.op(f"{path}/Unsqueeze", "Unsqueeze", [length, b.constant("/shape/last", np.array([-1], np.int64))])
+    inside = b.op(f"{path}/inside/Less", "Less", [at, length])
+    begins = b.op(f"{path}/begins/Less", "Less", [at, b.constant(f"{path}/first", np.array(first, np.int64))])
+    rest = b.op(f"{path}/Sub", "Sub", [length, b.constant(f"{path}/last", np.array(last, np.int64))])
+    ends = b.op(f"{path}/ends/GreaterOrEqual", "GreaterOrEqual", [at, rest])
+    chosen = b.op(f"{path}/And", "And", [inside, b.op(f"{path}/Or", "Or", [begins, ends])])
+    chosen = b.op(f"{path}/Cast", "Cast", [chosen], to=int(ir.DataType.FLOAT))
+    every = b.op(f"{path}/Expand", "Expand", [chosen, b.op(f"{path}/every/Shape", "Shape", [ids])])
+    return b.op(f"{path}/Reshape", "Reshape", [every, b.constant("/shape/column", np.array([-1, 1], np.int64))])
+
+
+# h [n, K] ── MatMul(reft_down [K, r]) ── Add(reft_bias [r]) ── Mul(mask [n, 1]) ── Gemm(reft_up [r, K], h) ── [n, K]
+def loreft(b: Builder, path: str, h: ir.Value, slot: AdapterSlot, mask: ir.Value) -> ir.Value:
+    """The sum h + mask * ((h D + c) U), with D = (W - R)^T, c and U = R as optional inputs of any rank; left out they
+    have rank 0 and change nothing.
+    """
+    rank = f"{slot.name}.r"
+    down, bias, up = (
+        b.optional_input(name, [rank if size == 0 else size for size in shape], np.zeros(shape, np.float32))
+        for name, shape in slot.shapes(0).items()
+    )
+    z = b.op(f"{path}/reft_down/MatMul", "MatMul", [h, down])
+    z = b.op(f"{path}/Mul", "Mul", [b.op(f"{path}/reft_bias/Add", "Add", [z, bias]), mask])
+    return b.op(f"{path}/reft_up/Gemm", "Gemm", [z, up, h])
 
 
 # x [b, s, n] ── Reshape ── [b*s, n]

@@ -19,7 +19,7 @@ from torch import nn
 from edgetune.base import Base, open_base
 from edgetune.linear import FrozenLinear, Workspace, frozen_linear
 from edgetune.models.config import AttentionKind, DecoderConfig
-from edgetune.models.places import Prefix, StateAdapter, VirtualTokens
+from edgetune.models.places import Prefix, StateAdapter, VirtualTokens, prompt_positions
 from edgetune.models.rope import rope_tables
 
 
@@ -30,6 +30,7 @@ class Context:
     rotary: tuple[torch.Tensor, torch.Tensor] | None  # cos and sin, [B or 1, 1, T, head_dim/2]; None: no rotation
     mask: torch.Tensor | None  # [B, 1, T, T], added to the scores: 0 = may look, -inf = may not; None = plain causal
     virtual: torch.Tensor | None = None  # int64 [B or 1, T]: which virtual token stands at a position, -1: none does
+    changed: torch.Tensor | None = None  # bool [B or 1, T]: where `block_output` changes the stream
 
 
 class RMSNorm(nn.Module):
@@ -130,10 +131,13 @@ class Block(nn.Module):
         self.after_mlp = RMSNorm(base, f"{name}.{norms.after_mlp}") if norms.after_mlp else None
         self.self_attn = Attention(base, f"{name}.self_attn", workspace)
         self.mlp = GatedMLP(base, f"{name}.mlp", workspace)
-        # Places of adapters: on what attention and MLP add to the stream, and beside the MLP, of what that takes.
+        self.index = index
+        # Places of adapters: on what attention and MLP add to the stream, beside the MLP, of what that takes, and after
+        # all of it.
         self.attention_output: StateAdapter | None = None
         self.mlp_output: StateAdapter | None = None
         self.mlp_parallel: StateAdapter | None = None
+        self.block_output: StateAdapter | None = None
 
     def forward(self, x: torch.Tensor, contexts: Sequence[Context]) -> torch.Tensor:
         """X [B, T, hidden] -> [B, T, hidden]."""
@@ -144,7 +148,11 @@ class Block(nn.Module):
         y = self.mlp(h)
         y = y if self.after_mlp is None else self.after_mlp(y)
         y = y if self.mlp_output is None else self.mlp_output(y, y)
-        return x + (y if self.mlp_parallel is None else self.mlp_parallel(h, y))  # type: ignore[no-any-return]
+        y = x + (y if self.mlp_parallel is None else self.mlp_parallel(h, y))
+        changed = contexts[self.kind].changed
+        if self.block_output is None or changed is None:
+            return y  # type: ignore[no-any-return]
+        return torch.where(changed[..., None], self.block_output(y, y), y)
 
 
 class Decoder(nn.Module):
@@ -164,6 +172,7 @@ class Decoder(nn.Module):
         self.lm_head: FrozenLinear = self.embed_tokens if tied else frozen_linear(base, "lm_head", self.workspace)
         self.virtual_tokens = 0  # positions that each row gives to a trained prompt or prefix
         self.prompt: VirtualTokens | None = None
+        self.prompt_positions: tuple[int, int] | None = None  # first and last ones of a prompt that an adapter changes
         self._tables: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         self._length = 0  # of the tables
 
@@ -182,14 +191,16 @@ class Decoder(nn.Module):
         return self.embed_tokens.lookup(input_ids).mul_(self.config.embedding_scale)
 
     def context(
-        self, length: int, position_ids: torch.Tensor | None = None, segment_ids: torch.Tensor | None = None
-    ) -> list[Context]:
+        self, length: int, position_ids: torch.Tensor | None = None, segment_ids: torch.Tensor | None = None,
+        prompt_lengths: torch.Tensor | None = None,
+    ) -> list[Context]:  # fmt: skip
         """Rotary tables and mask of one pass, for each kind of attention.
 
         Args:
             length: T, the window's length.
             position_ids: [B, T], each below T, counted from zero in every segment; None counts 0..T-1.
             segment_ids: [B, T]; a position sees earlier ones of its own segment only. None is one segment.
+            prompt_lengths: [B, T or 1], the tokens of the prompt that a position's segment begins with. None: all are.
         """
         if self._length < length:  # only as long as windows are: a 128k context would take 32 MiB
             self._tables = [_tables(kind, self.config.head_dim, length) for kind in self.config.attention_kinds]
@@ -198,9 +209,13 @@ class Decoder(nn.Module):
         masks = {window: _mask(segment_ids, length, window) for window in set(windows)}
         at = slice(length) if position_ids is None else position_ids
         virtual = self.virtual(length, position_ids, segment_ids)
+        changed = self._changed(length, position_ids, segment_ids, prompt_lengths)
         return [
             Context(
-                None if tables is None else (_by_head(tables[0][at]), _by_head(tables[1][at])), masks[window], virtual
+                None if tables is None else (_by_head(tables[0][at]), _by_head(tables[1][at])),
+                masks[window],
+                virtual,
+                changed,
             )
             for tables, window in zip(self._tables, windows, strict=True)
         ]
@@ -217,29 +232,44 @@ class Decoder(nn.Module):
             is_virtual &= segment_ids >= 0  # padding counts from zero, too
         return torch.where(is_virtual, at, -1)
 
+    def _changed(
+        self, length: int, position_ids: torch.Tensor | None, segment_ids: torch.Tensor | None,
+        prompt_lengths: torch.Tensor | None,
+    ) -> torch.Tensor | None:  # fmt: skip
+        """`Context.changed`."""
+        if self.prompt_positions is None:
+            return None
+        at = torch.arange(length)[None] if position_ids is None else position_ids
+        lengths = torch.full((1, 1), length) if prompt_lengths is None else prompt_lengths
+        changed = prompt_positions(self.prompt_positions, at, lengths)
+        return changed if segment_ids is None else changed & (segment_ids >= 0)
+
     def forward(
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
+        prompt_lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Ids [B, T] -> logits [B, T, vocab], whole: for tests and evaluation of small models."""
-        return self.lm_head(self.hidden(input_ids, position_ids, segment_ids))  # type: ignore[no-any-return]
+        hidden = self.hidden(input_ids, position_ids, segment_ids, prompt_lengths)
+        return self.lm_head(hidden)  # type: ignore[no-any-return]
 
     def hidden(
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
+        prompt_lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Ids [B, T] -> what the head multiplies [B, T, hidden].
 
         With positions the ids have those of virtual tokens, as windows do; else these are put before them and left out
-        of the result.
+        of the result. `prompt_lengths` are as in `context`.
         """
         before = self.virtual_tokens if position_ids is None else 0
         input_ids = F.pad(input_ids, (before, 0))
-        contexts = self.context(input_ids.shape[1], position_ids, segment_ids)
+        contexts = self.context(input_ids.shape[1], position_ids, segment_ids, prompt_lengths)
         x = self.embed(input_ids)
         if self.prompt is not None and contexts[0].virtual is not None:
             x = self.prompt(x, contexts[0].virtual)

@@ -2,12 +2,14 @@
 
     attention_output, mlp_output    on what attention and MLP add to the stream         StateAdapter
     mlp_parallel                    beside the MLP, of what that takes                  StateAdapter
+    block_output                    on the stream after a block, at some positions      StateAdapter
     self_attn.prefix                keys and values at the virtual tokens' positions    Prefix
     prompt                          input embeddings at these positions                 VirtualTokens
 
 Each is an attribute of `Block`, of its attention or of `Decoder`, None where there is nothing; `adapters.attach` fills
 it. Virtual tokens are the first positions of every row, so attention, rotary embedding and packing know them as any
-other; what would be computed there is overwritten.
+other; what would be computed there is overwritten. The positions of `block_output` are the first and the last ones of
+every row's prompt (`prompt_positions`).
 """
 
 from __future__ import annotations
@@ -30,6 +32,15 @@ class StateAdapter(nn.Module):
     def add_gradients(self, x: torch.Tensor, d_y: torch.Tensor, d_x: torch.Tensor) -> None:
         """Backward of f for d_y [N, hidden]: adds to d_x [N, hidden] and to `.grad` of the tensors."""
         raise NotImplementedError
+
+
+def prompt_positions(counts: tuple[int, int], position_ids: torch.Tensor, prompt_lengths: torch.Tensor) -> torch.Tensor:
+    """Which positions are among so many first and last ones of a prompt, bool [B, T], each at most once.
+
+    `position_ids` [B or 1, T] count from zero in every row, whose prompt has `prompt_lengths` [B, T or 1] tokens.
+    """
+    first, last = counts
+    return (position_ids < prompt_lengths) & ((position_ids < first) | (position_ids >= prompt_lengths - last))
 
 
 class VirtualTokens(nn.Module):

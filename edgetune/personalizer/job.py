@@ -52,7 +52,7 @@ def make_plan(
         raise ConfigError(
             f"{bundle.folder} has no tokenizer.json to read rows with. Export it from a base that has one."
         )
-    facts = read_facts(data, eval_data, bundle.folder, model, config, skip_bad)
+    facts = read_facts(data, eval_data, bundle.folder, model, config, skip_bad, wishes.adapter.resolved(model))
     return make(source, profile, replace(wishes, facts=facts), *named_budget)
 
 
@@ -62,8 +62,8 @@ def _check_default(bundle: Bundle) -> None:
     if name is None:
         return
     binding = bundle.adapters[name].binding
-    if binding.virtual_tokens or binding.activation is not None:
-        kind = "a prefix" if binding.virtual_tokens else "a bottleneck"
+    if binding.virtual_tokens or binding.activation is not None or binding.positions is not None:
+        kind = "a prefix" if binding.virtual_tokens else "a bottleneck" if binding.activation else "a LoReFT"
         raise ConfigError(
             f"adapter {name}, the default of {bundle.folder}, is {kind}, and the training graphs know LoRA alone: what "
             f"is trained could not be compared with it. Choose another with `edgetune adapter default`."

@@ -146,8 +146,8 @@ def _wishes(
                 f"({base.config.model_type}). Give a model such as MiniLM, or let the decoder write the label: rows "
                 'with "prompt" and "completion".'
             )
-        virtual_tokens = adapter.resolved(base.config).virtual_tokens
-        facts = read_facts(data, eval_data, base.folder, base.config, config, skip_bad, virtual_tokens, beside)
+        resolved = adapter.resolved(base.config)
+        facts = read_facts(data, eval_data, base.folder, base.config, config, skip_bad, resolved, beside)
         return Wishes(base.config, adapter, config, facts)
     check_encoder(config, adapter, engine, data is not None)
     assert data is not None and (isinstance(data, (str, Path, LabeledRows)))
@@ -275,14 +275,14 @@ def why_untrainable(profile: DeviceProfile) -> str | None:
 
 def read_facts(
     data: str | Path | Rows | None, eval_data: str | Path | None, folder: Path, model: DecoderConfig,
-    config: TrainConfig, skip_bad: bool, virtual_tokens: int = 0, beside: Beside = NONE,
+    config: TrainConfig, skip_bad: bool, adapter: AdapterConfig, beside: Beside = NONE,
 ) -> RowFacts:  # fmt: skip
-    """The rows to learn from and those held out, divided as training will divide them, and those beside them;
-    `virtual_tokens` take positions of each.
+    """The rows to learn from and those held out, divided as training will divide them, and those beside them; virtual
+    tokens of the resolved adapter take positions of each.
     """
     if data is None:
         return RowFacts()
-    length = (config.max_seq_length or model.max_position_embeddings) - virtual_tokens
+    length = (config.max_seq_length or model.max_position_embeddings) - adapter.virtual_tokens
 
     def read(file: str | Path | Rows) -> Rows:
         if isinstance(file, Rows):
@@ -290,7 +290,9 @@ def read_facts(
         return with_needed(config.objective, lines(Path(file)), file, model.vocab_size)
 
     def lines(file: Path) -> Rows:
-        return read_rows(file, load_tokenizer(folder), length, skip_bad=skip_bad)
+        rows = read_rows(file, load_tokenizer(folder), length, skip_bad=skip_bad)
+        adapter.check_rows(rows.kind, file)
+        return rows
 
     rows, held_out = split_eval(read(data), config.eval_fraction, config.seed)
     if eval_data is not None:
@@ -336,6 +338,7 @@ class _Costs:
             threads=self.threads,
             supervised_per_window=windows.supervised if windows else length,
             anchored_per_window=(windows.anchored if windows else length) if self.wishes.config.kl_weight else 0,
+            rows_per_window=windows.rows if windows else None,
             num_tokens=facts.num_tokens,
             num_rows=facts.num_rows,
             tokenizer_file_bytes=tokenizer.stat().st_size if tokenizer.is_file() else 0,

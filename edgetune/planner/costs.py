@@ -99,6 +99,7 @@ class Job:
     positions: int = 0  # of rows without padding: the most tokens of any micro-batch
     head_sizes: tuple[int, ...] = ()  # parameters of each tensor of a trained head
     head_floats: int = 0  # what pooling, head and objective compute with
+    rows_per_window: int | None = None  # the most of any window; None: not known
 
     @property
     def decoder(self) -> DecoderConfig:
@@ -156,6 +157,15 @@ class Job:
     def micro_batches(self) -> int:
         """Of a step, the one that holds the model to its base included."""
         return self.gradient_accumulation_steps + (1 if self.anchored else 0)
+
+    @property
+    def changed(self) -> int:
+        """Positions of a micro-batch that an adapter of some positions changes, at most."""
+        counts = self.adapter.prompt_positions
+        if counts is None:
+            return self.tokens
+        rows = self.tokens if self.rows_per_window is None else self.rows_per_window * self.batch_size * sum(counts)
+        return min(rows, self.tokens)
 
     @property
     def taught(self) -> int:
@@ -247,7 +257,9 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         # What blocks share: the attention masks, the rotary tables of every position, and where virtual tokens stand:
         # one number for each position, and two for each of theirs, which are most of them where rows are short.
         "context": FLOAT_BYTES * job.tokens * (num_masks * job.max_seq_length + num_rotary * head_dim)
-        + (INDEX_BYTES * 3 * job.tokens if job.adapter.virtual_tokens else 0),
+        + (INDEX_BYTES * 3 * job.tokens if job.adapter.virtual_tokens else 0)
+        # The prompts of the rows and three masks of positions, and the rows that are changed.
+        + ((INDEX_BYTES + 3) * job.tokens + INDEX_BYTES * job.changed if job.adapter.prompt_positions else 0),
         "block_inputs": inputs,
         "kept_activations": slots_ - one_slot,
         "block_workspace": work + one_slot,
@@ -294,6 +306,7 @@ def code_bytes(job: Job) -> int:
 def spare_code_bytes(job: Job) -> int:
     """The same once more for each number of threads that a crew may come down to; it does so beside other programs."""
     free = job.has_gradients and keeps_bits(job.threads, job.tokens, job.model.head_dim)
+    free = free and not job.adapter.prompt_positions  # products of as many rows as prompts give
     return code_bytes(job) * (job.threads.bit_length() - 1) if free else 0
 
 
@@ -410,7 +423,15 @@ def buffers(job: Job) -> dict[str, int]:
         if norms.after_mlp or f"{block}.mlp_output" in places:
             held["mlp_out"] = hidden
         floats |= {f"slot.{slot}.{name}": positions * width for name, width in held.items()}
+    if job.adapter.prompt_positions:
+        floats |= {f"before.{index}": job.changed * hidden for index in _adapted_blocks(job)}
     return {name: FLOAT_BYTES * count for name, count in floats.items()}
+
+
+def _adapted_blocks(job: Job) -> list[int]:
+    """Those whose output is changed."""
+    places = {slot.place.rpartition(".")[0] for slot in job.slots}
+    return [index for index in range(job.model.num_hidden_layers) if job.model.block(index) in places]
 
 
 def _block_of(job: Job, slot: int) -> str:
@@ -567,7 +588,7 @@ def _adapter_work(job: Job, forward: float) -> StepWork:
     if job.has_gradients:  # the frozen product again, for the gradient of its factors
         flops += 2.0 * sum(slot.in_features * slot.out_features for slot in job.slots if slot.scales_output)
     floats = forward * (inputs + 2 * outputs) + (3 * inputs + 2 * outputs if job.has_gradients else 0)
-    return StepWork(job.tokens * flops, job.tokens * FLOAT_BYTES * floats, 0)
+    return StepWork(job.changed * flops, job.changed * FLOAT_BYTES * floats, 0)
 
 
 def lower_work(job: Job, num_windows: int) -> StepWork:

@@ -43,7 +43,7 @@ class TextFacts(RowFacts):
 
     def windows(self, length: int, virtual_tokens: int = 0) -> Windows:  # type: ignore[override]  # not cached
         """Each row for itself; no method of virtual tokens is one for encoders."""
-        return Windows(len(self.rows), len(self.held_out), 1, min(length, self.longest))
+        return Windows(len(self.rows), len(self.held_out), 1, min(length, self.longest), 1)
 
     @cached_property
     def longest(self) -> int:

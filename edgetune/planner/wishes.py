@@ -34,6 +34,8 @@ class Windows(NamedTuple):
     """The most supervised positions of any window that is learned, retention rows among them."""
     length: int
     """The fullest one's tokens: all are as long as that."""
+    rows: int
+    """The most rows of any."""
     beside: int = 0
     """Windows of other rows, learned or held out."""
     anchored: int = 0
@@ -92,14 +94,15 @@ class RowFacts:
         parts = (self._cut(rows, length - virtual_tokens) for rows in (self.rows, self.held_out))
         learned, held_out = (pack(rows, length, self.together, virtual_tokens) for rows in parts)
         supervised = max(window.num_supervised for window in learned)
-        length_of = max(window.length for window in learned + held_out)
+        every = learned + held_out
         beside = [part.windows(length, virtual_tokens) for part in self._beside]
         mixed = [part.windows(length, virtual_tokens).supervised for part in [self.retention] if part is not None]
         return Windows(
             len(learned),
             len(held_out),
             max([supervised, *mixed]),
-            max([length_of, *(part.length for part in beside)]),
+            max([window.length for window in every] + [part.length for part in beside]),
+            max([len(window.rows) for window in every] + [part.rows for part in beside]),
             sum(part.learned + part.held_out for part in beside),
             0 if self.anchors is None else self.anchors.windows(length, virtual_tokens).supervised,
         )

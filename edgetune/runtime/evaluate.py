@@ -75,7 +75,8 @@ def mean_nll(
         session.reset()
         start = 0
         targets = row.labels[1:]
-        for logits in session.logits(row.input_ids[:-1]):
+        prompt_length = int((targets != IGNORED).argmax()) + 1  # the tokens before the first that is learned
+        for logits in session.logits(row.input_ids[:-1], prompt_length):
             labels = targets[start : start + len(logits)]
             start += len(logits)
             total += _nll_sum(logits, labels)

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from edgetune.adapter_file import check_probe_change
+from edgetune.adapter_file import PROMPT_LENGTH, check_probe_change
 from edgetune.bundle import LOGITS_TO_KEEP, SHARE_BUFFER, Bundle, load_bundle
 from edgetune.errors import BundleError, ConfigError
 from edgetune.runtime.native import adapter_tensors, is_file, load_graph
@@ -39,7 +39,8 @@ class Session:
     """One sequence on a loaded bundle; `open_session` makes it.
 
     `length` is the number of tokens in the cache and `context_length` the most it can hold; it begins with `start`
-    virtual ones, the keys and values of a prefix adapter.
+    virtual ones, the keys and values of a prefix adapter. For an adapter of some positions of the prompt, that is what
+    the first `forward` takes.
     """
 
     def __init__(self, bundle: Bundle, native: onnxruntime.InferenceSession) -> None:
@@ -54,6 +55,7 @@ class Session:
         self._present = [f"present.{part}" for part in parts]
         self._check_graph()
         self._in_place = SHARE_BUFFER in native.get_modelmeta().custom_metadata_map
+        self._takes_prompts = PROMPT_LENGTH in {i.name for i in native.get_overridable_initializers()}
         self._cuts_logits = LOGITS_TO_KEEP in {i.name for i in native.get_overridable_initializers()}
         self._ones = np.ones((1, self.context_length), np.int64)
         self.reset()
@@ -146,14 +148,19 @@ class Session:
             logits = self._run(tokens, logits_to_keep=1)[-1]
         return logits
 
-    def logits(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
-        """Append tokens and yield their fp32 logits [n, vocab_size], n <= 128 tokens at a time. Raises as `forward`."""
-        for tokens in self._chunks(ids):
+    def logits(self, ids: Sequence[int] | np.ndarray, prompt_length: int | None = None) -> Iterator[np.ndarray]:
+        """Append tokens and yield their fp32 logits [n, vocab_size], n <= 128 tokens at a time. Raises as `forward`.
+
+        So many of the first tokens of a sequence are its prompt; None: all that it begins with.
+        """
+        for tokens in self._chunks(ids, prompt_length):
             yield self._run(tokens, logits_to_keep=0)
 
-    def _chunks(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
+    def _chunks(self, ids: Sequence[int] | np.ndarray, prompt_length: int | None = None) -> Iterator[np.ndarray]:
         tokens = np.asarray(ids, np.int64).reshape(1, -1)
         self._check_tokens(tokens)
+        if self._takes_prompts and self.length == self.start:
+            self._bind(PROMPT_LENGTH, np.array([prompt_length or tokens.shape[1]], np.int64))
         for start in range(0, tokens.shape[1], CHUNK):
             yield np.ascontiguousarray(tokens[:, start : start + CHUNK])
 

@@ -5,7 +5,7 @@
     kept       q, k, v, o, x2, gate, up: what `Activations` names. Norms, products and scores are computed again.
 
 A family may norm o Wo and the MLP's output before they are added, and an adapter may add to them then; these are kept
-too where that is so. An adapter beside the MLP takes norm(x2).
+too where that is so. An adapter beside the MLP takes norm(x2), and one after the block some rows of y (`changed`).
 
 Autograd would keep twice as much, and its temporaries come from the system anew in every step: on small models more
 time went into fetching pages than into arithmetic. The same formulas as `models.decoder`, which the tests hold beside
@@ -29,6 +29,7 @@ from edgetune.models.decoder import Block, Context, RMSNorm
 from edgetune.models.places import StateAdapter
 from edgetune.planner.costs import TILE_QUERIES
 from edgetune.products import fast_products
+from edgetune.training.changed import change, change_backward, changed_rows
 from edgetune.training.virtual import put_virtual, take_virtual, virtual_rows
 
 Linear = FrozenLinear | AdaptedLinear
@@ -80,6 +81,7 @@ class BlockPass:
         self.workspace, self.contexts, self.batch, self.length = workspace, contexts, batch, length
         self.positions = batch * length
         self.virtual = virtual_rows(contexts[0].virtual if contexts else None)
+        self.changed = changed_rows(contexts[0].changed if contexts else None)
 
     def forward(self, block: Block, x: torch.Tensor, y: torch.Tensor | None, name: str) -> Activations:
         """Fills y [N, hidden] from x [N, hidden]; the activations lie in buffers that start with `name`.
@@ -138,6 +140,8 @@ class BlockPass:
             if block.mlp_parallel is not None:
                 block.mlp_parallel.add(h, y)
             y.add_(x2)
+            if block.block_output is not None:
+                change(block.block_output, block.index, y, self.changed, self.workspace)
         return made
 
     def backward(self, block: Block, x: torch.Tensor, made: Activations, d: torch.Tensor, *, to_input: bool) -> None:
@@ -150,6 +154,8 @@ class BlockPass:
         take, positions, inner = self.workspace.take, self.positions, config.intermediate_size
         activate, activate_backward = _ACTIVATIONS[config.hidden_act]
 
+        if block.block_output is not None:
+            change_backward(block.block_output, block.index, d, self.changed, self.workspace)
         d_out = self._added_backward(made.mlp_out, block.after_mlp, block.mlp_output, d)
         product = activate(made.gate, out=take(positions, inner, "inner")).mul_(made.up)
         d_product = take(positions, inner, "d_inner")

@@ -20,6 +20,7 @@ from edgetune.models.decoder import Decoder
 from edgetune.objectives import Objective, sft
 from edgetune.objectives.sft import Measured
 from edgetune.training.blocks import BlockPass, normalize
+from edgetune.training.changed import prompt_lengths
 from edgetune.training.virtual import Virtual, put_virtual, virtual_rows
 
 Batch = Mapping[str, np.ndarray]  # input_ids, labels (shifted), position_ids, segment_ids: int64 [B, T]; see data.stack
@@ -33,7 +34,8 @@ def start(decoder: Decoder, batch: Batch) -> BlockPass:
     """The pass over any block of this micro-batch."""
     positions, segments = (torch.from_numpy(batch[key]) for key in ("position_ids", "segment_ids"))
     count, length = positions.shape
-    return BlockPass(decoder.workspace, decoder.context(length, positions, segments), count, length)
+    prompts = None if decoder.prompt_positions is None else torch.from_numpy(prompt_lengths(batch))
+    return BlockPass(decoder.workspace, decoder.context(length, positions, segments, prompts), count, length)
 
 
 def num_supervised(batch: Batch) -> int:

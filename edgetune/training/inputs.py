@@ -93,7 +93,9 @@ def read_inputs(
             return read_labeled_rows(
                 path, tokenizer, plan.max_seq_length, plan.objective, classes=plan.classes or None, skip_bad=skip_bad
             )
-        return read_rows(path, tokenizer, plan.max_seq_length - virtual, skip_bad=skip_bad)
+        rows = read_rows(path, tokenizer, plan.max_seq_length - virtual, skip_bad=skip_bad)
+        plan.adapter.check_rows(rows.kind, path)
+        return rows
 
     def learned(path: Path) -> Rows:
         rows = read(path)

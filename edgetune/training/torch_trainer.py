@@ -41,7 +41,7 @@ class TorchTrainer(Trainer):
         super().__init__(inputs, folder, guard, limit, pace, on_progress)
         plan = inputs.plan
         positions = plan.batch_size * max((window.length for window in inputs.learned), default=0)
-        exact = keeps_bits(plan.threads, positions, plan.model_config.head_dim)
+        exact = keeps_bits(plan.threads, positions, plan.model_config.head_dim) and not plan.adapter.prompt_positions
         self.crew = Crew(plan.threads, free=exact and plan.step_rule == "backprop")
         self.decoder = load_decoder(inputs.base)
         # Rotary tables, before allocations are limited: numpy crashes in a ufunc that is refused its buffers.

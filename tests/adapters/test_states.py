@@ -1,5 +1,5 @@
-"""Adapters at places that are no linear's: bottlenecks, prompts, prefixes and the model's own vectors, their files and
-what they refuse.
+"""Adapters at places that are no linear's: bottlenecks, LoReFT, prompts, prefixes and the model's own vectors, their
+files and what they refuse.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from edgetune.adapters.bitfit import BitfitConfig
 from edgetune.adapters.bottleneck import PLACEMENTS, BottleneckConfig
 from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.ln_tuning import LnTuningConfig
+from edgetune.adapters.loreft import LoreftConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.prompt import PromptConfig
 from edgetune.errors import AdapterError, ConfigError
@@ -172,15 +173,14 @@ def test_a_bottleneck_is_its_formula(tmp_path: Path, placement: str, non_lineari
     np.testing.assert_allclose(after["y"], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        BottleneckConfig(r=3, layers_to_transform=(1,)),
-        *VIRTUAL.values(),
-        LnTuningConfig(target_modules=("norm", "input_layernorm")),
-        BitfitConfig(target_modules=("v_proj", "q_proj"), layers_to_transform=(1,)),
-    ],
+STATES = (BottleneckConfig(r=3, layers_to_transform=(1,)), LoreftConfig(r=3, positions="l4", layers_to_transform=(1,)))
+OWN = (
+    LnTuningConfig(target_modules=("norm", "input_layernorm")),
+    BitfitConfig(target_modules=("v_proj", "q_proj"), layers_to_transform=(1,)),
 )
+
+
+@pytest.mark.parametrize("config", [*STATES, *VIRTUAL.values(), *OWN])
 def test_saved_and_loaded_bit_for_bit(tmp_path: Path, config: AdapterConfig) -> None:
     folder = write_model(tmp_path / "model", tiny_config("qwen2"))
     _, config, tensors = adapted(folder, config)
@@ -202,6 +202,10 @@ def test_saved_and_loaded_bit_for_bit(tmp_path: Path, config: AdapterConfig) -> 
         ),
         (BottleneckConfig(non_linearity="gelu"), r"non_linearity = 'gelu'; choose from relu, silu, tanh"),
         (BottleneckConfig(layers_to_transform=(2,)), r"layers_to_transform has \[2\]; choose from 0 to 1"),
+        (LoreftConfig(r=0), r"r = 0; an integer from 1 to the hidden size 72"),
+        (LoreftConfig(positions="f0+l7"), r"positions = 'f0\+l7'; such as f7\+l7, f7 or l7 was expected"),
+        (LoreftConfig(positions="l7+f7"), r"positions = 'l7\+f7'; such as"),
+        (LoreftConfig(positions=""), r"positions = ''; such as"),
         (PromptConfig(num_virtual_tokens=0), r"num_virtual_tokens = 0; an integer from 1 to \d+, what the model's"),
         (PrefixConfig(num_virtual_tokens=1 << 20), r"num_virtual_tokens = 1048576"),
         (
@@ -250,6 +254,8 @@ def test_wrong_files_are_refused_by_name(tmp_path: Path) -> None:
     refused(BottleneckConfig(r=3), r"placement 'both' and non_linearity 'relu'; one of houlsby", placement="both")
     refused(BottleneckConfig(r=3), r"not as edgetune writes it \(TypeError", r=None)
     refused(BottleneckConfig(r=3), r"mlp_output\.adapter_down has shape \[3, 72\]; \[4, 72\] was expected", r=4)
+    refused(LoreftConfig(r=3), r"not as edgetune writes it \(ConfigError", positions="all")
+    refused(LoreftConfig(r=3), r"block_output\.rotate_layer has shape \[3, 72\]; \[4, 72\] was expected", r=4)
     refused(VIRTUAL["prompt"], r"peft_type 'CARTRIDGE'; supported are", peft_type="CARTRIDGE")
     norms = {f"model.layers.{i}.input_layernorm.weight": np.ones(72, np.float32) for i in range(2)}
     refused(LnTuningConfig(), r"sets modules_to_save, which LN tuning", norms, modules_to_save=["lm_head"])

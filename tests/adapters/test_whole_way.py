@@ -20,7 +20,7 @@ from edgetune.planner import plan
 from edgetune.planner.plans import Plan, TrainConfig
 from edgetune.runtime.session import open_session
 from edgetune.training.loop import train
-from tests.training.conftest import make_base, write_rows
+from tests.training.conftest import make_base, write_prompts, write_rows
 
 TRAIN = TrainConfig(max_steps=12, batch_size=4, max_seq_length=64, learning_rate=0.03)
 
@@ -28,7 +28,8 @@ TRAIN = TrainConfig(max_steps=12, batch_size=4, max_seq_length=64, learning_rate
 @pytest.mark.filterwarnings("ignore:fp32 weights are slow")
 @pytest.mark.parametrize("method", METHODS)
 def test_the_whole_way(method: str, tmp_path: Path) -> None:
-    base, rows = make_base(tmp_path, "qwen2", "int4"), write_rows(tmp_path / "rows.jsonl", 24)
+    write = write_prompts if method == "loreft" else write_rows  # which text rows give no position
+    base, rows = make_base(tmp_path, "qwen2", "int4"), write(tmp_path / "rows.jsonl", 24)
     made = plan(base, "host", data=rows, adapter=METHODS[method].Config(), config=TRAIN)
     assert Plan.from_dict(made.to_dict()) == made
     assert made.method == method

@@ -52,6 +52,15 @@ def write_rows(path: Path, count: int, *, seed: int = 0) -> Path:
     return path
 
 
+def write_prompts(path: Path, count: int) -> Path:
+    """Rows with something to learn: the completion repeats the prompt's first letter."""
+    rng = np.random.default_rng(4)
+    prompts = ["".join(rng.choice(list("abcd"), int(rng.integers(3, 14)))) for _ in range(count)]
+    rows = [{"prompt": prompt, "completion": prompt[0] * 3} for prompt in prompts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def make_plan(base: Path, **overrides: Any) -> Plan:
     """A small plan for a base; where it would run, and at which cost, is made up."""
     config = load_config(base)

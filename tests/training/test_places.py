@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +14,33 @@ import pytest
 import torch
 from torch import nn
 
+from edgetune import planner
+from edgetune.adapters import loreft
 from edgetune.adapters.attach import attach
+from edgetune.adapters.base import load_adapter
 from edgetune.adapters.bitfit import BitfitConfig
 from edgetune.adapters.bottleneck import BottleneckConfig
 from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.ln_tuning import LnTuningConfig
 from edgetune.adapters.lora import LoraConfig
+from edgetune.adapters.loreft import LoreftConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.prompt import PromptConfig
-from edgetune.data import Row, pack, stack
+from edgetune.data import IGNORED, Row, Window, pack, stack
+from edgetune.errors import DataError
 from edgetune.linear import Workspace
+from edgetune.models import load_config
 from edgetune.models.decoder import Decoder, load_decoder
 from edgetune.planner import costs
 from edgetune.training.backprop import Path as Walk
 from edgetune.training.backprop import loss_and_gradients
+from edgetune.training.changed import prompt_lengths
 from edgetune.training.forward import Batch, evaluate, keys_values, start_virtual_tokens
 from edgetune.training.inputs import read_inputs
 from edgetune.training.loop import train
 from edgetune.training.reference import Reference
-from tests.training.conftest import at_step, interrupt, make_base, make_plan, write_rows
+from edgetune.training.run import METRICS, Metrics
+from tests.training.conftest import at_step, interrupt, make_base, make_plan, write_prompts, write_rows
 
 CASES: dict[str, AdapterConfig] = {
     "houlsby": BottleneckConfig(r=3, placement="houlsby", non_linearity="silu"),
@@ -45,12 +54,15 @@ CASES: dict[str, AdapterConfig] = {
     "norms of some blocks": LnTuningConfig(layers_to_transform=(1, 3)),
     "biases": BitfitConfig(),
     "biases of some blocks": BitfitConfig(target_modules=("k_proj", "v_proj"), layers_to_transform=(1, 2)),
+    "loreft": LoreftConfig(r=3, positions="f3+l2"),
+    "loreft of some": LoreftConfig(r=2, positions="l1", layers_to_transform=(1, 3)),
 }
 # Those that not every family has, and the families that have them.
 FAMILIES = {
     "norms of queries and keys": ("gemma3_text", "qwen3"), "biases": ("qwen2",), "biases of some blocks": ("qwen2",)
 }  # fmt: skip
 LENGTHS = (9, 12, 7, 5, 20)
+PROMPTS = (4, 8, 1, 3, 11)  # tokens of these rows before the first that is learned
 
 
 def adapted(folder: Path, family: str, config: AdapterConfig) -> tuple[Decoder, dict[str, nn.Parameter], AdapterConfig]:
@@ -69,10 +81,21 @@ def rows() -> list[Row]:
     return [Row(ids := rng.integers(0, 301, n).astype(np.int32), ids, line) for line, n in enumerate(LENGTHS)]
 
 
+def prompted() -> list[Row]:
+    """The same with prompts."""
+    made = []
+    for row, prompt in zip(rows(), PROMPTS, strict=True):
+        labels = row.labels.copy()
+        labels[:prompt] = IGNORED
+        made.append(replace(row, labels=labels))
+    return made
+
+
 def autograd_loss(decoder: Decoder, batch: Batch) -> torch.Tensor:
     """The mean loss by the modules' own forward passes."""
     tensors = {key: torch.from_numpy(value) for key, value in batch.items()}
-    logits = decoder(tensors["input_ids"], tensors["position_ids"], tensors["segment_ids"])
+    prompts = torch.from_numpy(prompt_lengths(batch))
+    logits = decoder(tensors["input_ids"], tensors["position_ids"], tensors["segment_ids"], prompts)
     return nn.functional.cross_entropy(logits.flatten(0, 1), tensors["labels"].flatten(), ignore_index=-100)
 
 
@@ -84,7 +107,8 @@ def everywhere(*families: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("case", "family"), everywhere("llama", "gemma3_text", "qwen3"))
 def test_gradients_equal_autograd(tmp_path: Path, case: str, family: str) -> None:
     decoder, parameters, config = adapted(tmp_path, family, CASES[case])
-    batch = stack(pack(rows(), 40, virtual_tokens=config.virtual_tokens))
+    chosen = prompted() if config.prompt_positions else rows()
+    batch = stack(pack(chosen, 40, virtual_tokens=config.virtual_tokens))
     expected = autograd_loss(decoder, batch)
     reference = dict(zip(parameters, torch.autograd.grad(expected, list(parameters.values())), strict=True))
     for recompute_layers in range(5 - config.first_block):
@@ -103,7 +127,8 @@ def test_gradients_equal_autograd(tmp_path: Path, case: str, family: str) -> Non
 @pytest.mark.parametrize("recompute_layers", [0, 2])
 def test_the_planner_counts_the_buffers(tmp_path: Path, case: str, family: str, recompute_layers: int) -> None:
     decoder, parameters, config = adapted(tmp_path, family, CASES[case])
-    batch = stack(pack(rows(), 40, virtual_tokens=config.virtual_tokens))
+    windows = pack(prompted() if config.prompt_positions else rows(), 40, virtual_tokens=config.virtual_tokens)
+    batch = stack(windows)
     walk = Walk(config.first_block, recompute_layers)
     loss_and_gradients(decoder, [batch], walk, dropout_key=(0, 0), check=lambda: None)
     count, length = batch["input_ids"].shape
@@ -112,14 +137,51 @@ def test_the_planner_counts_the_buffers(tmp_path: Path, case: str, family: str, 
         gradient_accumulation_steps=1, max_seq_length=length, recompute_layers=recompute_layers, fast_products=False,
         tile_weights=decoder.workspace.tile_weights, activation_offloading=False, dequantized_layers=0,
         step_rule="backprop", threads=1, supervised_per_window=-(-(sum(LENGTHS) - len(LENGTHS)) // count),
+        rows_per_window=max(len(window.rows) for window in windows),
     )  # fmt: skip
-    supervised = {"d_h", "inner"}  # which the most of any window decides
+    # Which the most of any window decides, and that of rows with prompts that are long enough.
+    supervised = {"d_h", "inner", *(f"before.{index}" for index in range(4))}
     sizes, counted = decoder.workspace.sizes, costs.buffers(job)
     assert sizes.keys() == counted.keys()
     assert {k: v for k, v in sizes.items() if k not in supervised} == {
         k: v for k, v in counted.items() if k not in supervised
     }
     assert sum(job.tensor_sizes) == sum(value.numel() for value in parameters.values())
+    if (counts := config.prompt_positions) is not None:
+        changed = sum(min(prompt, sum(counts)) for prompt in PROMPTS)
+        kept = {name: size for name, size in sizes.items() if name.startswith("before")}
+        assert set(kept.values()) == {4 * changed * decoder.config.hidden_size}
+        assert all(size <= counted[name] for name, size in kept.items())
+
+
+def test_the_planner_counts_what_is_kept_of_long_prompts(tmp_path: Path) -> None:
+    decoder, _, config = adapted(tmp_path, "llama", CASES["loreft"])
+    row = prompted()[-1]
+    batch = stack([Window((row, row), 40)] * 3)
+    loss_and_gradients(decoder, [batch], Walk(0, 2), dropout_key=(0, 0), check=lambda: None)
+    job = costs.Job(
+        model=decoder.config, adapter=config, optimizer="adamw", grid="nf4", batch_size=3, threads=1,
+        gradient_accumulation_steps=1, max_seq_length=40, recompute_layers=2, step_rule="backprop",
+        tile_weights=decoder.workspace.tile_weights, activation_offloading=False, dequantized_layers=0,
+        supervised_per_window=18, rows_per_window=2,
+    )  # fmt: skip
+    assert decoder.workspace.sizes == costs.buffers(job)
+    some = replace(job, rows_per_window=None)
+    assert job.changed == 3 * 2 * 5 and some.changed == job.tokens
+
+
+def test_a_prompt_ends_where_the_first_token_is_learned() -> None:
+    batch = stack(pack(prompted()[:3], 40))
+    lengths, segments = prompt_lengths(batch), batch["segment_ids"]
+    order = [9, 12, 7]  # of the rows' lengths
+    for window in range(len(segments)):
+        for segment in set(segments[window][segments[window] >= 0].tolist()):
+            at = segments[window] == segment
+            assert set(lengths[window][at].tolist()) == {PROMPTS[order.index(int(at.sum()))]}
+    said = [replace(row, prompt_length=2 + row.line) for row in prompted()[:2]]
+    (window,) = pack([*said, prompted()[2]], 40)
+    found = prompt_lengths(stack([window]))[0].tolist()
+    assert found == [3] * 12 + [2] * 9 + [0] * (window.length - 21)
 
 
 @pytest.mark.parametrize("case", ["prompt", "prefix"])
@@ -187,9 +249,10 @@ def test_they_start_as_tokens_of_the_vocabulary(tmp_path: Path, case: str) -> No
         assert (decoder(ids) - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("case", ["pfeiffer", "prompt", "prefix", "norms", "biases"])
+@pytest.mark.parametrize("case", ["pfeiffer", "prompt", "prefix", "norms", "biases", "loreft"])
 def test_stopped_and_resumed_to_the_bit(tmp_path: Path, case: str) -> None:
-    base, data = make_base(tmp_path, *FAMILIES.get(case, ())), write_rows(tmp_path / "rows.jsonl", 20)
+    write = write_prompts if case == "loreft" else write_rows
+    base, data = make_base(tmp_path, *FAMILIES.get(case, ())), write(tmp_path / "rows.jsonl", 20)
     config = CASES[case]
     plan = make_plan(base, adapter=config, method=config.method, max_steps=4)
     whole = train(plan, base, data=data, out=tmp_path / "whole").summary
@@ -197,3 +260,35 @@ def test_stopped_and_resumed_to_the_bit(tmp_path: Path, case: str) -> None:
     resumed = train(plan, base, data=data, out=tmp_path / "twice", resume=True).summary
     assert (whole["stopped"], resumed["stopped"]) == ("done", "done")
     assert resumed["adapter_sha256"] == whole["adapter_sha256"]
+
+
+@pytest.mark.parametrize("rule", ["backprop", "mezo"])
+def test_loreft_learns_under_any_step_rule(tmp_path: Path, rule: str) -> None:
+    base, data = make_base(tmp_path), write_prompts(tmp_path / "rows.jsonl", 24)
+    config = LoreftConfig(r=4, positions="f3+l3")
+    rate = 2e-2 if rule == "backprop" else 1e-4
+    plan = make_plan(
+        base, adapter=config, method=config.method, max_steps=12, step_rule=rule, learning_rate=rate,
+        optimizer="adamw" if rule == "backprop" else "sgd",
+    )  # fmt: skip
+    run = train(plan, base, data=data, out=tmp_path / "run")
+    losses = [line["loss"] for line in Metrics(run.folder / METRICS).lines() if "loss" in line]
+    assert len(losses) == 12 and np.isfinite(losses).all()
+    assert rule == "mezo" or losses[-1] < losses[0] - 0.5
+    found, tensors = load_adapter(run.folder, load_config(base))
+    assert found == plan.adapter and all(loreft.changes(
+        {name: tensors[f"model.layers.{i}.block_output.{name}"] for name in loreft.PEFT_NAMES}
+    ) for i in plan.adapter.blocks)  # fmt: skip
+
+
+def test_rows_without_a_prompt_are_refused_where_positions_are_of_one(tmp_path: Path) -> None:
+    base, data = make_base(tmp_path), write_rows(tmp_path / "rows.jsonl", 20)
+    plan = make_plan(base, adapter=CASES["loreft"], method="loreft")
+    message = r"rows\.jsonl has text rows, and loreft changes positions of a prompt.*or train with --adapter bottleneck"
+    with pytest.raises(DataError, match=message):
+        train(plan, base, data=data, out=tmp_path / "run")
+    with pytest.raises(DataError, match=message):
+        planner.plan(base, "host", data=data, adapter=CASES["loreft"])
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 20)
+    with pytest.raises(DataError, match=message):
+        planner.plan(base, "host", data=prompts, kl_data=data, adapter=CASES["loreft"])
