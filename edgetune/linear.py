@@ -23,11 +23,10 @@ from torch import nn
 
 from edgetune.base import AnyBase
 from edgetune.errors import ConfigError
-from edgetune.grids import GRIDS, PIECE_CODES, row_tiles
+from edgetune.grids import GRIDS, LOOKUP_ROWS, PIECE_CODES, row_tiles
 from edgetune.memory import format_mib, read_ahead
 
 Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # codes, scales, and where they are decoded to
-LOOKUP_ROWS = 16  # rows of an embedding read at once
 
 
 class Workspace:

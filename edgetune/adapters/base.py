@@ -30,6 +30,8 @@ from edgetune.weights import (
 )
 
 PREFIX = "base_model.model."
+OUTSIDE = "base_model."  # in the place of the prefix, where PEFT wraps no layer of the model: beside virtual tokens
+_AROUND = (PREFIX, OUTSIDE)
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -52,7 +54,8 @@ def save_adapter(
             )
     method = METHODS[config.method]
     files = {_peft_name(name, method.PEFT_NAMES, inside): value for name, value in tensors.items()}
-    files |= {f"{PREFIX}{name}": value for name, value in (beside or {}).items()}
+    around = OUTSIDE if config.virtual_tokens else PREFIX
+    files |= {f"{around}{name}": value for name, value in (beside or {}).items()}
     write_safetensors(folder / MODEL, {k: TensorInfo("F32", v.shape) for k, v in files.items()}, files.__getitem__)
     write_atomic(folder / CONFIG, json.dumps(method.config_to_peft(config, base_model) | dict(said or {}), indent=1))
 
@@ -93,11 +96,16 @@ def read_adapter(
         places = method.places(model)
     names: dict[str, str] = {}
     for name in weights:
-        if name in method.PEFT_SHARED or name.removeprefix(PREFIX) in beside:
+        if name in method.PEFT_SHARED or any(name == f"{around}{kept}" for kept in beside for around in _AROUND):
             continue
         if name in method.PEFT_NAMES.values():  # of the model as a whole
             names[name] = name
             continue
+        if name in (f"{around}score.weight" for around in _AROUND):
+            raise AdapterError(
+                f"{folder / MODEL} has a trained head ({name}): its outputs are classes or values, and it continues "
+                "no text. PEFT loads it around the model's *ForSequenceClassification; take an adapter without a head."
+            )
         ending = next((ending for ending in endings if name.endswith(ending)), None)
         if ending is None or not name.startswith(PREFIX):
             like = f"{PREFIX}…{next(iter(endings))}"

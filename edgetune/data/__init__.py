@@ -64,6 +64,7 @@ class Row:
     line: int
     desirable: bool | None = None  # the label of a feedback row
     teacher: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None  # [num_supervised, k]: see `data.teacher`
+    target: float | None = None  # what a trained head should say of the whole sequence: see `data.labeled`
     reference: float | None = None  # the log-probability, in nats, that a reference model gives to what is learned
     prompt_length: int | None = None  # None: the tokens before the first that is learned
 
@@ -72,8 +73,8 @@ class Row:
 
     @property
     def num_supervised(self) -> int:
-        """Predictions that are learned; the first token of a row is never predicted."""
-        return int(np.count_nonzero(self.labels[1:] != IGNORED))
+        """Predictions that are learned; the first token of a row is never predicted. One where there is a target."""
+        return 1 if self.target is not None else int(np.count_nonzero(self.labels[1:] != IGNORED))
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,7 +272,7 @@ def _encode_row(
     kind: str, row: Mapping[str, Any], tokenizer: Tokenizer, max_seq_length: int
 ) -> list[tuple[list[int], list[int]]]:
     if kind in ("label", "tokens", "pair"):
-        raise RowError(f"is a {kind} row; such rows are for encoders and their heads: see --objective")
+        raise RowError(f"is a {kind} row; such rows are for a trained head: see --objective")
     try:
         if kind == "text":
             return _encode_text(row["text"], tokenizer, max_seq_length)
@@ -434,16 +435,16 @@ def _num_tokens(rows: Sequence[Row]) -> int:
 def stack(windows: Sequence[Window]) -> dict[str, npt.NDArray[Any]]:
     """A micro-batch: "input_ids", "labels", "position_ids" and "segment_ids", each int64 [batch, length].
 
-    Where rows have them, also "reference" and "desirable", float64 [batch, the most rows of a window], NaN for none;
-    and "teacher_ids" int64 and "teacher_logps" float32 of all learned positions in turn, [M, k]; and "prompt_lengths"
-    int64 [batch, length], 0 where a row has none.
+    Where rows have them, also "reference", "desirable" and "target", float64 [batch, the most rows of a window], NaN
+    for none; and "teacher_ids" int64 and "teacher_logps" float32 of all learned positions in turn, [M, k]; and
+    "prompt_lengths" int64 [batch, length], 0 where a row has none.
     """
     names = ("input_ids", "labels", "position_ids", "segment_ids")
     made: dict[str, npt.NDArray[Any]] = {
         name: np.stack([getattr(window, name) for window in windows]) for name in names
     }
     most = max(len(window.rows) for window in windows)
-    for key in ("reference", "desirable"):
+    for key in ("reference", "desirable", "target"):
         if any(getattr(row, key) is not None for window in windows for row in window.rows):
             made[key] = np.stack([window.of_rows(key, most) for window in windows])
     taught = [row.teacher for window in windows for row in window.rows if row.teacher is not None]

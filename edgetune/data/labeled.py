@@ -1,4 +1,4 @@
-"""Rows for an encoder and its head: a text with a label, words with one each, or texts that belong together.
+"""Rows for a trained head: a text with a label, words with one each, or texts that belong together.
 
 | kind | row | objective |
 |---|---|---|
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from edgetune.data.jsonl import Report, RowError, RowFile
 from edgetune.errors import ConfigError, DataError
 from edgetune.tokenizer import Tokenizer
 
-__all__ = ["KIND_OF", "LabeledRow", "LabeledRows", "labeled", "read_labeled_rows"]
+__all__ = ["KIND_OF", "LabeledRow", "LabeledRows", "labeled", "read_labeled_rows", "with_targets"]
 
 # Objective -> the kind of its rows.
 KIND_OF = {
@@ -45,7 +45,7 @@ class LabeledRow(Row):
     """The texts of a row one after the other, so many tokens each, and what they should give.
 
     `labels` is the number of the class [1], the value float32 [1], the class of every token [n] with -100 where none is
-    learned, or nothing [0].
+    learned, or nothing [0]. For a decoder see `with_targets`.
     """
 
     labels: npt.NDArray[Any]
@@ -113,6 +113,20 @@ def read_labeled_rows(
 def labeled(rows: Rows) -> tuple[LabeledRow, ...]:
     """The rows of a file that `read_labeled_rows` read, by their type."""
     return tuple(row for row in rows if isinstance(row, LabeledRow))
+
+
+def with_targets(rows: Rows) -> Rows:
+    """The rows for a decoder, whose head sees the last token of each: nothing is learned of the tokens, and `target` is
+    the number of the class, or the value; of the answers of a preference 1 and 0.
+    """
+
+    def made(index: int, row: Row) -> Row:
+        if row.target is not None:
+            return row
+        target = float(row.labels[0]) if isinstance(row, LabeledRow) else 1.0 - index % 2
+        return replace(row, labels=np.full(len(row), IGNORED, np.int32), target=target)
+
+    return replace(rows, rows=tuple(made(index, row) for index, row in enumerate(rows)))
 
 
 class _Reader:

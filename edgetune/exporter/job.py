@@ -41,6 +41,7 @@ from edgetune.hub import model_folder
 from edgetune.models.config import DecoderConfig
 from edgetune.models.decoder import Decoder, load_decoder
 from edgetune.models.encoder import Encoder
+from edgetune.objectives import has_head
 from edgetune.quantizer import quantize, read_manifest
 from edgetune.tokenizer import Tokenizer, load_tokenizer
 from edgetune.training.forward import keys_values
@@ -322,6 +323,12 @@ def _read_adapter(folder: Path, base: AnyBase[Any], run: Mapping[str, Any], *, m
     head = None
     if isinstance(base, EncoderBase):
         config, tensors, head = load_with_head(folder, base.config, run)
+    elif has_head(str(run.get("objective"))):
+        raise ExportError(
+            f"{folder} has a trained head ({run['objective']}), and a decoder's bundle gives the logits of the next "
+            "token. Read it with PEFT around the model's *ForSequenceClassification; for a bundle train an encoder "
+            'with --objective classification, or let the decoder write the label: rows with "prompt" and "completion".'
+        )
     else:
         config, tensors = load_adapter(folder, base.config)
     frozen = {name: base.weights.float32(name) for name in tensors} if config.own else {}

@@ -26,6 +26,7 @@ from types import ModuleType
 
 from edgetune.grids import int4, nf4
 
+LOOKUP_ROWS = 16  # rows of an embedding read at once
 PIECE_CODES = 1 << 18  # bytes of codes that torch decodes at once: their indices, as int32, stay in the cache
 
 GRIDS: dict[str, ModuleType] = {"nf4": nf4, "int4": int4}

@@ -19,7 +19,7 @@ from torch import nn
 from edgetune.base import Base, open_base
 from edgetune.linear import FrozenLinear, Workspace, frozen_linear
 from edgetune.models.config import AttentionKind, DecoderConfig
-from edgetune.models.places import Prefix, StateAdapter, VirtualTokens, prompt_positions
+from edgetune.models.places import Prefix, Score, StateAdapter, VirtualTokens, prompt_positions
 from edgetune.models.rope import rope_tables
 
 
@@ -173,6 +173,7 @@ class Decoder(nn.Module):
         self.virtual_tokens = 0  # positions that each row gives to a trained prompt or prefix
         self.prompt: VirtualTokens | None = None
         self.prompt_positions: tuple[int, int] | None = None  # first and last ones of a prompt that an adapter changes
+        self.score: Score | None = None
         self._tables: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         self._length = 0  # of the tables
 
@@ -251,8 +252,12 @@ class Decoder(nn.Module):
         segment_ids: torch.Tensor | None = None,
         prompt_lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Ids [B, T] -> logits [B, T, vocab], whole: for tests and evaluation of small models."""
+        """Ids [B, T] -> logits [B, T, vocab], whole, or the outputs of a trained head [B, T, outputs]: for tests and
+        evaluation of small models.
+        """
         hidden = self.hidden(input_ids, position_ids, segment_ids, prompt_lengths)
+        if self.score is not None:
+            return hidden @ self.score.weight.T
         return self.lm_head(hidden)  # type: ignore[no-any-return]
 
     def hidden(

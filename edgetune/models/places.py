@@ -5,14 +5,17 @@
     block_output                    on the stream after a block, at some positions      StateAdapter
     self_attn.prefix                keys and values at the virtual tokens' positions    Prefix
     prompt                          input embeddings at these positions                 VirtualTokens
+    score                           in the place of the head over the vocabulary        Score
 
 Each is an attribute of `Block`, of its attention or of `Decoder`, None where there is nothing; `adapters.attach` fills
-it. Virtual tokens are the first positions of every row, so attention, rotary embedding and packing know them as any
-other; what would be computed there is overwritten. The positions of `block_output` are the first and the last ones of
-every row's prompt (`prompt_positions`).
+it, and `training.torch_trainer` the last one. Virtual tokens are the first positions of every row, so attention, rotary
+embedding and packing know them as any other; what would be computed there is overwritten. The positions of
+`block_output` are the first and the last ones of every row's prompt (`prompt_positions`).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -41,6 +44,14 @@ def prompt_positions(counts: tuple[int, int], position_ids: torch.Tensor, prompt
     """
     first, last = counts
     return (position_ids < prompt_lengths) & ((position_ids < first) | (position_ids >= prompt_lengths - last))
+
+
+@dataclass(frozen=True)
+class Score:
+    """A trained head: its weight [outputs, hidden], and what its gradient is multiplied by."""
+
+    weight: nn.Parameter
+    scale: float = 1.0
 
 
 class VirtualTokens(nn.Module):

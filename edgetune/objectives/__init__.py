@@ -4,6 +4,8 @@ An objective is a module with `NAME`, `KINDS`, `SETTINGS` and a class `Objective
 normalized hidden states and ends at the gradient of them, so that how logits are made, in tiles or at all, is its own
 affair. torch is imported inside functions only: the planner reads the sizes of the tiles where there is no torch.
 
+An objective with a trained head of its own (`score`) starts at that head's outputs; `has_head` tells which do.
+
 One of an encoder starts at its outputs: logits, values or pooled hidden states. It has `NAME`, `SETTINGS`, `METRIC`,
 `POOLED` (whether a text has one output or each token its own), `HAS_HEAD` (whether a trained linear layer makes them),
 `count` and `found`, and stands in `ENCODER_OBJECTIVES`.
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.data import Rows
+from edgetune.data.labeled import with_targets
 from edgetune.data.teacher import with_teacher
 from edgetune.errors import DataError
 from edgetune.objectives import (
@@ -25,18 +28,28 @@ from edgetune.objectives import (
     kto,
     orpo,
     regression,
+    reward,
     sft,
     token_classification,
 )
 from edgetune.objectives.base import Objective
+from edgetune.objectives.score import ScoreObjective
 
-OBJECTIVES = {"sft": sft, "dpo": dpo, "orpo": orpo, "kto": kto, "distill": distill}
+OBJECTIVES = {
+    "sft": sft, "dpo": dpo, "orpo": orpo, "kto": kto, "distill": distill,
+    "classification": classification, "regression": regression, "reward": reward,
+}  # fmt: skip
 ENCODER_OBJECTIVES = {
     "classification": classification, "regression": regression, "token-classification": token_classification,
     "embedding": embedding,
 }  # fmt: skip
 
-__all__ = ["ENCODER_OBJECTIVES", "OBJECTIVES", "Objective", "check_kind", "objective_of", "with_needed"]
+__all__ = ["ENCODER_OBJECTIVES", "OBJECTIVES", "Objective", "check_kind", "has_head", "objective_of", "with_needed"]
+
+
+def has_head(objective: str) -> bool:
+    """Whether a decoder learns it with a head of its own, in the place of that over the vocabulary."""
+    return objective in OBJECTIVES and issubclass(OBJECTIVES[objective].Objective, ScoreObjective)
 
 
 def objective_of(settings: Any) -> Objective:
@@ -53,6 +66,8 @@ def with_needed(objective: str, rows: Rows, path: str | Path, vocab_size: int) -
         DataError: they are of another kind, or there is no record of a teacher where one is needed.
     """
     check_kind(objective, rows.kind, path)
+    if has_head(objective):
+        return with_targets(rows)
     needs_teacher = OBJECTIVES[objective].Objective.needs_teacher
     return with_teacher(rows, path, vocab_size) if needs_teacher else rows
 

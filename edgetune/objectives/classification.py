@@ -1,4 +1,4 @@
-"""A class for each text: softmax cross-entropy over the logits of a linear head.
+"""A class for each text: softmax cross-entropy over the logits of a linear head, of an encoder or a decoder.
 
 loss = sum_i  logsumexp_c(z_i) - z_i[t_i]        gradient = softmax(z_i) - onehot(t_i)
 """
@@ -10,15 +10,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgetune.objectives.outputs import Found
+from edgetune.objectives.base import Floats
+from edgetune.objectives.outputs import Found, Scored
+from edgetune.objectives.score import ScoreObjective
 
 if TYPE_CHECKING:
     import torch
 
 NAME = "classification"
+KINDS = ("label",)
 METRIC = "accuracy"
 SETTINGS: dict[str, float] = {}
 POOLED, HAS_HEAD = True, True
+
+
+class Objective(ScoreObjective):
+    """That of a decoder; a unit is a text."""
+
+    def score(self, outputs: torch.Tensor, targets: Floats) -> Scored:
+        """Of logits [texts, classes] and the numbers of the classes."""
+        made = cross_entropy(outputs, targets.astype(np.int64))
+        return Scored(made.loss, made.gradient, {METRIC: made.metric})
 
 
 def count(batch: Mapping[str, np.ndarray]) -> int:

@@ -1,7 +1,8 @@
-"""What an objective of an encoder makes of its outputs."""
+"""What an objective makes of a trained head's outputs, or of an encoder's."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -14,3 +15,11 @@ class Found(NamedTuple):
     loss: float
     gradient: torch.Tensor
     metric: float
+
+
+class Scored(NamedTuple):
+    """The same of a decoder, with figures by their names."""
+
+    loss: float
+    gradient: torch.Tensor
+    figures: Mapping[str, float]

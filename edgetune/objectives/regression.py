@@ -10,15 +10,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgetune.objectives.outputs import Found
+from edgetune.objectives.base import Floats
+from edgetune.objectives.outputs import Found, Scored
+from edgetune.objectives.score import ScoreObjective
 
 if TYPE_CHECKING:
     import torch
 
 NAME = "regression"
+KINDS = ("label",)
 METRIC = "mean_absolute_error"
 SETTINGS: dict[str, float] = {}
 POOLED, HAS_HEAD = True, True
+
+
+class Objective(ScoreObjective):
+    """That of a decoder; a unit is a text."""
+
+    def score(self, outputs: torch.Tensor, targets: Floats) -> Scored:
+        """Of values [texts, 1]."""
+        made = found(outputs, {"labels": targets.astype(np.float32)})
+        return Scored(made.loss, made.gradient, {METRIC: made.metric})
 
 
 def count(batch: Mapping[str, np.ndarray]) -> int:

@@ -20,17 +20,18 @@ from typing import Any
 from edgetune import __version__, host
 from edgetune.adapters import METHODS
 from edgetune.adapters.config import AdapterConfig
+from edgetune.adapters.head import SCORE, score_shapes
 from edgetune.adapters.lora import KAIMING, LoraConfig
 from edgetune.base import AnyBase, EncoderBase, open_any_base
 from edgetune.data import Rows, read_rows, split_eval
-from edgetune.data.labeled import LabeledRows
+from edgetune.data.labeled import KIND_OF, LabeledRows, read_labeled_rows, with_targets
 from edgetune.device import DeviceProfile, load_device
 from edgetune.errors import BudgetError, ConfigError
 from edgetune.grids import GRIDS
 from edgetune.hub import model_folder
 from edgetune.memory import FLOOR_BYTES, MIB, format_mib, give_back, measure_floor
 from edgetune.models.config import DecoderConfig
-from edgetune.objectives import ENCODER_OBJECTIVES, OBJECTIVES, with_needed
+from edgetune.objectives import OBJECTIVES, has_head, with_needed
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.planner import ort_parts, ort_work
 from edgetune.planner.beside import NONE, Beside
@@ -140,12 +141,13 @@ def _wishes(
 ) -> Wishes:  # fmt: skip
     """What was asked for, of the rows that were given."""
     if not isinstance(base, EncoderBase):
-        if config.objective in ENCODER_OBJECTIVES:
+        if config.objective not in OBJECTIVES:
             raise ConfigError(
                 f"objective = {config.objective!r} takes an encoder, and {base.folder} is a decoder "
-                f"({base.config.model_type}). Give a model such as MiniLM, or let the decoder write the label: rows "
-                'with "prompt" and "completion".'
+                f"({base.config.model_type}). Give a model such as MiniLM; a decoder has {', '.join(OBJECTIVES)}."
             )
+        if config.objective == "classification" and data is None:
+            raise ConfigError("objective = 'classification' needs rows: its classes come from them. Give --data.")
         resolved = adapter.resolved(base.config)
         facts = read_facts(data, eval_data, base.folder, base.config, config, skip_bad, resolved, beside)
         return Wishes(base.config, adapter, config, facts)
@@ -284,9 +286,13 @@ def read_facts(
         return RowFacts()
     length = (config.max_seq_length or model.max_position_embeddings) - adapter.virtual_tokens
 
-    def read(file: str | Path | Rows) -> Rows:
+    def read(file: str | Path | Rows, classes: tuple[str, ...] = ()) -> Rows:
+        if not isinstance(file, Rows) and config.objective in KIND_OF:
+            file = read_labeled_rows(
+                file, load_tokenizer(folder), length, config.objective, classes=classes or None, skip_bad=skip_bad
+            )
         if isinstance(file, Rows):
-            return file
+            return with_targets(file) if has_head(config.objective) else file
         return with_needed(config.objective, lines(Path(file)), file, model.vocab_size)
 
     def lines(file: Path) -> Rows:
@@ -294,16 +300,18 @@ def read_facts(
         adapter.check_rows(rows.kind, file)
         return rows
 
-    rows, held_out = split_eval(read(data), config.eval_fraction, config.seed)
+    found = read(data)
+    classes = found.classes if isinstance(found, LabeledRows) else ()
+    rows, held_out = split_eval(found, config.eval_fraction, config.seed)
     if eval_data is not None:
-        held_out = read(eval_data)
+        held_out = read(eval_data, classes)
     parts = beside.read(config.objective, lines, config.seed)
     give_back()
     kept, apart = parts.retention, parts.retention_eval
     return RowFacts(
         rows.rows, held_out.rows, rows.kind == "text", rows.together,
         RowFacts(kept.rows, apart.rows, kept.kind == "text", kept.together) if kept.rows else None,
-        RowFacts(parts.anchors.rows, is_text=True) if parts.anchors.rows else None,
+        RowFacts(parts.anchors.rows, is_text=True) if parts.anchors.rows else None, classes,
     )  # fmt: skip
 
 
@@ -348,6 +356,9 @@ class _Costs:
             objective=self.wishes.config.objective,
             teacher_tokens=facts.teacher_tokens if facts.rows else DEFAULT_TEACHER_TOKENS,
         )
+        if has_head(job.objective) and not isinstance(self.wishes, TextWishes):
+            outputs, width = score_shapes(job.objective, facts.classes, choice.model.hidden_size)[SCORE]
+            job = replace(job, head_sizes=(outputs * width,), head_floats=3 * job.supervised * outputs)
         if isinstance(self.wishes, TextWishes):
             return self.wishes.fitted(job, choice, self.wishes.config.num_epochs or DEFAULT_EPOCHS)
         return replace(job, cached_windows=self._cached_windows(job, windows)) if windows else job
@@ -473,7 +484,7 @@ def _made(
         adapter=choice.resolved,
         objective=config.objective,
         **config.objective_settings,
-        classes=facts.classes if isinstance(facts, TextFacts) else (),
+        classes=facts.classes,
         step_rule=choice.step_rule,
         optimizer=choice.optimizer,
         batch_size=choice.batch_size,

@@ -22,11 +22,11 @@ from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.slot import FACTOR_COLUMNS, Slot
 from edgetune.base import AnyBase
 from edgetune.device import DeviceProfile
-from edgetune.grids import GRIDS, PIECE_CODES, tile_rows
+from edgetune.grids import GRIDS, LOOKUP_ROWS, PIECE_CODES, tile_rows
 from edgetune.models import ModelConfig
 from edgetune.models.config import DecoderConfig
 from edgetune.models.encoder_config import EncoderConfig
-from edgetune.objectives import distill, kl, sft
+from edgetune.objectives import distill, has_head, kl, sft
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.products import CODE_BYTES, are_offered
 
@@ -173,8 +173,15 @@ class Job:
         return self.teacher_tokens if self.objective == "distill" else 0
 
     @property
+    def scores(self) -> bool:
+        """Whether a trained head stands in the place of that over the vocabulary."""
+        return isinstance(self.model, DecoderConfig) and has_head(self.objective)
+
+    @property
     def loss_rows(self) -> int:
-        """The same with what fills them up."""
+        """The same with what fills them up; a trained head has none of that."""
+        if self.scores:
+            return self.supervised
         return filled(self.supervised, self.threads) if self.has_gradients else self.supervised
 
 
@@ -291,7 +298,7 @@ def sequence_bytes(job: Job) -> int:
 
 def pack_bytes(job: Job) -> int:
     """What products with frozen weights pack and keep: a buffer is used again by whatever needs no larger one."""
-    tiles = [(tile_rows((n, k), job.tile_weights), k) for n, k in multiplied(job.model)]
+    tiles = [(tile_rows((n, k), job.tile_weights), k) for n, k in multiplied(job)]
     forward = max(n * min(k, PANEL) for n, k in tiles)
     backward = max(min(n, PANEL) * k for n, k in tiles) if job.has_gradients else 0
     floats = forward + (backward if backward > forward else 0)
@@ -306,7 +313,8 @@ def code_bytes(job: Job) -> int:
 def spare_code_bytes(job: Job) -> int:
     """The same once more for each number of threads that a crew may come down to; it does so beside other programs."""
     free = job.has_gradients and keeps_bits(job.threads, job.tokens, job.model.head_dim)
-    free = free and not job.adapter.prompt_positions  # products of as many rows as prompts give
+    # Products of as many rows as prompts give, and of a head's few.
+    free = free and not (job.adapter.prompt_positions or job.scores)
     return code_bytes(job) * (job.threads.bit_length() - 1) if free else 0
 
 
@@ -323,6 +331,8 @@ def num_fast_products(job: Job) -> int:
         add(job.tokens, size, "forward", "forward")
         if job.has_gradients:
             add(job.tokens, size, "set" if path.rpartition(".")[2] in FIRST_BACKWARD else "added", "added")
+    if job.scores:
+        return len(shapes)
     head, rows = (job.model.vocab_size, job.model.hidden_size), min(sft.TILE_TOKENS, job.loss_rows)
     add(rows, head, "forward", "forward")
     if job.has_gradients:
@@ -335,9 +345,12 @@ def shape_bytes(job: Job) -> int:
     return job.threads * SHAPE_BYTES if isinstance(job.model, EncoderConfig) else 0
 
 
-def multiplied(model: ModelConfig) -> list[tuple[int, int]]:
-    """Shapes of the frozen matrices that take part in products: of an encoder's words only rows are read."""
-    return list((model.linears() if isinstance(model, EncoderConfig) else model.matrices()).values())
+def multiplied(job: Job) -> list[tuple[int, int]]:
+    """Shapes of the frozen matrices that take part in products: of words only rows are read, where a trained head or
+    none stands behind the blocks.
+    """
+    without_head = isinstance(job.model, EncoderConfig) or job.scores
+    return list((job.model.linears() if without_head else job.model.matrices()).values())
 
 
 def data_bytes(job: Job) -> int:
@@ -368,9 +381,10 @@ def buffers(job: Job) -> dict[str, int]:
     )
     rotates = any(model.attention_kinds[kind].rope_theta is not None for kind in model.layer_kinds[job.first_block :])
     tile_positions = max(min(sft.TILE_TOKENS, job.loss_rows), 3 * min(kl.TILE_TOKENS, job.anchored))
-    logits = tile_positions * tile_rows((model.vocab_size, hidden), job.tile_weights)
+    logits = 0 if job.scores else tile_positions * tile_rows((model.vocab_size, hidden), job.tile_weights)
+    products = multiplied(job)
     floats = {
-        "weight": max(tile_rows(shape, job.tile_weights) * shape[1] for shape in model.matrices().values()),
+        "weight": max(tile_rows((n, k), job.tile_weights) * k for n, k in products),
         "h": positions * hidden,
         "d_h": job.supervised * hidden,  # the supervised rows, where those are not all
         "inner": max(positions * inner, logits),
@@ -397,7 +411,9 @@ def buffers(job: Job) -> dict[str, int]:
     elif job.first_block:
         floats["d"] = job.max_seq_length * hidden  # the lower blocks' second buffer
     block = GRIDS[job.grid].BLOCK
-    whole = [tile_rows((n, k), job.tile_weights) * k for n, k in model.matrices().values() if k % block == 0]
+    whole = [tile_rows((n, k), job.tile_weights) * k for n, k in products if k % block == 0]
+    if job.scores and hidden % block == 0:  # rows of the embedding, some at a time
+        whole.append(min(LOOKUP_ROWS, positions) * hidden)
     if whole:
         codes = min(PIECE_CODES, max(whole) // 2)
         floats |= {"codes": codes, "scales": 2 * codes // block}
@@ -445,7 +461,7 @@ def _encoder_buffers(job: Job, model: EncoderConfig) -> dict[str, int]:
     positions, hidden, inner = job.tokens, model.hidden_size, model.intermediate_size
     longest = job.max_seq_length
     queries = min(TILE_QUERIES, longest)
-    tiles = [tile_rows((n, k), job.tile_weights) * k for n, k in multiplied(model)]
+    tiles = [tile_rows((n, k), job.tile_weights) * k for n, k in multiplied(job)]
     floats = {
         "weight": max(tiles),
         **dict.fromkeys(("h", "d", "d_h"), positions * hidden),
@@ -456,7 +472,7 @@ def _encoder_buffers(job: Job, model: EncoderConfig) -> dict[str, int]:
     }
     block = GRIDS[job.grid].BLOCK
     if hidden % block == 0 or inner % block == 0:
-        whole = max(tile_rows((n, k), job.tile_weights) * k for n, k in multiplied(model) if k % block == 0)
+        whole = max(tile_rows((n, k), job.tile_weights) * k for n, k in multiplied(job) if k % block == 0)
         codes = min(PIECE_CODES, whole // 2)
         floats |= {"codes": codes, "scales": 2 * codes // block}
     floats |= {f"input.{index}": positions * hidden for index in range(job.path_layers + 1)}
@@ -532,7 +548,7 @@ def step_work(job: Job) -> StepWork:
     weights, attention, scores = _per_block(job)
     attended = job.tokens * (forward + ATTENTION_BACKWARD * backward)
     flops = job.tokens * 2.0 * weights * visits + attended * attention
-    head = 0 if isinstance(model, EncoderConfig) else model.vocab_size * model.hidden_size
+    head = 0 if isinstance(model, EncoderConfig) or job.scores else model.vocab_size * model.hidden_size
     flops += 4.0 * head * job.loss_rows  # of one loss and its gradient, or of two losses
     fast = job.tokens * 2.0 * weights * visits + 4.0 * head * job.loss_rows if job.fast_products else 0.0
     decoded = weights * visits + head * losses

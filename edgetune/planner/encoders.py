@@ -35,11 +35,10 @@ _FIXED = frozenset({"max_seq_length", "activation_offloading", "fast_products", 
 
 @dataclass(frozen=True, eq=False)
 class TextFacts(RowFacts):
-    """The rows of a file for an encoder; `classes` are the names that they have."""
+    """The rows of a file for an encoder."""
 
     rows: tuple[LabeledRow, ...] = ()
     held_out: tuple[LabeledRow, ...] = ()
-    classes: tuple[str, ...] = ()
 
     def windows(self, length: int, virtual_tokens: int = 0) -> Windows:  # type: ignore[override]  # not cached
         """Each row for itself; no method of virtual tokens is one for encoders."""

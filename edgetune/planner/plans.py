@@ -16,7 +16,7 @@ from edgetune.errors import ConfigError
 from edgetune.memory import format_mib
 from edgetune.models import ModelConfig
 from edgetune.models.encoder_config import EncoderConfig
-from edgetune.objectives import ENCODER_OBJECTIVES, OBJECTIVES
+from edgetune.objectives import ENCODER_OBJECTIVES, OBJECTIVES, has_head
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.schema import Key, Reader
 
@@ -108,12 +108,12 @@ class TrainConfig:
                 )
 
     def _check_beside(self) -> None:
-        if self.objective in ENCODER_OBJECTIVES:
+        if self.objective in ENCODER_OBJECTIVES or has_head(self.objective):
             asked = [name for name in ("retention_share", "kl_weight") if getattr(self, name) is not None]
             if asked:
                 raise ConfigError(
-                    f"{', '.join(asked)} cannot be set with objective {self.objective}: encoders have neither. Put "
-                    "rows to stay good at among those of --data."
+                    f"{', '.join(asked)} cannot be set with objective {self.objective}: a trained head has neither. "
+                    "Put rows to stay good at among those of --data."
                 )
             return
         needs = OBJECTIVES[self.objective].Objective

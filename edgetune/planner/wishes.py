@@ -57,6 +57,8 @@ class RowFacts:
     """Rows that are mixed in."""
     anchors: RowFacts | None = None
     """Texts on which the base holds the adapted model."""
+    classes: tuple[str, ...] = ()
+    """The names that labels have."""
 
     @property
     def _beside(self) -> list[RowFacts]:
@@ -112,7 +114,7 @@ class RowFacts:
         if self.together > 1:
             return rows
         return tuple(
-            Row(row.input_ids[at : at + length], row.labels[at : at + length], row.line)
+            row if len(row) <= length else Row(row.input_ids[at : at + length], row.labels[at : at + length], row.line)
             for row in rows
             for at in range(0, len(row), length)
         )

@@ -26,7 +26,7 @@ from edgetune.planner.costs import row_step
 from edgetune.planner.plans import Plan
 from edgetune.training.anchor import Anchor
 from edgetune.training.blocks import Activations, normalize, normalize_backward
-from edgetune.training.forward import SFT, Batch, Check, Features, Tally, below, start
+from edgetune.training.forward import SFT, Batch, Check, Features, Tally, below, head_of, start
 from edgetune.training.optimizer import Optimizer, clip_gradients
 from edgetune.training.virtual import take_virtual
 
@@ -175,7 +175,7 @@ def _head(
 ) -> tuple[Measured, torch.Tensor]:
     """What the objective makes of the last block's output x [N, H], and `scale` times the gradient by x."""
     hidden = normalize(x, decoder.norm, decoder.workspace.like(x, "h"))
-    measured = objective.loss_and_gradient(hidden, batch, decoder.lm_head, decoder.workspace, row_step)
+    measured = objective.loss_and_gradient(hidden, batch, head_of(decoder, scale), decoder.workspace, row_step)
     d = decoder.workspace.like(x, "d").zero_()
     normalize_backward(x, decoder.norm, hidden.mul_(scale), d)
     return measured, d

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,11 +65,6 @@ class EncoderTrainer(Trainer):
     def measure(self, batches: Iterable[Batch]) -> tuple[float, dict[str, float]]:
         loss, metric = evaluate(self.encoder, self.task, batches, self.check)
         return loss, {self.task.objective.METRIC: metric}
-
-    def summary(self, stopped: str, enforcement: Mapping[str, Any]) -> dict[str, Any]:
-        """The certificate, with the names of the classes."""
-        names = {str(index): label for index, label in enumerate(self.plan.classes)}
-        return super().summary(stopped, enforcement) | {"id2label": names}
 
     def write_adapter(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Adapter and head in PEFT's files."""

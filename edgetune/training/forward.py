@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,6 +166,13 @@ def last_hidden(
     return normalize(x, decoder.norm, decoder.workspace.like(x, "h"))
 
 
+def head_of(decoder: Decoder, scale: float = 1.0) -> Any:
+    """What an objective multiplies hidden states by: the head over the vocabulary, or the trained one in its place,
+    whose own gradient gets that scale.
+    """
+    return decoder.lm_head if decoder.score is None else replace(decoder.score, scale=scale)
+
+
 @torch.no_grad()
 def measure(
     decoder: Decoder, batch: Batch, objective: Objective, check: Check,
@@ -171,7 +180,7 @@ def measure(
 ) -> Measured:  # fmt: skip
     """The objective's sums over a micro-batch; `features` are of `first_block`."""
     hidden = last_hidden(decoder, batch, check, first_block, features)
-    measured = objective.loss(hidden, batch, decoder.lm_head, decoder.workspace)
+    measured = objective.loss(hidden, batch, head_of(decoder), decoder.workspace)
     check()
     return measured
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from edgetune.checkpoint import Checkpoint
 from edgetune.data import Rows, Window, pack, read_rows, split_eval
-from edgetune.data.labeled import LabeledRow, labeled, read_labeled_rows
+from edgetune.data.labeled import KIND_OF, LabeledRow, labeled, read_labeled_rows
 from edgetune.data.teacher import teacher_path
 from edgetune.errors import CheckpointError, ConfigError, DataError
-from edgetune.objectives import ENCODER_OBJECTIVES, OBJECTIVES, with_needed
+from edgetune.models.encoder_config import EncoderConfig
+from edgetune.objectives import OBJECTIVES, with_needed
 from edgetune.planner.beside import NONE, Beside, one_length
 from edgetune.planner.plans import Plan
 from edgetune.tokenizer import load_tokenizer
@@ -85,15 +86,16 @@ def read_inputs(
     """
     beside.check(plan)
     tokenizer = load_tokenizer(base)
-    is_text = plan.objective in ENCODER_OBJECTIVES
+    is_text = isinstance(plan.model_config, EncoderConfig)
     virtual = plan.adapter.virtual_tokens
 
     def read(path: Path) -> Rows:
-        if is_text:
+        length = plan.max_seq_length - virtual
+        if plan.objective in KIND_OF:
             return read_labeled_rows(
-                path, tokenizer, plan.max_seq_length, plan.objective, classes=plan.classes or None, skip_bad=skip_bad
+                path, tokenizer, length, plan.objective, classes=plan.classes or None, skip_bad=skip_bad
             )
-        rows = read_rows(path, tokenizer, plan.max_seq_length - virtual, skip_bad=skip_bad)
+        rows = read_rows(path, tokenizer, length, skip_bad=skip_bad)
         plan.adapter.check_rows(rows.kind, path)
         return rows
 

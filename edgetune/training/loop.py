@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgetune.errors import ConfigError, ModelError
-from edgetune.objectives import ENCODER_OBJECTIVES
+from edgetune.models.encoder_config import EncoderConfig
 from edgetune.planner.beside import NONE, Beside
 from edgetune.planner.plans import Plan
 from edgetune.quantizer import read_manifest
@@ -97,7 +97,7 @@ def train(
         beside = Beside.of(retention_data, kl_data)
         return checked_inputs(plan, base, Path(data), None if eval_data is None else Path(eval_data), skip_bad, beside)
 
-    trainer = EncoderTrainer if plan.objective in ENCODER_OBJECTIVES else TorchTrainer
+    trainer = EncoderTrainer if isinstance(plan.model_config, EncoderConfig) else TorchTrainer
     with using(plan.threads):
         return conduct_run(
             plan, folder, read, trainer, resume=resume, force=force, enforce=enforce, emulate=emulate,

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from edgetune.adapters.attach import attach, load_tensors
+from edgetune.adapters.head import SCORE, save_with_head, score_shapes
+from edgetune.adapters.head import initialize as initialize_head
 from edgetune.linear import FrozenLinear
 from edgetune.memory import give_back
 from edgetune.models.decoder import load_decoder
-from edgetune.objectives import objective_of, sft
+from edgetune.models.places import Score
+from edgetune.objectives import has_head, objective_of, sft
 from edgetune.planner.costs import filled, keeps_bits
 from edgetune.training import backprop
 from edgetune.training.anchor import Anchor
@@ -42,7 +46,8 @@ class TorchTrainer(Trainer):
         plan = inputs.plan
         positions = plan.batch_size * max((window.length for window in inputs.learned), default=0)
         exact = keeps_bits(plan.threads, positions, plan.model_config.head_dim) and not plan.adapter.prompt_positions
-        self.crew = Crew(plan.threads, free=exact and plan.step_rule == "backprop")
+        with_head = has_head(plan.objective)  # whose few rows are no whole vectors
+        self.crew = Crew(plan.threads, free=exact and plan.step_rule == "backprop" and not with_head)
         self.decoder = load_decoder(inputs.base)
         # Rotary tables, before allocations are limited: numpy crashes in a ufunc that is refused its buffers.
         self.decoder.context(max((window.length for window in inputs.every), default=0))
@@ -58,6 +63,10 @@ class TorchTrainer(Trainer):
         self.parameters = attach(self.decoder, plan.adapter, plan.seed)
         if plan.adapter.virtual_tokens:
             start_virtual_tokens(self.decoder, plan.seed)
+        if with_head:
+            shapes = score_shapes(plan.objective, plan.classes, self.decoder.config.hidden_size)
+            weight = nn.Parameter(torch.from_numpy(initialize_head(shapes, plan.seed)[SCORE]))
+            self.parameters[SCORE], self.decoder.score = weight, Score(weight)
         self.first_block = plan.adapter.first_block
         held = self.decoder.blocks[len(self.decoder.layers) - plan.dequantized_layers :]
         self.held = [layer for block in held for layer in block.modules() if isinstance(layer, FrozenLinear)]
@@ -139,6 +148,17 @@ class TorchTrainer(Trainer):
     def tensors(self) -> dict[str, np.ndarray]:
         """The adapter as it is now; views, not copies."""
         return {name: value.detach().numpy() for name, value in self.parameters.items()}
+
+    def write_adapter(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Adapter and head in PEFT's files."""
+        if self.decoder.score is None:
+            super().write_adapter(tensors)
+            return
+        plan = self.plan
+        save_with_head(
+            self.folder, plan.adapter, tensors, self.decoder.config.model_type, plan.objective,
+            str(self.inputs.paths["base"]),
+        )  # fmt: skip
 
     def load(self, tensors: Mapping[str, np.ndarray]) -> None:
         load_tensors(self.parameters, tensors)

@@ -369,6 +369,7 @@ class Trainer(ABC):
             "measured_peak_rss_bytes": state.peak_rss_bytes,
             **enforcement,
             "shrunk": [line for line in self.metrics.lines() if "recompute_layers" in line],
+            **({"id2label": {str(i): label for i, label in enumerate(self.plan.classes)}} if self.plan.classes else {}),
             "stopped": stopped,
             "signal": self.guard.signal,
             "steps": state.step,
