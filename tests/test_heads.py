@@ -222,7 +222,7 @@ def test_what_cannot_be_planned_is_refused_with_the_next_step(base: Path, tmp_pa
         ({"step_rule": "mezo"}, "step_rule = 'mezo'; encoders have backprop alone"),
         ({"activation_offloading": True}, "encoders keep the inputs of their blocks in memory"),
         ({"fast_products": True}, "each batch of an encoder has one of its own"),
-        ({"retention_share": 0.5}, "retention_share cannot be set with objective classification: encoders have"),
+        ({"retention_share": 0.5}, "retention_share cannot be set with objective classification: a trained head has"),
     ):
         with pytest.raises(ConfigError, match=message):
             plan_for(base, data, "classification", **settings)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from edgetune.device import Cluster, list_devices, load_device
 from edgetune.errors import BudgetError, ConfigError, DataError
 from edgetune.memory import MIB
 from edgetune.models import FAMILIES, load_config
-from edgetune.objectives import OBJECTIVES, objective_of
+from edgetune.objectives import OBJECTIVES, has_head, objective_of
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.planner import Plan, TrainConfig, costs, ladder, ort_work, plan
 from edgetune.planner.arena import Arena
@@ -248,8 +249,11 @@ def test_buffers_are_those_of_the_trainer(
 @pytest.mark.parametrize("step_rule", ["backprop", "mezo"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_buffers_of_every_objective_are_those_of_the_trainer(tmp_path: Path, objective: str, step_rule: str) -> None:
+    import torch
+
     from edgetune.adapters.attach import attach
     from edgetune.models.decoder import load_decoder
+    from edgetune.models.places import Score
     from edgetune.training.backprop import Path as Walk
     from edgetune.training.backprop import loss_and_gradients
     from edgetune.training.forward import evaluate
@@ -265,7 +269,12 @@ def test_buffers_of_every_objective_are_those_of_the_trainer(tmp_path: Path, obj
     ids = np.tile(np.arange(5), (count, 1))
     rows |= {"reference": np.zeros((3, 2)), "desirable": np.ones((3, 2)), "teacher_ids": ids}
     rows["teacher_logps"] = np.full(ids.shape, -2.0, np.float32)
-    made = objective_of(plan(source, "host", config=TrainConfig(objective=objective)))
+    config = TrainConfig(objective=objective).checked()
+    made = objective_of(SimpleNamespace(objective=objective, **config.objective_settings))
+    if has_head(objective):
+        rows["target"], count = np.array([[0, 1], [1, 0], [1, 0]]), 6
+        outputs = 2 if objective == "classification" else 1
+        decoder.score = Score(torch.nn.Parameter(torch.ones(outputs, 128)))
     if step_rule == "mezo":
         evaluate(decoder, [rows], check=lambda: None, objective=made)
     else:

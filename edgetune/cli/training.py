@@ -11,6 +11,8 @@ from typing import Any
 from edgetune.cli.console import answer, exit_code, fail
 from edgetune.errors import EdgetuneError
 from edgetune.memory import format_mib
+from edgetune.models.encoder_config import EncoderConfig
+from edgetune.objectives import has_head
 from edgetune.planner.plans import Plan
 from edgetune.training.loop import Run, train
 from edgetune.training.progress import show_progress
@@ -54,11 +56,13 @@ def run_job(job: dict[str, Any]) -> int:
     as_json = job.pop("as_json")
     try:
         with show_progress() as show:
-            run = train(Plan.from_dict(job.pop("plan")), job.pop("base"), **job, on_progress=show)
+            plan = Plan.from_dict(job.pop("plan"))
+            run = train(plan, job.pop("base"), **job, on_progress=show)
     except EdgetuneError as error:
         fail(error, as_json)
         return 1
     done = run.summary["stopped"] == "done"
-    following = ("export", run.folder, "--out", "bundle/") if done else ()
+    ships = isinstance(plan.model_config, EncoderConfig) or not has_head(plan.objective)
+    following = ("export", run.folder, "--out", "bundle/") if done and ships else ()
     answer(run.summary, outcome(run), as_json, following=following)
     return exit_code(run.summary)
