@@ -158,7 +158,9 @@ def _differences(
     return [(loss(at, 1e-5) - loss(at, -1e-5)) / 2e-5 for at in range(len(policy))]
 
 
-@pytest.mark.parametrize("name", [name for name, module in OBJECTIVES.items() if "preference" in module.KINDS and not has_head(name)])
+@pytest.mark.parametrize(
+    "name", [name for name, module in OBJECTIVES.items() if "preference" in module.KINDS and not has_head(name)]
+)
 def test_swapped_answers_are_another_loss(name: str) -> None:
     objective = OBJECTIVES[name].Objective(**OBJECTIVES[name].SETTINGS)
     policy, lengths = np.array([-4.0, -9.0]), np.array([5.0, 7.0])
