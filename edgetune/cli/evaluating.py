@@ -48,6 +48,8 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Compare a run with the base, with examples in its prompt, and with a head on frozen features, on the same rows.
 
+    A classifier is compared with that head, and an encoder's with the names of the classes.
+
     It ends in one sentence: tune, or prompt, or train the head, by 95 % intervals and by cost.
 
     Example: edgetune eval run/ --data held-out.jsonl --retention old.jsonl
@@ -67,6 +69,8 @@ def _table(found: Mapping[str, Any]) -> str:
     """`evaluate` for people."""
     ways = {name: way for name, way in found["ways"].items() if way}
     heads = {"prompt": f"prompt, {found['shots']} shots", "head": "feature head"}
+    if found["kind"] == "label":
+        heads["base"] = "class names"
     rows = [["", *(heads.get(name, name) for name in ways)]]
     for key, name in _METRICS.items():
         if any(way[key] for way in ways.values()):

@@ -1,5 +1,7 @@
 """Is fine-tuning worth it: the base, prompted, under a trained head, and tuned, on the same held-out rows.
 
+A run that trained a classifier is evaluated by `classified`: it has no prompt and no loss of tokens.
+
 All ways run on the engine that trained, over the same frozen weights, in micro-batches no larger than the plan's. The
 result, ready for JSON:
 
@@ -25,7 +27,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +34,20 @@ import numpy as np
 
 from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.base import MODEL, load_adapter
+from edgetune.errors import ConfigError
+from edgetune.evaluation import classified
 from edgetune.evaluation.head import FeatureHead, fit_head
-from edgetune.evaluation.job import OUT_OF_SCOPE, Job, prompt_ids, read_job
-from edgetune.evaluation.metrics import Answers, bootstrap, difference, summarize
+from edgetune.evaluation.job import Job, Trained, prompt_ids, read_job, read_run
+from edgetune.evaluation.metrics import Answers, bootstrap
 from edgetune.evaluation.scoring import Scorer
-from edgetune.evaluation.verdict import choose, explain_choice
+from edgetune.evaluation.verdict import explain_choice
+from edgetune.evaluation.ways import Way, compare
 from edgetune.memory import Meter
 from edgetune.models.decoder import load_decoder
 from edgetune.training.crew import using
 from edgetune.training.run import Run
 
 __all__ = ["evaluate"]
-
-_ANSWERED = 0.02  # share of exact answers from which on exact_match says more than loss
-
-
-@dataclass(frozen=True)
-class _Way:
-    """One way to answer: what it answered, and what it cost."""
-
-    answers: Answers
-    seconds: float
-    training_seconds: float = 0.0
-    nbytes: int = 0
-    prompt_tokens: int = 0
 
 
 def evaluate(
@@ -72,7 +63,7 @@ def evaluate(
     """Compare a run with what needs no tuning, on held-out rows; see the module for what is returned.
 
     Args:
-        run: a decoder's run that has ended, or its folder.
+        run: a run that has ended, or its folder: a decoder's that continues texts, or a classifier's.
         data: held-out rows, JSON Lines, of the kind that the run was trained on.
         retention: rows of what the base could do before.
         shots: at most so many examples in the prompt; None is as many as the window holds, 0 leaves that way out.
@@ -83,44 +74,60 @@ def evaluate(
     Raises:
         CheckpointError: `run` is no run that has ended.
         ModelError: its base is gone, or another one.
-        DataError: rows cannot be used.
-        ConfigError: `max_rows` is below 2, or the rows are of another kind than answers or texts.
+        DataError: rows cannot be used, or of a classifier have a class that it did not learn.
+        ConfigError: `max_rows` is below 2, the rows are of another kind than answers or texts, or the run learned to
+            give values, rewards, classes of tokens or embeddings.
         AdapterError: the adapter does not fit its base.
     """
-    job = read_job(run, data, retention, max_rows, skip_bad)
-    with using(job.plan.threads), Meter() as meter:
-        ways, before, shot_rows, head = _untuned(job, shots, seed)
-        tuned, after = _tuned(job)
-        ways["tuned"] = tuned
-    truth = job.label_of(job.rows) if job.labels else None
-    names = list(job.labels)
-    out_of_scope = next((index for index, name in enumerate(names) if name.casefold() in OUT_OF_SCOPE), None)
-    figures: dict[str, Any] = {
-        name: None if way is None else _figures(way, truth, out_of_scope, len(names), len(job.rows))
-        for name, way in ways.items()
-    }
-    metric = _metric(figures)
-    measured = {name: way for name, way in ways.items() if way is not None and figures[name][metric] is not None}
-    gains = {
-        name: difference(metric, tuned.answers, way.answers, truth) for name, way in measured.items() if name != "tuned"
-    }
-    choice = choose(metric, {name: way.answers for name, way in measured.items()}, figures, truth)
-    result: dict[str, Any] = {
-        "run": str(job.run.folder), "data": str(data), "rows": len(job.rows), "kind": job.kind, "metric": metric,
-        "labels": len(names) or None, "unseen_labels": 0 if truth is None else int((truth < 0).sum()),
-        "ways": figures, "shots": shot_rows, "head": head and {"pooling": head.pooling, "l2": head.l2}, "gains": gains,
-        "retention": _forgotten(before, after), "leaked_rows": _leaked(job),
-        "measured_peak_bytes": meter.peak_bytes, "budget_bytes": job.plan.budget_bytes, "choice": choice,
+    if max_rows is not None and max_rows < 2:
+        raise ConfigError(f"max_rows = {max_rows}; an interval needs at least 2 rows.")
+    trained = read_run(run)
+    judge = _classes if classified.is_classifier(trained) else _texts
+    with using(trained.plan.threads), Meter() as meter:
+        result = judge(trained, data, retention, shots, max_rows, seed, skip_bad)
+    result = {
+        "run": str(trained.run.folder), "data": str(data), **result,
+        "measured_peak_bytes": meter.peak_bytes, "budget_bytes": trained.plan.budget_bytes,
     }  # fmt: skip
     return result | {"verdict": explain_choice(result)}
 
 
+def _texts(
+    trained: Trained, data: str | Path, retention: str | Path | None, shots: int | None, max_rows: int | None,
+    seed: int, skip_bad: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Of a run that continues texts."""
+    job = read_job(trained, data, retention, max_rows, skip_bad)
+    ways, before, shot_rows, head = _untuned(job, shots, seed)
+    ways["tuned"], after = _tuned(job)
+    truth = job.label_of(job.rows) if job.labels else None
+    return {
+        "rows": len(job.rows), "kind": job.kind, **compare(ways, truth, list(job.labels)), "shots": shot_rows,
+        "head": head and {"pooling": head.pooling, "l2": head.l2}, "retention": _forgotten(before, after),
+        "leaked_rows": _leaked(job),
+    }  # fmt: skip
+
+
+def _classes(
+    trained: Trained, data: str | Path, retention: str | Path | None, shots: int | None, max_rows: int | None,
+    seed: int, skip_bad: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Of a run that classifies them."""
+    job = classified.read_job(
+        trained, data, retention=retention, shots=shots, max_rows=max_rows, skip_bad=skip_bad
+    )  # fmt: skip
+    return {
+        "rows": len(job.rows), "kind": "label", **compare(classified.ways_of(job, seed), job.truth, job.classes),
+        "shots": 0, "head": None, "retention": None, "leaked_rows": job.leaked,
+    }  # fmt: skip
+
+
 def _untuned(
     job: Job, shots: int | None, seed: int
-) -> tuple[dict[str, _Way | None], Answers | None, int, FeatureHead | None]:
+) -> tuple[dict[str, Way | None], Answers | None, int, FeatureHead | None]:
     """The ways that leave the model as it is, the retention rows by it, how many examples were used, and the head."""
     scorer = Scorer(load_decoder(job.base), job.positions)
-    ways: dict[str, _Way | None] = {"base": _answer(job, scorer, job.rows), "prompt": None, "head": None}
+    ways: dict[str, Way | None] = {"base": _answer(job, scorer, job.rows), "prompt": None, "head": None}
     chosen = job.shots(shots, seed) if job.has_answers else []
     if chosen:
         rows = job.prompted(chosen)
@@ -131,7 +138,7 @@ def _untuned(
     return ways, _retained(job, scorer), len(chosen), head
 
 
-def _tuned(job: Job) -> tuple[_Way, Answers | None]:
+def _tuned(job: Job) -> tuple[Way, Answers | None]:
     decoder = load_decoder(job.base)
     config, tensors = load_adapter(job.run.folder, decoder.config)
     load_tensors(attach(decoder, config), tensors)
@@ -140,7 +147,7 @@ def _tuned(job: Job) -> tuple[_Way, Answers | None]:
     return _answer(job, scorer, job.rows, training_seconds=job.training_seconds, nbytes=size), _retained(job, scorer)
 
 
-def _answer(job: Job, scorer: Scorer, rows: Any, **costs: Any) -> _Way:
+def _answer(job: Job, scorer: Scorer, rows: Any, **costs: Any) -> Way:
     """The rows by one decoder."""
     started = time.perf_counter()
     nll, exact = scorer.tokens(rows)
@@ -150,10 +157,10 @@ def _answer(job: Job, scorer: Scorer, rows: Any, **costs: Any) -> _Way:
         label = scorer.choose([prompt_ids(row) for row in rows], list(job.labels.values()))
         seconds = time.perf_counter() - started
     tokens = np.array([row.num_supervised for row in rows])
-    return _Way(Answers(nll, tokens, exact if job.has_answers else None, label), seconds, **costs)
+    return Way(Answers(nll, tokens, exact if job.has_answers else None, label), seconds, **costs)
 
 
-def _head(job: Job, scorer: Scorer, seed: int) -> tuple[FeatureHead, _Way]:
+def _head(job: Job, scorer: Scorer, seed: int) -> tuple[FeatureHead, Way]:
     started = time.perf_counter()
     features = scorer.features([prompt_ids(row) for row in job.training])
     head = fit_head(features, job.label_of(job.training), len(job.labels), seed)
@@ -161,7 +168,7 @@ def _head(job: Job, scorer: Scorer, seed: int) -> tuple[FeatureHead, _Way]:
     label = head.choose(scorer.features([prompt_ids(row) for row in job.rows]))
     tokens = np.array([row.num_supervised for row in job.rows])
     seconds = time.perf_counter() - fitted
-    return head, _Way(Answers(None, tokens, None, label), seconds, fitted - started, head.nbytes)
+    return head, Way(Answers(None, tokens, None, label), seconds, fitted - started, head.nbytes)
 
 
 def _retained(job: Job, scorer: Scorer) -> Answers | None:
@@ -169,20 +176,6 @@ def _retained(job: Job, scorer: Scorer) -> Answers | None:
         return None
     nll, _ = scorer.tokens(job.retention)
     return Answers(nll, np.array([row.num_supervised for row in job.retention]), None, None)
-
-
-def _figures(way: _Way, truth: np.ndarray | None, out_of_scope: int | None, labels: int, rows: int) -> dict[str, Any]:
-    return summarize(way.answers, truth, out_of_scope, labels) | {
-        "seconds": way.seconds, "seconds_per_row": way.seconds / rows, "training_seconds": way.training_seconds,
-        "bytes": way.nbytes, "prompt_tokens": way.prompt_tokens,
-    }  # fmt: skip
-
-
-def _metric(figures: dict[str, Any]) -> str:
-    if figures["tuned"]["accuracy"] is not None:
-        return "accuracy"
-    exact = [way["exact_match"]["value"] for way in figures.values() if way and way["exact_match"]]
-    return "exact_match" if max(exact, default=0.0) >= _ANSWERED else "loss"
 
 
 def _forgotten(before: Answers | None, after: Answers | None) -> dict[str, Any] | None:

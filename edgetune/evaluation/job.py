@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,31 +25,41 @@ from edgetune.planner.plans import Plan
 from edgetune.tokenizer import Tokenizer, load_tokenizer
 from edgetune.training.run import METRICS, Metrics, Run
 
-# Names of the label that stands for none of the others, as data sets have them.
-OUT_OF_SCOPE = frozenset({"oos", "ood", "out_of_scope", "out-of-scope", "out of scope"})
+AnyRow = TypeVar("AnyRow", bound=Row)
 _SEPARATOR = "\n\n"  # between the examples of a prompt, where no chat template divides them
 
 
 @dataclass(frozen=True)
-class Job:
-    """One evaluation. `training` are the rows that the run learned from; empty where they are gone."""
+class Trained:
+    """A run that has ended, and what it was trained with."""
 
     run: Run
     summary: dict[str, Any]
     plan: Plan
     base: Path
     tokenizer: Tokenizer
+
+    @property
+    def positions(self) -> int:
+        """Those of a micro-batch of the plan: what is evaluated with no more stays inside of its memory."""
+        return self.plan.batch_size * self.plan.max_seq_length
+
+    @property
+    def training_seconds(self) -> float:
+        """What the run's steps took."""
+        return sum(float(line.get("seconds", 0.0)) for line in Metrics(self.run.folder / METRICS).lines())
+
+
+@dataclass(frozen=True)
+class Job(Trained):
+    """One evaluation. `training` are the rows that the run learned from; empty where they are gone."""
+
     rows: Sequence[Row]
     kind: str
     training: Sequence[Row]
     retention: Sequence[Row]
     context: int
     "the most tokens of a sequence: what the model takes, and what fits the plan's memory"
-
-    @property
-    def positions(self) -> int:
-        """Those of a micro-batch of the plan: what is evaluated with no more stays inside of its memory."""
-        return self.plan.batch_size * self.plan.max_seq_length
 
     @property
     def has_answers(self) -> bool:
@@ -69,11 +79,6 @@ class Job:
         """Index of each row's label; -1 for one that no training row has."""
         at = {name: index for index, name in enumerate(self.labels)}
         return np.array([at.get(self.tokenizer.decode(answer_ids(row)).strip(), -1) for row in rows])
-
-    @property
-    def training_seconds(self) -> float:
-        """What the run's steps took."""
-        return sum(float(line.get("seconds", 0.0)) for line in Metrics(self.run.folder / METRICS).lines())
 
     def shots(self, most: int | None, seed: int) -> list[Row]:
         """Training rows to put before each held-out one: as many as fit, at most `most`, of the labels in turn."""
@@ -120,16 +125,12 @@ class Job:
         return made
 
 
-def read_job(
-    run: Run | str | Path, data: str | Path, retention: str | Path | None, max_rows: int | None, skip_bad: bool
-) -> Job:
-    """Read a run and the rows that it is judged on.
+def read_run(run: Run | str | Path) -> Trained:
+    """A run, its plan and its base.
 
     Raises:
         CheckpointError: it is no run that has ended.
         ModelError: its base is gone, or another one.
-        DataError: rows cannot be used.
-        ConfigError: `max_rows` is below 2, or the rows are of another kind.
     """
     folder = run.folder if isinstance(run, Run) else Path(run)
     run = Run(folder)
@@ -140,36 +141,50 @@ def read_job(
         raise CheckpointError(
             f"{folder} is no run that has ended: {error}. Give the folder that `edgetune train` wrote."
         ) from error
-    if max_rows is not None and max_rows < 2:
-        raise ConfigError(f"max_rows = {max_rows}; an interval needs at least 2 rows.")
     base = Path(summary["base"])
     if not (base / "config.json").is_file() or weights_sha256(base) != summary["base_sha256"]:
         raise ModelError(f"{base} is not the base that {folder} was trained on. Put that one there.")
-    tokenizer = load_tokenizer(base)
-    context = min(plan.model_config.max_position_embeddings, plan.batch_size * plan.max_seq_length)
+    return Trained(run, summary, plan, base, load_tokenizer(base))
+
+
+def read_job(
+    trained: Trained, data: str | Path, retention: str | Path | None, max_rows: int | None, skip_bad: bool
+) -> Job:
+    """Read the rows that a run is judged on.
+
+    Raises:
+        DataError: rows cannot be used.
+        ConfigError: the rows are of another kind.
+    """
+    plan, tokenizer = trained.plan, trained.tokenizer
+    context = min(plan.model_config.max_position_embeddings, trained.positions) - plan.adapter.virtual_tokens
 
     def read(path: str | Path) -> Rows:
         rows = read_rows(path, tokenizer, context, skip_bad=skip_bad)
-        return read_rows(path, tokenizer, plan.max_seq_length, skip_bad=skip_bad) if rows.kind == "text" else rows
+        window = plan.max_seq_length - plan.adapter.virtual_tokens
+        return read_rows(path, tokenizer, window, skip_bad=skip_bad) if rows.kind == "text" else rows
 
     held_out = read(data)
     if held_out.kind not in sft.KINDS:
         raise ConfigError(f"{data} has {held_out.kind} rows; rows to answer were expected: {', '.join(sft.KINDS)}.")
-    rows = _some(held_out, max_rows)
+    rows = some(_answered(held_out), max_rows)
     if len(rows) < 2:
         raise DataError(f"{data} has {len(rows)} row; an interval needs at least 2. Add rows.")
-    kept = () if retention is None else _some(read(retention), max_rows)
-    training = _training_rows(summary, plan, tokenizer, held_out.kind)
-    return Job(run, summary, plan, base, tokenizer, rows, held_out.kind, training, kept, context)
+    kept = () if retention is None else some(_answered(read(retention)), max_rows)
+    training = _training_rows(trained.summary, plan, tokenizer, held_out.kind)
+    return Job(**vars(trained), rows=rows, kind=held_out.kind, training=training, retention=kept, context=context)
 
 
-def _some(rows: Rows, max_rows: int | None) -> list[Row]:
+def _answered(rows: Rows) -> list[Row]:
+    return [row for row in rows if row.num_supervised]
+
+
+def some(rows: Sequence[AnyRow], max_rows: int | None) -> list[AnyRow]:
     """As many rows, from all over the file."""
-    chosen = [row for row in rows if row.num_supervised]
-    if max_rows is None or len(chosen) <= max_rows:
-        return chosen
-    order = np.random.default_rng(0).permutation(len(chosen))[:max_rows]
-    return [chosen[i] for i in sorted(order)]
+    if max_rows is None or len(rows) <= max_rows:
+        return list(rows)
+    order = np.random.default_rng(0).permutation(len(rows))[:max_rows]
+    return [rows[i] for i in sorted(order)]
 
 
 def _training_rows(summary: dict[str, Any], plan: Plan, tokenizer: Tokenizer, kind: str) -> Sequence[Row]:

@@ -33,8 +33,9 @@ class Scorer:
         The rows are side by side, each with its `num_supervised`.
         """
         where = {id(row): index for index, row in enumerate(rows)}
-        longest = max(map(len, rows), default=0)
-        windows = pack(rows, max(min(self.positions, 4 * longest), longest))
+        virtual = self.decoder.virtual_tokens
+        longest = max(map(len, rows), default=0) + virtual
+        windows = pack(rows, max(min(self.positions, 4 * longest), longest), 1, virtual)
         at_once = max(1, self.positions // windows[0].length) if windows else 1
         for start in range(0, len(windows), at_once):
             some = windows[start : start + at_once]

@@ -22,6 +22,7 @@ _DO = {
     "base": "Do not tune, the base does it alone",
 }
 _CALLED = {"tuned": "tuned", "prompt": "{shots} examples in the prompt", "head": "the feature head", "base": "the base"}
+_CALLED_OF_CLASSES = _CALLED | {"base": "the classes' names"}
 _METRICS = {"accuracy": "accuracy", "exact_match": "exact match", "loss": "loss"}
 
 
@@ -44,8 +45,9 @@ def explain_choice(result: Mapping[str, Any]) -> str:
     """One sentence: what to do, its metric beside the others', and what it costs."""
     ways = {name: way for name, way in result["ways"].items() if way and way[result["metric"]]}
     chosen, metric, shots = result["choice"], result["metric"], result["shots"]
+    called = _CALLED_OF_CLASSES if result["kind"] == "label" else _CALLED
     others = [
-        f"{_value(metric, ways[name][metric])} for {_CALLED[name].format(shots=shots)} ({_costs(ways[name])})"
+        f"{_value(metric, ways[name][metric])} for {called[name].format(shots=shots)} ({_costs(ways[name])})"
         for name in ways
         if name != chosen
     ]

@@ -70,9 +70,8 @@ class Task:
 
         With `scale` they become their gradient, so many times that of the loss, and the head's gradients are added to.
         """
-        pooled = self.pool(hidden, batch["lengths"]) if self.objective.POOLED else hidden
-        outputs = torch.addmm(self.head[BIAS], pooled, self.head[WEIGHT].T) if self.head else pooled
-        made: Found = self.objective.found(outputs, batch)
+        pooled = self._seen(hidden, batch)
+        made: Found = self.objective.found(self._outputs(pooled), batch)
         if scale is not None:
             d = made.gradient.mul_(scale)
             if self.head:
@@ -85,6 +84,16 @@ class Task:
             else:
                 hidden.copy_(d)
         return made
+
+    def outputs(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """What the objective starts from: logits, values or pooled states, of last hidden states [N, hidden]."""
+        return self._outputs(self._seen(hidden, batch))
+
+    def _seen(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return self.pool(hidden, batch["lengths"]) if self.objective.POOLED else hidden
+
+    def _outputs(self, seen: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.head[BIAS], seen, self.head[WEIGHT].T) if self.head else seen
 
     def pool(self, hidden: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
         """The mean of each text's rows, or its first: [texts, hidden]."""

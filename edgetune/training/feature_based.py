@@ -9,7 +9,7 @@ Left out: regression, tokens, and decoders.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,13 +70,13 @@ def train_feature_based(base: str | Path, data: str | Path) -> FeatureClassifier
 
 @torch.no_grad()
 def frozen_features(
-    encoder: Encoder, rows: Sequence[LabeledRow], check: Callable[[], None] = lambda: None
+    encoder: Encoder, rows: Sequence[LabeledRow], batch_rows: int = _BATCH_ROWS, positions: int = _BATCH_POSITIONS
 ) -> torch.Tensor:
-    """Pooled hidden states of unit length, float32 [rows, hidden]."""
+    """Pooled hidden states of unit length, float32 [rows, hidden], of so many rows and positions at a time at most."""
     task = Task(encoder, "embedding", {})
     parts = [
-        F.normalize(task.pool(last_hidden(encoder, batch, check), batch["lengths"]))
-        for batch in held_out_batches(rows, _BATCH_ROWS, _BATCH_POSITIONS)
+        F.normalize(task.pool(last_hidden(encoder, batch, lambda: None), batch["lengths"]))
+        for batch in held_out_batches(rows, batch_rows, positions)
     ]
     return torch.cat(parts)
 

@@ -188,7 +188,7 @@ def test_a_run_beside_what_needs_no_tuning(found: dict[str, Any], folder: Path, 
 
 
 def test_examples_fit_the_window_and_leave_the_row_as_it_is(folder: Path) -> None:
-    job = jobs.read_job(folder / "run", folder / "test.jsonl", None, None, False)
+    job = jobs.read_job(jobs.read_run(folder / "run"), folder / "test.jsonl", None, None, False)
     shots = job.shots(None, 0)
     assert sorted(answer for answer in map(jobs.answer_ids, shots[:4])) == sorted(job.labels.values())
     prompted = job.prompted(shots)
