@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.base import load_adapter
 from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.head import SCORE, load_with_head, score_shapes
+from edgetune.adapters.loreft import LoreftConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.prompt import PromptConfig
 from edgetune.base import open_base
@@ -34,6 +36,7 @@ from edgetune.quantizer import quantize
 from edgetune.tokenizer import load_tokenizer
 from edgetune.training.backprop import Path as Walk
 from edgetune.training.backprop import loss_and_gradients
+from edgetune.training.changed import prompt_lengths
 from edgetune.training.forward import Batch, evaluate, start_virtual_tokens
 from edgetune.training.run import Run
 from tests.test_heads import text_rows, write
@@ -103,7 +106,11 @@ def reference(objective: str, outputs: torch.Tensor, targets: torch.Tensor) -> t
 
 @pytest.mark.parametrize(
     ("objective", "adapter"),
-    [*((name, LORA) for name in HEADS), ("classification", PromptConfig(num_virtual_tokens=3))],
+    [
+        *((name, LORA) for name in HEADS),
+        ("classification", PromptConfig(num_virtual_tokens=3)),
+        ("regression", LoreftConfig(r=2)),
+    ],
 )
 def test_gradients_equal_autograd(base: Path, objective: str, adapter: AdapterConfig) -> None:
     decoder = load_decoder(base)
@@ -124,7 +131,8 @@ def test_gradients_equal_autograd(base: Path, objective: str, adapter: AdapterCo
         ids, positions, segments = (
             torch.from_numpy(batch[key]) for key in ("input_ids", "position_ids", "segment_ids")
         )
-        outputs, targets = decoder(ids, positions, segments), batch["target"]
+        lengths = torch.from_numpy(prompt_lengths(batch))  # the whole row
+        outputs, targets = decoder(ids, positions, segments, lengths), batch["target"]
         ends = [
             outputs[window, (segments[window] == segment).nonzero()[-1, 0]]
             for window in range(len(ids))
@@ -215,7 +223,9 @@ def scores(run: Run, base: Path, ids: list[int]) -> np.ndarray:
 def peft_scores(run: Run, base: Path, ids: list[int], outputs: int) -> np.ndarray:
     import peft
 
-    tuned = peft.PeftModel.from_pretrained(sequence_classifier(base, outputs), str(run.folder))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type")  # PEFT, of norms
+        tuned = peft.PeftModel.from_pretrained(sequence_classifier(base, outputs), str(run.folder))
     with torch.no_grad():
         found: np.ndarray = tuned(input_ids=torch.tensor([ids])).logits[0].numpy()
     return found
@@ -230,7 +240,14 @@ def test_peft_loads_adapter_and_head(runs: dict[str, Run], base: Path, objective
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [("qwen3", "ia3"), ("gemma3_text", "dora"), ("llama", "prefix_tuning"), ("qwen2", "prompt")]
+    ("family", "method"),
+    [
+        ("qwen3", "ia3"),
+        ("gemma3_text", "dora"),
+        ("llama", "prefix_tuning"),
+        ("qwen2", "prompt"),
+        ("llama", "ln_tuning"),
+    ],
 )
 def test_other_families_and_methods(tmp_path: Path, family: str, method: str) -> None:
     """An untied head over the vocabulary (qwen2) has no part in it."""
@@ -239,7 +256,7 @@ def test_other_families_and_methods(tmp_path: Path, family: str, method: str) ->
     data = write(tmp_path / "rows.jsonl", ROWS["classification"][:12])
     adapter = {
         "ia3": et.Ia3Config(), "dora": et.DoraConfig(r=2), "prefix_tuning": PrefixConfig(num_virtual_tokens=3),
-        "prompt": PromptConfig(num_virtual_tokens=3),
+        "prompt": PromptConfig(num_virtual_tokens=3), "ln_tuning": et.LnTuningConfig(),
     }[method]  # fmt: skip
     plan = plan_for(base, "classification", data, adapter, max_steps=3, learning_rate=0.05)
     run = et.train(plan, base, data=data, out=tmp_path / "run")

@@ -113,7 +113,8 @@ class Scorer:
         """What the head gets of each prompt, float32 [n, H]: the `mean` over its tokens, and the `last` one's."""
         width = self.decoder.config.hidden_size
         made = {name: np.empty((len(prompts), width), np.float32) for name in ("mean", "last")}
-        for indices, hidden, _ in self.states([_asking(ids, all_of_it=True) for ids in prompts]):
+        rows = [_asking(ids, all_of_it=True, prompt_length=len(ids)) for ids in prompts]
+        for indices, hidden, _ in self.states(rows):
             parts = torch.split(hidden, [len(prompts[index]) for index in indices])
             for index, part in zip(indices, parts, strict=True):
                 made["mean"][index], made["last"][index] = part.mean(0).numpy(), part[-1].numpy()

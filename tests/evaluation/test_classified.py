@@ -16,6 +16,7 @@ from tiny_encoder import encoder_hf, write_encoder
 import edgetune as et
 from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.head import BIAS, SCORE, WEIGHT, load_with_head
+from edgetune.adapters.loreft import LoreftConfig
 from edgetune.adapters.prompt import PromptConfig
 from edgetune.cli import verbs
 from edgetune.data import Row
@@ -194,6 +195,21 @@ def test_virtual_tokens_take_positions_of_their_own(folder: Path) -> None:
             logits = decoder(torch.tensor(row.input_ids[None]).long())[0]
         expected = F.cross_entropy(logits[:-1], torch.tensor(row.input_ids[1:]).long(), reduction="sum")
         assert found == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_features_are_those_of_whole_prompts_where_positions_are_changed(folder: Path) -> None:
+    decoder = load_decoder(folder / "decoder/base")
+    parameters = attach(decoder, LoreftConfig(r=2).resolved(decoder.config), seed=2)
+    generator = torch.Generator().manual_seed(6)
+    for value in parameters.values():
+        value.data.add_(0.3 * torch.randn(value.shape, generator=generator))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 250, n).astype(np.int32) for n in (9, 5, 14)]
+    found = Scorer(decoder, 60).features(prompts)["last"]
+    for ids, last in zip(prompts, found, strict=True):
+        with torch.no_grad():
+            expected = decoder.hidden(torch.tensor(ids[None]).long())[0, -1]
+        np.testing.assert_allclose(last, expected, atol=1e-5)
 
 
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
