@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from edgetune.adapters.bitfit import BitfitConfig
     from edgetune.adapters.bottleneck import BottleneckConfig
     from edgetune.adapters.dora import DoraConfig
+    from edgetune.adapters.full import FullConfig
     from edgetune.adapters.ia3 import Ia3Config
     from edgetune.adapters.ln_tuning import LnTuningConfig
     from edgetune.adapters.lora import LoraConfig
@@ -108,6 +109,7 @@ __all__ = [
     "EdgetuneWarning",
     "EncoderBundle",
     "ExportError",
+    "FullConfig",
     "GateError",
     "Ia3Config",
     "LnTuningConfig",
@@ -161,6 +163,7 @@ _HOME = {
     "DeviceProfile": "edgetune.device",
     "DoraConfig": "edgetune.adapters.dora",
     "EncoderBundle": "edgetune.bundle",
+    "FullConfig": "edgetune.adapters.full",
     "Ia3Config": "edgetune.adapters.ia3",
     "LnTuningConfig": "edgetune.adapters.ln_tuning",
     "LoraConfig": "edgetune.adapters.lora",

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812 - the name that every torch reader knows
 from torch import nn
 
 from edgetune.base import AnyBase
@@ -155,6 +156,14 @@ class FrozenLinear(nn.Module):
         """Keep the dequantized weight for `tiles`, until `release`."""
         self.held = self.dequantize()
 
+    def thaw(self) -> nn.Parameter:
+        """The weight, dequantized for good, as a parameter that `tiles` gives from then on."""
+        weight = torch.empty(self.shape)
+        for rows, part in self.tiles():
+            weight[rows] = part
+        self.held = nn.Parameter(weight)
+        return self.held
+
     def release(self) -> None:
         """Dequantize again in every visit."""
         self.held = None
@@ -204,7 +213,9 @@ class FrozenLinear(nn.Module):
         return torch.from_numpy(GRIDS[str(self.grid)].dequantize(self.codes, self.shape, ids.numpy()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """X [..., in_features] -> [..., out_features]. Gradients flow to x alone."""
+        """X [..., in_features] -> [..., out_features]. Gradients flow to x, and to what is trained in its place."""
+        if isinstance(self.held, nn.Parameter):
+            return F.linear(x, self.held, self.bias)
         y: torch.Tensor = _FrozenMatmul.apply(x, self)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 

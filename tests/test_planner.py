@@ -21,6 +21,7 @@ from edgetune import planner
 from edgetune.adapters import METHODS, prefix, prompt
 from edgetune.adapters.bitfit import BitfitConfig
 from edgetune.adapters.config import BlocksConfig
+from edgetune.adapters.full import FullConfig
 from edgetune.adapters.ln_tuning import LnTuningConfig
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import open_base
@@ -324,12 +325,13 @@ def test_the_model_s_own_vectors_lie_in_the_base_s_bytes(tmp_path: Path, method:
     where = {name: getattr(*place).data_ptr() for name, place in own_vectors(decoder).items()}
     adapter = METHODS[method].Config().resolved(decoder.config)
     parameters = attach(decoder, adapter)
-    assert {name: value.data_ptr() for name, value in parameters.items()}.items() <= where.items()
+    assert all(value.data_ptr() == where.get(name, value.data_ptr()) for name, value in parameters.items())
     trained = sum(value.nbytes for value in parameters.values())
     exact, mezo = (peak_parts(job(decoder.config, adapter=adapter, step_rule=rule), FLOOR)[1] for rule in RULES)
-    objects = costs.SLOT_OBJECT_BYTES * len(parameters)
-    assert (exact["adapter"], exact["gradients"]) == (objects, trained)
-    assert (mezo["adapter"], mezo["gradients"]) == (objects + trained, 0), "mezo keeps a copy"
+    held = costs.SLOT_OBJECT_BYTES * len(METHODS[method].slots(adapter, decoder.config))
+    held += sum(value.nbytes for name, value in parameters.items() if name not in where)  # matrices: there are codes
+    assert (exact["adapter"], exact["gradients"]) == (held, trained)
+    assert (mezo["adapter"], mezo["gradients"]) == (held + trained, 0), "mezo keeps a copy"
 
 
 @pytest.mark.parametrize("length", [7, 11, 40])
@@ -663,6 +665,23 @@ class TestLadder:
         large = plan(model, "pixel-watch-3", budget=1000, config=TrainConfig(batch_size=64))
         assert large.exceeds_device and "MORE than" in large.explain()
         assert beyond.device_budget_bytes == inside.budget_bytes
+
+    def test_trained_blocks_are_counted_weight_by_weight(self, model: Path) -> None:
+        """Its float32 value and gradient and both moments; a refusal says so, by part."""
+        config = load_config(model)
+        one = sum(n * k for n, k in config.linear_shapes.values()) + 2 * 96
+        for count in (1, 3):
+            top = FullConfig(layers_to_transform=tuple(range(8 - count, 8)))
+            made = plan(model, "pixel-9", adapter=top, config=TrainConfig(optimizer="adamw"))
+            assert made.parts["gradients"] == 4 * count * one
+            assert made.parts["optimizer"] == 2 * 4 * count * one
+            assert made.parts["adapter"] == 4 * count * (one - 2 * 96) + 9 * count * costs.SLOT_OBJECT_BYTES
+            assert made.dequantized_layers == 0
+        every = FullConfig(layers_to_transform=tuple(range(8)))
+        with pytest.raises(
+            BudgetError, match=r"--layers 0-7 needs 119 MiB [\s\S]*optimizer 5\.6 MiB, adapter 3\.2 MiB"
+        ):
+            plan(model, "pixel-9", budget=108, adapter=every, config=TrainConfig(optimizer="adamw"))
 
     def test_norms_are_never_conceded(self, model: Path) -> None:
         wishes = Wishes(load_config(model), LnTuningConfig(), TrainConfig(), RowFacts((row_of(150),)))
@@ -1120,6 +1139,9 @@ class TestTime:
         biased = load_config(write_model(tmp_path / "biased", TINY | {"model_type": "qwen2"}, tokenizer=False))
         flops += 64 * 2 * ((48 + 16 + 16) - 5 * 48)  # of each bias the sum
         assert costs.step_work(job(biased, adapter=BitfitConfig().resolved(biased))).flops == pytest.approx(flops)
+        # Of each weight a product and a sum more; of both blocks' four norms as above.
+        flops += 64 * 2 * 2 * (weights + 2 * 48)
+        assert costs.step_work(job(biased, adapter=FullConfig().resolved(biased))).flops == pytest.approx(flops)
 
     def test_traffic_by_hand(self, tmp_path: Path) -> None:
         tiny = load_config(write_model(tmp_path, TINY, tokenizer=False))

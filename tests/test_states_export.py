@@ -18,6 +18,7 @@ from edgetune.adapters.base import load_adapter, save_adapter
 from edgetune.adapters.bitfit import BitfitConfig
 from edgetune.adapters.bottleneck import BottleneckConfig
 from edgetune.adapters.config import AdapterConfig
+from edgetune.adapters.full import FullConfig
 from edgetune.adapters.ln_tuning import LnTuningConfig
 from edgetune.adapters.loreft import LoreftConfig
 from edgetune.adapters.prefix import PrefixConfig
@@ -190,6 +191,42 @@ def test_the_models_own_vectors_are_merged_exactly(tmp_path: Path, config: Adapt
     names = attach(decoder, config.resolved(decoder.config))
     same = {name: value.detach().numpy() for name, value in names.items()}
     save_adapter(run, config.resolved(decoder.config), same, str(base))
+    with pytest.raises(ExportError, match=r"changes nothing\. Train it"):
+        export(run, out=tmp_path / "nothing", merge=True)
+
+
+def test_trained_blocks_are_merged_exactly_or_rounded(tmp_path: Path) -> None:
+    base = quantize(write_model(tmp_path / "model", tiny_config("qwen2")), "int4", tmp_path / "base")
+    config = FullConfig(layers_to_transform=(1,))
+    run = write_run(tmp_path / "run", base, config, scale=0.1)
+    with pytest.raises(ExportError, match=r"No LoRA has the rank .*: export it with --merge"):
+        export(run, out=tmp_path / "bundle")
+    ids = np.random.default_rng(2).integers(0, 301, 40).tolist()
+    for alpha in (1.0, 0.25):
+        bundle = export(run, out=tmp_path / f"bundle-{alpha}", merge=True, alpha=alpha, weights="fp32")
+        assert bundle.manifest["rounding"]["max_abs_logit"] == 0
+        decoder = load_decoder(base)
+        found, tensors = load_adapter(run, decoder.config)
+        for name, value in attach(decoder, found).items():
+            value.data.lerp_(torch.from_numpy(tensors[name]), alpha)
+        with torch.no_grad():
+            expected = decoder(torch.tensor([ids]))[0].numpy()
+        session = open_session(bundle, fp32_compute=True)
+        np.testing.assert_allclose(np.concatenate(list(session.logits(ids))), expected, atol=1e-3)
+    rounding = export(run, out=tmp_path / "rounded", merge=True).manifest["rounding"]
+    linears = {f"model.layers.1.{path}" for path in decoder.config.linear_shapes}
+    assert rounding["error_over_delta"].keys() == linears, "the others keep their codes"
+    assert 0.01 < rounding["max_error_over_delta"] < 1 and rounding["max_abs_logit"] > 1e-3
+
+    decoder = load_decoder(base)
+    little = {name: value.detach().numpy() * 1.001 for name, value in attach(decoder, found).items()}
+    save_adapter(run, found, little, str(base))
+    with pytest.raises(
+        ExportError, match=r"moves 7 of 7 matrices further than training did.* Take --weights fp32, which"
+    ):
+        export(run, out=tmp_path / "lost", merge=True)
+    same = {name: value.detach().numpy() for name, value in attach(load_decoder(base), found).items()}
+    save_adapter(run, found, same, str(base))
     with pytest.raises(ExportError, match=r"changes nothing\. Train it"):
         export(run, out=tmp_path / "nothing", merge=True)
 

@@ -9,6 +9,7 @@ A method is one file without torch, so that the planner and the device can read 
     initialize(slot, config, rng, frozen)     its values before the first step: the adapted model equals the base.
                                               `frozen` is the `FrozenLinear`, or None where there is no torch
     frozen_tensors(config, shape)             what it computes with beside them, and never trains or writes
+    PREFIX                    what its files put before names, where that is not PEFT's
     PEFT_NAMES, PEFT_SHARED, reads_peft, config_to_peft, config_from_peft          its files, where PEFT has the method
 
 A method at linears computes
@@ -25,9 +26,9 @@ SCALES_BIAS:
     add_factor_gradient(d_factor, tensors, gradients, config, norms)  from that of either, to the gradients
     squared_norms(weight, squares, tensors, rows, config)             what `norms` are made of, where factors need them
 
-One of the model's own vectors has `Config.own` and computes nothing beside the model: each of its tensors has name and
-shape of a vector that the base keeps dense, starts as that, and takes its place. Of the functions above it has those of
-slots and of files alone.
+One of the model's own tensors has `Config.own` and computes nothing beside the model: each of its tensors has name and
+shape of one of the model, starts as that, and takes its place: of a vector that the base keeps dense, or with
+`Config.thaws` of a matrix on the grid, dequantized. Of the functions above it has those of slots and of files alone.
 
 A method of hidden states (`models.places`) has the first three of these, for the place's input x and what is there, y;
 one whose config has `prompt_positions` gets those rows alone.
@@ -50,12 +51,12 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from edgetune.adapters import bitfit, bottleneck, dora, ia3, ln_tuning, lora, loreft, prefix, prompt, vera
+from edgetune.adapters import bitfit, bottleneck, dora, full, ia3, ln_tuning, lora, loreft, prefix, prompt, vera
 from edgetune.errors import AdapterError
 
 METHODS = {
     "lora": lora, "dora": dora, "ia3": ia3, "vera": vera,
-    "ln_tuning": ln_tuning, "bitfit": bitfit,
+    "ln_tuning": ln_tuning, "bitfit": bitfit, "full": full,
     "bottleneck": bottleneck, "loreft": loreft, "prefix_tuning": prefix, "prompt_tuning": prompt,
 }  # fmt: skip
 

@@ -182,13 +182,16 @@ def attach(model: Decoder | Encoder, config: AdapterConfig, seed: int = 0) -> di
     """Wrap the linears that a resolved config names; return the trainable tensors by full name.
 
     The values are initialized from `seed` alone; the adapted model computes what the base computes. The model's own
-    vectors become parameters where they are, in the memory that they have.
+    vectors become parameters where they are, in the memory that they have, and its matrices after they are dequantized.
     """
     method = METHODS[config.method]
     parameters: dict[str, nn.Parameter] = {}
     if config.own:
-        vectors = own_vectors(model)
+        vectors, matrices = own_vectors(model), linears(model)
         for name in (name for slot in method.slots(config, model.config) for name in slot.names):
+            if name not in vectors:
+                parameters[name] = matrices[name.removesuffix(".weight")].thaw()
+                continue
             module, attribute = vectors[name]
             parameters[name] = nn.Parameter(getattr(module, attribute))
             setattr(module, attribute, parameters[name])
@@ -211,7 +214,7 @@ def attach(model: Decoder | Encoder, config: AdapterConfig, seed: int = 0) -> di
 
 
 def own_vectors(model: Decoder | Encoder) -> dict[str, tuple[nn.Module, str]]:
-    """What a method can train in its place, by full name: a module of the model, and its attribute."""
+    """The vectors that can be trained in their place, by full name: a module of the model, and its attribute."""
     found: dict[str, tuple[nn.Module, str]] = {}
     for module in model.modules():
         if isinstance(module, RMSNorm):
@@ -219,6 +222,11 @@ def own_vectors(model: Decoder | Encoder) -> dict[str, tuple[nn.Module, str]]:
         elif isinstance(module, FrozenLinear) and module.bias is not None:
             found[f"{module.name}.bias"] = module, "bias"
     return found
+
+
+def linears(model: Decoder | Encoder) -> dict[str, FrozenLinear]:
+    """The frozen linears of a model by full name."""
+    return {module.name: module for module in model.modules() if isinstance(module, FrozenLinear)}
 
 
 def load_tensors(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, np.ndarray]) -> None:
@@ -243,7 +251,7 @@ def load_tensors(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, n
 @contextmanager
 def detached(model: Decoder) -> Iterator[None]:
     """The base alone while the body runs: of adapted linears the frozen ones, nothing at other places, and the model's
-    own vectors as they are stored.
+    own tensors as they are stored.
 
     An adapter with virtual tokens has no place here: they take positions, so a micro-batch is another one without them.
     """
@@ -258,13 +266,18 @@ def detached(model: Decoder) -> Iterator[None]:
         setattr(parent, name, child.base_layer if isinstance(child, AdaptedLinear) else None)
     named = {name: getattr(*place) for name, place in own_vectors(model).items()}
     own = [(name, value, value.data) for name, value in named.items() if isinstance(value, nn.Parameter)]
+    thawed = [(layer, layer.held) for layer in linears(model).values() if isinstance(layer.held, nn.Parameter)]
     for name, value, _ in own:
         value.data = torch.from_numpy(model.weights.float32(name))
+    for layer, _ in thawed:
+        layer.release()
     try:
         yield
     finally:
         for _, value, trained in own:
             value.data = trained
+        for layer, weight in thawed:
+            layer.held = weight
         for parent, name, child in adapted:
             setattr(parent, name, child)
 

@@ -31,7 +31,7 @@ from edgetune.weights import (
 
 PREFIX = "base_model.model."
 OUTSIDE = "base_model."  # in the place of the prefix, where PEFT wraps no layer of the model: beside virtual tokens
-_AROUND = (PREFIX, OUTSIDE)
+AROUND = (PREFIX, OUTSIDE, "")  # what a file may have before the name of a head; nothing beside the model's own tensors
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -53,8 +53,8 @@ def save_adapter(
                 f"{name} holds NaN or infinity; such an adapter is never saved. Lower the learning rate."
             )
     method = METHODS[config.method]
-    files = {_peft_name(name, method.PEFT_NAMES, inside): value for name, value in tensors.items()}
-    around = OUTSIDE if config.virtual_tokens else PREFIX
+    files = {_peft_name(name, method, inside): value for name, value in tensors.items()}
+    around = OUTSIDE if config.virtual_tokens else _prefix(method)
     files |= {f"{around}{name}": value for name, value in (beside or {}).items()}
     write_safetensors(folder / MODEL, {k: TensorInfo("F32", v.shape) for k, v in files.items()}, files.__getitem__)
     write_atomic(folder / CONFIG, json.dumps(method.config_to_peft(config, base_model) | dict(said or {}), indent=1))
@@ -62,9 +62,9 @@ def save_adapter(
 
 def file_bytes(config: AdapterConfig, slots: Iterable[Slot]) -> int:
     """Bytes of the `adapter_model.safetensors` that `save_adapter` writes of a config with these slots."""
-    names = METHODS[config.method].PEFT_NAMES
+    method = METHODS[config.method]
     shapes = {name: shape for slot in slots for name, shape in slot.names.items()}
-    infos = {_peft_name(name, names, ""): TensorInfo("F32", shape) for name, shape in shapes.items()}
+    infos = {_peft_name(name, method, ""): TensorInfo("F32", shape) for name, shape in shapes.items()}
     return len(safetensors_header(infos)) + sum(info.nbytes for info in infos.values())
 
 
@@ -91,26 +91,26 @@ def read_adapter(
     if beside:
         peft |= {"modules_to_save": None}
     method = method_of_peft(peft)
-    endings = {f".{ending}": f".{short}" for short, ending in method.PEFT_NAMES.items()}
+    endings, prefix = {f".{ending}": f".{short}" for short, ending in method.PEFT_NAMES.items()}, _prefix(method)
     if model is not None and hasattr(method, "places"):
         places = method.places(model)
     names: dict[str, str] = {}
     for name in weights:
-        if name in method.PEFT_SHARED or any(name == f"{around}{kept}" for kept in beside for around in _AROUND):
+        if name in method.PEFT_SHARED or any(name == f"{around}{kept}" for kept in beside for around in AROUND):
             continue
         if name in method.PEFT_NAMES.values():  # of the model as a whole
             names[name] = name
             continue
-        if name in (f"{around}score.weight" for around in _AROUND):
+        if name in (f"{around}score.weight" for around in AROUND):
             raise AdapterError(
                 f"{folder / MODEL} has a trained head ({name}): its outputs are classes or values, and it continues "
                 "no text. PEFT loads it around the model's *ForSequenceClassification; take an adapter without a head."
             )
         ending = next((ending for ending in endings if name.endswith(ending)), None)
-        if ending is None or not name.startswith(PREFIX):
-            like = f"{PREFIX}…{next(iter(endings))}"
+        if ending is None or not name.startswith(prefix):
+            like = f"{prefix}…{next(iter(endings))}"
             raise AdapterError(f"{folder / MODEL} holds {name}; names like {like} were expected.")
-        names[name[len(PREFIX) :].removeprefix(inside).removesuffix(ending) + endings[ending]] = name
+        names[name[len(prefix) :].removeprefix(inside).removesuffix(ending) + endings[ending]] = name
     found = dict.fromkeys(name.rpartition(".")[0] for name in names)
     unknown = [place for place in found if place not in places]
     if unknown:
@@ -159,6 +159,12 @@ def _open(folder: Path) -> tuple[dict[str, Any], Weights]:
         raise AdapterError(str(error)) from error
 
 
-def _peft_name(name: str, endings: Mapping[str, str], inside: str) -> str:
+def _prefix(method: ModuleType) -> str:
+    """What the files of a method have before a name."""
+    return str(getattr(method, "PREFIX", PREFIX))
+
+
+def _peft_name(name: str, method: ModuleType, inside: str) -> str:
     place, _, short = name.rpartition(".")
-    return f"{PREFIX}{inside}{place}.{endings[short]}" if place else endings[short]
+    ending: str = method.PEFT_NAMES[short]
+    return f"{_prefix(method)}{inside}{place}.{ending}" if place else ending

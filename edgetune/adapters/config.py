@@ -27,7 +27,9 @@ class AdapterConfig:
     method: ClassVar[str]
     """Its key in `METHODS`."""
     own: ClassVar[bool] = False
-    """Whether its tensors are the model's own vectors, trained in their place; see `adapters`."""
+    """Whether its tensors are the model's own, trained in their place; see `adapters`."""
+    thaws: ClassVar[bool] = False
+    """Whether matrices are among these, not vectors alone."""
 
     def resolved(self: Config, model: ModelConfig) -> Config:
         """The same with every field filled.

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from edgetune.adapters.base import CONFIG, MODEL, OUTSIDE, PREFIX, read_adapter, save_adapter
+from edgetune.adapters.base import AROUND, CONFIG, MODEL, PREFIX, read_adapter, save_adapter
 from edgetune.adapters.config import AdapterConfig
 from edgetune.errors import AdapterError, ModelError
 from edgetune.models import ModelConfig
@@ -118,7 +118,7 @@ def load_with_head(
         raise AdapterError(str(error)) from error
     is_encoder = isinstance(model, EncoderConfig)
     names = {
-        name: next((full for full in (PREFIX + name, OUTSIDE + name) if full in weights), PREFIX + name)
+        name: next((around + name for around in AROUND if around + name in weights), PREFIX + name)
         for name in (TENSORS if is_encoder else (SCORE,))
     }
     known = None if is_encoder else model

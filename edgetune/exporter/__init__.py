@@ -187,8 +187,10 @@ def _write_model(
             attach_adapter(job, decoder)
         expected = parity.spool_logits(decoder, items, work / "rounded")
         rounding = source.figures() | agreement.rounding_cost(items, trained, expected)
-        if tuned and not accept_loss:
-            parity.check_rounding(rounding, stored, job.weights, alpha=alpha)
+        if job.adapter is not None and not accept_loss:
+            parity.check_rounding(
+                rounding, stored, job.weights, alpha=alpha, needs_merge=job.adapter.needs_merge
+            )  # fmt: skip
     feeds = job.feeds(job.adapter) if job.adapter else {}
     if rounding is None or not tuned:
         feeds = job.feeds(attach_adapter(job, decoder))

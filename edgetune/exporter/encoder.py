@@ -68,8 +68,9 @@ def write_model(
     if isinstance(source, RoundedWeights) and (job.merge or not source.is_exact):
         encoder, cost = _rounded(job, encoder, model, texts)
         rounding = source.figures() | cost
-        if tuned and not accept_loss:
-            _check_rounding(rounding, stored, job.weights, merged=alpha is not None)
+        if job.adapter is not None and not accept_loss:
+            exact = f"keep --weights {stored}" if alpha is None else "leave --merge out"
+            _check_rounding(rounding, stored, job.weights, "take --weights fp32" if job.adapter.needs_merge else exact)
     if job.adapter is None or rounding is None:
         feeds = job.feeds(attach_adapter(job, encoder))
     elif not job.merge:
@@ -200,12 +201,11 @@ def _worst(differences: Sequence[float]) -> float:
     return float(np.nan_to_num(np.max(differences), nan=np.inf))
 
 
-def _check_rounding(figures: Mapping[str, Any], stored: str, weights: str, *, merged: bool) -> None:
-    """Refuse a rounding that moves a matrix further than the adapter does. Raises ExportError."""
+def _check_rounding(figures: Mapping[str, Any], stored: str, weights: str, exact: str) -> None:
+    """Refuse a rounding that moves a matrix further than the adapter does. Raises ExportError, with what is `exact`."""
     above = [name for name, ratio in figures["error_over_delta"].items() if ratio > 1]
     if not above:
         return
-    exact = "leave --merge out" if merged else f"keep --weights {stored}"
     raise ExportError(
         f"Rounding {stored} weights to {weights} loses the adapter: it moves {len(above)} of "
         f"{len(figures['error_over_delta'])} matrices further than the adapter does, {figures['worst_layer']} "

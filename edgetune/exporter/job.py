@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -62,12 +62,18 @@ class Adapter:
     "(out_features, in_features) of those of the model, by name"
     head: Head | None = None
     "what stands behind an encoder"
-    frozen: Mapping[str, np.ndarray] = field(default_factory=dict)
-    "what the base has in the place of its tensors, where these are the model's own vectors"
+    alpha: float = 1.0
+    "the share of its change that is merged, where its tensors are the model's own"
 
     @property
     def method(self) -> ModuleType:
         return METHODS[self.config.method]
+
+    @property
+    def needs_merge(self) -> bool:
+        """Whether it can be in no graph but merged."""
+        can = self.method.CAPABILITIES
+        return can.as_lora is not None and can.own_inputs is not None
 
     def weakened(self, alpha: float) -> Adapter:
         """The adapter whose change of the weights is `alpha` times this one's."""
@@ -75,8 +81,7 @@ class Adapter:
             return self
         self.method.CAPABILITIES.require("merge_share", ExportError)
         if self.config.own:
-            moved = {k: v + np.float32(alpha) * (self.tensors[k] - v) for k, v in self.frozen.items()}
-            return replace(self, tensors=moved)
+            return replace(self, alpha=alpha)
         config, tensors = self.method.weakened(self.config, self.tensors, alpha)
         return replace(self, config=config, tensors=tensors)
 
@@ -91,31 +96,31 @@ class Adapter:
 
     def merged(self, place: str, weight: np.ndarray, rows: slice) -> np.ndarray:
         """These rows of the weight there with the adapter folded in."""
+        if self.config.own:
+            return self.tuned(f"{place}.weight", weight, rows)
         tensors = self.places[place] | self.method.frozen_tensors(self.config, self.linears[place])
         made: np.ndarray = self.method.merge(weight, tensors, rows, self.config)
         return made
 
+    def tuned(self, name: str, frozen: np.ndarray, rows: slice = slice(None)) -> np.ndarray:
+        """One of the model's own tensors as it is merged, in these rows, of what the base has there."""
+        trained = self.tensors[name][rows] if name in self.tensors else frozen
+        return trained if self.alpha == 1 else frozen + np.float32(self.alpha) * (trained - frozen)
+
     def merged_vector(self, name: str, vector: np.ndarray) -> np.ndarray:
         """The vector that the base has under that name, with the adapter folded in."""
         if self.config.own:
-            return self.tensors.get(name, vector)
+            return self.tuned(name, vector)
         place, _, kind = name.rpartition(".")
         if kind != "bias" or place not in self.places or not self.method.SCALES_BIAS:
             return vector
         merged: np.ndarray = self.method.merge_bias(vector, self.places[place])
         return merged
 
-    @property
-    def does_something(self) -> bool:
-        """Whether the adapted model differs from the base."""
-        if self.config.own:
-            return any(not np.array_equal(value, self.frozen[name]) for name, value in self.tensors.items())
-        return any(map(self.changes, self.places))
-
     def changes(self, place: str) -> bool:
-        """Whether it has something in it at a matrix."""
+        """Whether it has something in it there, of the model's own tensors at a matrix."""
         if self.config.own:
-            return False
+            return f"{place}.weight" in self.tensors and place in self.linears
         return place in self.places and bool(self.method.changes(self.places[place]))
 
 
@@ -233,7 +238,10 @@ def attach_adapter(job: Job, model: Decoder | Encoder) -> Adapter:
             if name.endswith("lora_B")
         }
     for name, value in values.items():
-        parameters[name].data.copy_(torch.from_numpy(value))
+        now = parameters[name].data
+        if config.own and job.adapter is not None:
+            value = job.adapter.tuned(name, now.numpy())
+        now.copy_(torch.from_numpy(value))
     return Adapter(
         config, {name: value.detach().numpy() for name, value in parameters.items()}, job.base.config.linears()
     )
@@ -331,13 +339,25 @@ def _read_adapter(folder: Path, base: AnyBase[Any], run: Mapping[str, Any], *, m
         )
     else:
         config, tensors = load_adapter(folder, base.config)
-    frozen = {name: base.weights.float32(name) for name in tensors} if config.own else {}
-    adapter = Adapter(config, tensors, base.config.linears(), head, frozen)
+    adapter = Adapter(config, tensors, base.config.linears(), head)
     can = adapter.method.CAPABILITIES
     can.require("merge" if merge else "as_lora" if can.own_inputs else "own_inputs", ExportError)
-    if not adapter.does_something:
+    if not _does_something(adapter, base):
         raise ExportError(f"The adapter of {folder} changes nothing. Train it, or export the base.")
     return as_prefix(base, adapter) if isinstance(config, PromptConfig) and isinstance(base, Base) else adapter
+
+
+def _does_something(adapter: Adapter, base: AnyBase[Any]) -> bool:
+    """Whether the adapted model differs from the base."""
+    if not adapter.config.own:
+        return any(map(adapter.changes, adapter.places))
+    for name, value in adapter.tensors.items():
+        place, _, kind = name.rpartition(".")
+        is_matrix = kind == "weight" and place in adapter.linears
+        frozen = base.dequantize(place) if is_matrix else base.weights.float32(name)
+        if not np.array_equal(value, frozen):
+            return True
+    return False
 
 
 def as_prefix(base: Base, adapter: Adapter) -> Adapter:

@@ -413,10 +413,12 @@ def _check_task(exact: Mapping[str, Any], fast: Mapping[str, Any]) -> None:
         )
 
 
-def check_rounding(figures: Mapping[str, Any], stored: str, weights: str, *, alpha: float | None) -> None:
+def check_rounding(
+    figures: Mapping[str, Any], stored: str, weights: str, *, alpha: float | None, needs_merge: bool = False
+) -> None:
     """The gate on a rounding of weights that an adapter was trained around; `figures` are those of the manifest.
 
-    `alpha` is the share of the adapter that was merged, None where it stays beside the graph.
+    `alpha` is the share of the adapter that was merged, None where it stays beside the graph: never with `needs_merge`.
 
     Raises ExportError where rounding moved a matrix further than the adapter did, or cost more than one point of token
     accuracy on held-out rows: what was trained may be lost in it.
@@ -437,7 +439,8 @@ def check_rounding(figures: Mapping[str, Any], stored: str, weights: str, *, alp
     loss = ""
     if figures["loss_before"] is not None:
         loss = f", their held-out loss goes from {figures['loss_before']:.4f} to {figures['loss_after']:.4f}"
-    ways = [f"Keep --weights {stored}, which is exact" if alpha is None else "Leave --merge out, which is exact"]
+    exact = f"Keep --weights {stored}" if alpha is None else "Leave --merge out"
+    ways = [f"{'Take --weights fp32' if needs_merge else exact}, which is exact"]
     if above and alpha not in (None, 1):
         ways.append("merge more with a larger --alpha")
     change = figures["least_relative_change"]

@@ -188,7 +188,7 @@ def make(source: Source, profile: DeviceProfile, wishes: Wishes, budget_name: st
         raise BudgetError(_refusal(wishes, costs, budget_bytes, profile, budget_name, Path(source.name).name))
     choice = walked[-1]
     choice = _less_recomputation(wishes, costs, choice, budget_bytes)
-    if wishes.engine == "torch":
+    if wishes.engine == "torch" and not choice.adapter.thaws:
         choice = _more_dequantized(costs, choice, budget_bytes)
     concessions = _concessions(walked, choice, costs, budget_name, budget_bytes)
     return _made(source, profile, wishes, costs, choice, budget_name, budget_bytes, concessions)
@@ -199,7 +199,7 @@ def check_engine(wishes: Wishes, grid: str) -> None:
     METHODS[wishes.adapter.method].CAPABILITIES.require(f"train_{wishes.engine}", ConfigError)
     if wishes.adapter.own and (decay := wishes.config.weight_decay):
         raise ConfigError(
-            f"weight_decay = {decay}; {wishes.adapter.method} trains the model's own vectors, which decay would draw "
+            f"weight_decay = {decay}; {wishes.adapter.method} trains the model's own tensors, which decay would draw "
             "to zero, not to what they were. Leave it out, or train another adapter."
         )
     if wishes.engine != "ort":

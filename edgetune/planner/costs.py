@@ -144,6 +144,13 @@ class Job:
         return [*sizes, *self.head_sizes]
 
     @property
+    def thawed(self) -> int:
+        """Weights of the model's own matrices that are trained."""
+        if not self.adapter.thaws:
+            return 0
+        return sum(math.prod(shape) for slot in self.slots for shape in slot.tensors.values() if len(shape) == 2)
+
+    @property
     def supervised(self) -> int:
         """Positions of a micro-batch that the loss computes, at most."""
         return min(self.supervised_per_window * self.batch_size, self.tokens)
@@ -278,12 +285,13 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
 def _adapter_bytes(job: Job) -> int:
     """What is trained, mezo's copy of that, what a method keeps beside it, and its objects.
 
-    The model's own vectors lie in the base's bytes; where the base also runs alone, it then has others.
+    The model's own vectors lie in the base's bytes; where the base also runs alone, it then has others. Of matrices the
+    base has none in memory.
     """
     slots = job.slots
     floats = sum(job.tensor_sizes) * (1 if job.has_gradients else 2) + sum(slot.kept_floats for slot in slots)
     if job.adapter.own and not job.anchored:
-        floats -= sum(slot.num_parameters for slot in slots)
+        floats -= sum(slot.num_parameters for slot in slots) - job.thawed
     return FLOAT_BYTES * floats + SLOT_OBJECT_BYTES * len(slots)
 
 
@@ -553,7 +561,8 @@ def step_work(job: Job) -> StepWork:
     fast = job.tokens * 2.0 * weights * visits + 4.0 * head * job.loss_rows if job.fast_products else 0.0
     decoded = weights * visits + head * losses
     activations = ACTIVATION_PASSES * activation_bytes(job) * (forward + 2 * backward) + attended * scores
-    held = weights * job.dequantized_layers * (losses + 1)  # visits that only read; such blocks never run again
+    held = 1.0 * weights * job.dequantized_layers * (losses + 1)  # visits that only read; such blocks never run again
+    held += job.thawed * visits / max(1, job.path_layers)
     traffic = (decoded - held) * DECODE_BYTES + held * FLOAT_BYTES + activations
     below = lower_work(job, 0 if job.cached_windows else losses * job.batch_size)
     adapter = _adapter_work(job, forward / max(1, job.path_layers))
@@ -594,11 +603,10 @@ def _adapter_work(job: Job, forward: float) -> StepWork:
     to the gradient of x.
     """
     inputs, outputs = (sum(slot.in_features for slot in job.slots), sum(slot.out_features for slot in job.slots))
-    if (
-        job.adapter.own
-    ):  # nothing but the sum of the gradients at a vector, of a norm after they are scaled by its input
+    if job.adapter.own:  # the gradients alone: of vectors sums, of norms' after they are scaled by the input
         tokens = job.tokens if job.has_gradients else 0
-        return StepWork(tokens * (inputs + outputs), tokens * FLOAT_BYTES * (2 * inputs + outputs), 0)
+        moved = tokens * (2 * inputs + outputs) + (2 * job.thawed if job.has_gradients else 0)
+        return StepWork(tokens * (inputs + outputs + 2.0 * job.thawed), FLOAT_BYTES * moved, 0)
     multiplied = sum(slot.num_parameters for slot in job.slots if slot.in_features)  # virtual tokens are copied
     flops = 2.0 * multiplied * (forward + (2 if job.has_gradients else 0))
     if job.has_gradients:  # the frozen product again, for the gradient of its factors

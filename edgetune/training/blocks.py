@@ -250,6 +250,8 @@ class BlockPass:
         frozen = layer.base_layer if isinstance(layer, AdaptedLinear) else layer
         if frozen.bias is not None and is_trained(frozen.bias):
             add_to_gradient(frozen.bias, d_y)
+        if frozen.held is not None and is_trained(frozen.held):
+            gradient_of(frozen.held).addmm_(d_y.T, x)
         if d_x is not None:
             with self._products():
                 for rows, weight in frozen.tiles():
@@ -357,16 +359,21 @@ def normalize_backward(x: torch.Tensor, norm: RMSNorm, d_out: torch.Tensor, d_x:
     d_x.addcmul_(x, along)
 
 
-def is_trained(vector: torch.Tensor) -> bool:
-    """Whether a norm's weight or a linear's bias is trained in its place."""
-    return isinstance(vector, torch.nn.Parameter)
+def is_trained(tensor: torch.Tensor) -> bool:
+    """Whether one of the model's own tensors is trained in its place."""
+    return isinstance(tensor, torch.nn.Parameter)
+
+
+def gradient_of(tensor: torch.Tensor) -> torch.Tensor:
+    """`.grad`, which is made where it is missing."""
+    if tensor.grad is None:
+        tensor.grad = torch.zeros_like(tensor)
+    return tensor.grad
 
 
 def add_to_gradient(vector: torch.Tensor, rows: torch.Tensor) -> None:
     """Adds the sum of the rows [M, D] to `.grad` of a trained vector [D]."""
-    if vector.grad is None:
-        vector.grad = torch.zeros_like(vector)
-    vector.grad.add_(rows.sum(0))
+    gradient_of(vector).add_(rows.sum(0))
 
 
 def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -17,12 +17,13 @@ from conftest import tiny_config, write_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from edgetune.adapters import bitfit
+from edgetune.adapters import bitfit, full
 from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.base import load_adapter, save_adapter
 from edgetune.adapters.bitfit import BitfitConfig
 from edgetune.adapters.bottleneck import PLACEMENTS, BottleneckConfig
 from edgetune.adapters.config import AdapterConfig
+from edgetune.adapters.full import FullConfig
 from edgetune.adapters.ln_tuning import LnTuningConfig
 from edgetune.adapters.loreft import LoreftConfig
 from edgetune.adapters.prefix import PrefixConfig
@@ -121,8 +122,10 @@ def test_we_load_pefts_norms(tmp_path: Path, family: str, targets: list[str] | N
     assert (logits(model) - logits(decoder)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("config", [LnTuningConfig(), BitfitConfig(layers_to_transform=(1,))])
-def test_the_models_own_vectors_are_trained_in_their_place(tmp_path: Path, config: AdapterConfig) -> None:
+@pytest.mark.parametrize(
+    "config", [LnTuningConfig(), BitfitConfig(layers_to_transform=(1,)), FullConfig(layers_to_transform=(1,))]
+)
+def test_the_models_own_tensors_are_trained_in_their_place(tmp_path: Path, config: AdapterConfig) -> None:
     folder = write_model(tmp_path / "model", tiny_config("qwen2"))
     decoder = load_decoder(folder)
     expected = logits(decoder)
@@ -132,11 +135,25 @@ def test_the_models_own_vectors_are_trained_in_their_place(tmp_path: Path, confi
     stored = load_file(folder / "model.safetensors")
     assert all(torch.equal(value, stored[name]) for name, value in parameters.items())
     for value in parameters.values():
-        value.data.mul_(1.25)
+        value.data.mul_(1.1)
     changed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for name in parameters:
-        changed.get_parameter(name).data.mul_(1.25)
-    assert (logits(decoder) - logits(changed)).abs().max() < 1e-5
+        changed.get_parameter(name).data.mul_(1.1)
+    np.testing.assert_allclose(logits(decoder), logits(changed), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_transformers_loads_trained_blocks(tmp_path: Path, family: str) -> None:
+    folder = write_model(tmp_path / "model", tiny_config(family))
+    decoder, config, tensors = adapted(folder, FullConfig(layers_to_transform=(1,)))
+    assert {name.startswith("model.layers.1.") for name in tensors} == {True}
+    save_adapter(tmp_path, config, tensors, str(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    missing, unexpected = model.load_state_dict(found, strict=False)
+    assert not unexpected
+    assert not [name for name in missing if ".layers.1." in name]
+    assert (logits(model) - logits(decoder)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -177,6 +194,7 @@ STATES = (BottleneckConfig(r=3, layers_to_transform=(1,)), LoreftConfig(r=3, pos
 OWN = (
     LnTuningConfig(target_modules=("norm", "input_layernorm")),
     BitfitConfig(target_modules=("v_proj", "q_proj"), layers_to_transform=(1,)),
+    FullConfig(layers_to_transform=(0,)),
 )
 
 
@@ -229,8 +247,9 @@ def test_biases_that_are_not_there_are_refused(tmp_path: Path) -> None:
         BitfitConfig(target_modules=("q_proj", "o_proj")).resolved(model)
     with pytest.raises(ConfigError, match=r"target_modules has nothing"):
         BitfitConfig(target_modules=()).resolved(model)
-    with pytest.raises(AdapterError, match=r"not as edgetune writes it \(KeyError\('layers_to_transform'\)\)"):
-        bitfit.config_from_peft({"peft_type": "BITFIT"}, {}, {})
+    for method in (bitfit, full):
+        with pytest.raises(AdapterError, match=r"not as edgetune writes it \(KeyError\('layers_to_transform'\)\)"):
+            method.config_from_peft({}, {}, {})
 
 
 def test_wrong_files_are_refused_by_name(tmp_path: Path) -> None:

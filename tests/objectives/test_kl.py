@@ -87,7 +87,7 @@ def adapted(tmp_path: Path, method: str, **settings: Any) -> tuple[Path, Decoder
     return base, decoder, adapter
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "ln_tuning", "bottleneck"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "ln_tuning", "full", "bottleneck"])
 def test_detached_is_the_base_and_comes_back(tmp_path: Path, method: str) -> None:
     base, decoder, _ = adapted(tmp_path, method)
     ids = torch.arange(20)[None]
