@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config, write_model
+from safetensors.torch import load_file
 from torch import nn
 
 import edgetune as et
@@ -239,6 +240,7 @@ def test_peft_loads_adapter_and_head(runs: dict[str, Run], base: Path, objective
     assert json.loads((run.folder / "adapter_config.json").read_text())["modules_to_save"] == ["score"]
 
 
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # so PEFT says of every norm
 @pytest.mark.parametrize(
     ("family", "method"),
     [
@@ -262,6 +264,19 @@ def test_other_families_and_methods(tmp_path: Path, family: str, method: str) ->
     run = et.train(plan, base, data=data, out=tmp_path / "run")
     ids = load_tokenizer(base).encode("abc xyz")
     np.testing.assert_allclose(scores(run, base, ids), peft_scores(run, base, ids, 3), atol=1e-5, rtol=0)
+
+
+def test_trained_blocks_and_their_head_are_hugging_faces(base: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", ROWS["classification"][:12])
+    adapter = et.FullConfig(layers_to_transform=(1,))
+    plan = plan_for(base, "classification", data, adapter, max_steps=3, learning_rate=0.005)
+    run, ids = et.train(plan, base, data=data, out=tmp_path / "run"), [5, 17, 90]
+    model = sequence_classifier(base, 3)
+    _, unexpected = model.load_state_dict(load_file(run.folder / "adapter_model.safetensors"), strict=False)
+    assert not unexpected
+    with torch.no_grad():
+        found = model(input_ids=torch.tensor([ids])).logits[0]
+    np.testing.assert_allclose(scores(run, base, ids), found, atol=1e-5, rtol=0)
 
 
 def test_a_stopped_run_goes_on_to_the_bit(runs: dict[str, Run], base: Path, tmp_path: Path) -> None:

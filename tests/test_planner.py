@@ -691,7 +691,7 @@ class TestLadder:
         }
 
     def test_decay_of_what_does_not_start_at_zero_is_refused(self, model: Path) -> None:
-        with pytest.raises(ConfigError, match=r"weight_decay = 0\.1; ln_tuning trains the model's own vectors"):
+        with pytest.raises(ConfigError, match=r"weight_decay = 0\.1; ln_tuning trains the model's own tensors"):
             plan(model, "pixel-9", adapter=LnTuningConfig(), config=TrainConfig(weight_decay=0.1))
 
     def test_alpha_follows_a_conceded_rank(self, model: Path) -> None:

@@ -9,8 +9,10 @@ and the optimizer's moments: the plan counts them, and refuses what does not fit
 
 PEFT has no such method: the file has the trained tensors alone, under Hugging Face's names for them.
 
-Left out: what is not in a block. No LoRA has the rank of these changes, and a graph has no place for other weights
-beside its own, so they are merged: rounded to the format of the bundle, with what that costs, or exact as fp32.
+No LoRA has the rank of these changes, and a graph has no place for other weights beside its own, so they are merged:
+rounded to the format of the bundle, with what that costs, or exact as fp32.
+
+Left out: what is not in a block; and weight decay, which is refused as for all of the model's own tensors.
 """
 
 from __future__ import annotations
