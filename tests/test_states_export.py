@@ -26,6 +26,7 @@ from edgetune.adapters.prompt import PromptConfig
 from edgetune.data import pack, read_rows, stack
 from edgetune.errors import AdapterError, ConfigError, ExportError
 from edgetune.exporter import export
+from edgetune.models import load_config
 from edgetune.models.decoder import load_decoder
 from edgetune.personalizer.job import make_plan
 from edgetune.quantizer import quantize
@@ -158,6 +159,27 @@ def test_bundles_take_more_of_them(tmp_path: Path, base: Path) -> None:
         add_adapter(bundle, write_run(tmp_path / "bottleneck", base, CONFIGS["pfeiffer"]))
 
 
+def check_share(bundle: Any, base: Path, run: Path, alpha: float) -> None:
+    """The bundle computes what torch does on the way from the base to the run's own tensors."""
+    ids = np.random.default_rng(2).integers(0, 301, 40).tolist()
+    decoder = load_decoder(base)
+    config, tensors = load_adapter(run, decoder.config)
+    for name, value in attach(decoder, config).items():
+        value.data.lerp_(torch.from_numpy(tensors[name]), alpha)
+    with torch.no_grad():
+        expected = decoder(torch.tensor([ids]))[0].numpy()
+    session = open_session(bundle, fp32_compute=True)
+    np.testing.assert_allclose(np.concatenate(list(session.logits(ids))), expected, atol=1e-3)
+
+
+def save_scaled(run: Path, base: Path, config: AdapterConfig, factor: float) -> None:
+    """The run's tensors as the base's own, times a factor."""
+    decoder = load_decoder(base)
+    config = config.resolved(decoder.config)
+    values = {name: factor * value.detach().numpy() for name, value in attach(decoder, config).items()}
+    save_adapter(run, config, values, str(base))
+
+
 @pytest.mark.parametrize(
     ("config", "family"),
     [
@@ -171,26 +193,15 @@ def test_the_models_own_vectors_are_merged_exactly(tmp_path: Path, config: Adapt
     run = write_run(tmp_path / "run", base, config)
     with pytest.raises(ExportError, match=r"no LoRA stands for .*: export it with --merge"):
         export(run, out=tmp_path / "bundle")
-    ids = np.random.default_rng(2).integers(0, 301, 40).tolist()
     for alpha in (1.0, 0.25):
         bundle = export(run, out=tmp_path / f"bundle-{alpha}", merge=True, alpha=alpha)
         cost = bundle.manifest["rounding"]
         assert (bundle.manifest["weights"], cost["mean_relative_error"], cost["max_abs_logit"]) == ("int4", 0, 0)
-        decoder = load_decoder(base)
-        found, tensors = load_adapter(run, decoder.config)
-        for name, value in attach(decoder, found).items():
-            value.data.lerp_(torch.from_numpy(tensors[name]), alpha)
-        with torch.no_grad():
-            expected = decoder(torch.tensor([ids]))[0].numpy()
-        session = open_session(bundle, fp32_compute=True)
-        np.testing.assert_allclose(np.concatenate(list(session.logits(ids))), expected, atol=1e-3)
+        check_share(bundle, base, run, alpha)
     other = export(base, out=tmp_path / "other")
     with pytest.raises(AdapterError, match=r"export it with --merge, which is exact"):
         add_adapter(other, run)
-    decoder = load_decoder(base)
-    names = attach(decoder, config.resolved(decoder.config))
-    same = {name: value.detach().numpy() for name, value in names.items()}
-    save_adapter(run, config.resolved(decoder.config), same, str(base))
+    save_scaled(run, base, config, 1)
     with pytest.raises(ExportError, match=r"changes nothing\. Train it"):
         export(run, out=tmp_path / "nothing", merge=True)
 
@@ -201,32 +212,19 @@ def test_trained_blocks_are_merged_exactly_or_rounded(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", base, config, scale=0.1)
     with pytest.raises(ExportError, match=r"No LoRA has the rank .*: export it with --merge"):
         export(run, out=tmp_path / "bundle")
-    ids = np.random.default_rng(2).integers(0, 301, 40).tolist()
     for alpha in (1.0, 0.25):
         bundle = export(run, out=tmp_path / f"bundle-{alpha}", merge=True, alpha=alpha, weights="fp32")
         assert bundle.manifest["rounding"]["max_abs_logit"] == 0
-        decoder = load_decoder(base)
-        found, tensors = load_adapter(run, decoder.config)
-        for name, value in attach(decoder, found).items():
-            value.data.lerp_(torch.from_numpy(tensors[name]), alpha)
-        with torch.no_grad():
-            expected = decoder(torch.tensor([ids]))[0].numpy()
-        session = open_session(bundle, fp32_compute=True)
-        np.testing.assert_allclose(np.concatenate(list(session.logits(ids))), expected, atol=1e-3)
+        check_share(bundle, base, run, alpha)
     rounding = export(run, out=tmp_path / "rounded", merge=True).manifest["rounding"]
-    linears = {f"model.layers.1.{path}" for path in decoder.config.linear_shapes}
+    linears = {f"model.layers.1.{path}" for path in load_config(base).linear_shapes}
     assert rounding["error_over_delta"].keys() == linears, "the others keep their codes"
     assert 0.01 < rounding["max_error_over_delta"] < 1 and rounding["max_abs_logit"] > 1e-3
-
-    decoder = load_decoder(base)
-    little = {name: value.detach().numpy() * 1.001 for name, value in attach(decoder, found).items()}
-    save_adapter(run, found, little, str(base))
-    with pytest.raises(
-        ExportError, match=r"moves 7 of 7 matrices further than training did.* Take --weights fp32, which"
-    ):
+    save_scaled(run, base, config, 1.001)
+    message = r"moves 7 of 7 matrices further than training did.* Take --weights fp32, which"
+    with pytest.raises(ExportError, match=message):
         export(run, out=tmp_path / "lost", merge=True)
-    same = {name: value.detach().numpy() for name, value in attach(load_decoder(base), found).items()}
-    save_adapter(run, found, same, str(base))
+    save_scaled(run, base, config, 1)
     with pytest.raises(ExportError, match=r"changes nothing\. Train it"):
         export(run, out=tmp_path / "nothing", merge=True)
 

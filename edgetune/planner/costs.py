@@ -561,7 +561,7 @@ def step_work(job: Job) -> StepWork:
     fast = job.tokens * 2.0 * weights * visits + 4.0 * head * job.loss_rows if job.fast_products else 0.0
     decoded = weights * visits + head * losses
     activations = ACTIVATION_PASSES * activation_bytes(job) * (forward + 2 * backward) + attended * scores
-    held = 1.0 * weights * job.dequantized_layers * (losses + 1)  # visits that only read; such blocks never run again
+    held: float = weights * job.dequantized_layers * (losses + 1)  # visits that only read; such blocks never run again
     held += job.thawed * visits / max(1, job.path_layers)
     traffic = (decoded - held) * DECODE_BYTES + held * FLOAT_BYTES + activations
     below = lower_work(job, 0 if job.cached_windows else losses * job.batch_size)
