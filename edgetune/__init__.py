@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from edgetune.adapters.ln_tuning import LnTuningConfig
     from edgetune.adapters.lora import LoraConfig
     from edgetune.adapters.loreft import LoreftConfig
+    from edgetune.adapters.lst import LstConfig
     from edgetune.adapters.prefix import PrefixConfig
     from edgetune.adapters.prompt import PromptConfig
     from edgetune.adapters.vera import VeraConfig
@@ -115,6 +116,7 @@ __all__ = [
     "LnTuningConfig",
     "LoraConfig",
     "LoreftConfig",
+    "LstConfig",
     "MissingExtraError",
     "ModelError",
     "ModuleBundle",
@@ -165,6 +167,7 @@ _HOME = {
     "EncoderBundle": "edgetune.bundle",
     "FullConfig": "edgetune.adapters.full",
     "Ia3Config": "edgetune.adapters.ia3",
+    "LstConfig": "edgetune.adapters.lst",
     "LnTuningConfig": "edgetune.adapters.ln_tuning",
     "LoraConfig": "edgetune.adapters.lora",
     "LoreftConfig": "edgetune.adapters.loreft",

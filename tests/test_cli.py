@@ -805,12 +805,13 @@ ADAPTER_VALUES = {
     "projection_prng_key": ("7", 7), "num_virtual_tokens": ("5", 5), "placement": ("houlsby", "houlsby"),
     "non_linearity": ("tanh", "tanh"), "init_lora_weights": ("eva", "eva"), "init_from": ("original", "original"),
     "adapter_budget": ("64KiB", 64 << 10), "positions": ("f2+l3", "f2+l3"),
+    "reduction": ("4", 4),
 }  # fmt: skip
 NEEDS_ROWS = {"adapter_budget"}  # what a plan has of it follows from them: tests/training/test_sensitivity.py
 METHOD_OF = {
     "feedforward_modules": "ia3", "vera_dropout": "vera", "d_initial": "vera", "projection_prng_key": "vera",
     "num_virtual_tokens": "prompt_tuning", "placement": "bottleneck", "non_linearity": "bottleneck",
-    "positions": "loreft",
+    "positions": "loreft", "reduction": "lst",
 }  # fmt: skip
 TRAIN_VALUES = {
     "batch_size": ("3", 3), "gradient_accumulation_steps": ("5", 5), "max_seq_length": ("48", 48),
@@ -858,6 +859,8 @@ def test_every_flag_reaches_the_plan(
         ("bottleneck", "layers_to_transform", "1", [1]),
         ("ln_tuning", "target_modules", "norm,input_layernorm", ["input_layernorm", "norm"]),
         ("ln_tuning", "layers_to_transform", "1", [1]),
+        ("lst", "reduction", "4", 4),
+        ("lst", "layers_to_transform", "1", [1]),
         ("loreft", "r", "3", 3),
         ("loreft", "positions", "l5", "l5"),
         ("loreft", "layers_to_transform", "1", [1]),

@@ -31,7 +31,7 @@ shape of one of the model, starts as that, and takes its place: of a vector that
 `Config.thaws` of a matrix on the grid, dequantized. Of the functions above it has those of slots and of files alone.
 
 A method of hidden states (`models.places`) has the first three of these, for the place's input x and what is there, y;
-one whose config has `prompt_positions` gets those rows alone.
+one whose config has `prompt_positions` gets those rows alone, and one with a `side_group` gives states of its own.
 One of virtual tokens has none: its tensor is the model's, at the place "". Both have `places(model)`, every place that
 they could have, with shapes as `slot` takes them.
 
@@ -51,13 +51,13 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from edgetune.adapters import bitfit, bottleneck, dora, full, ia3, ln_tuning, lora, loreft, prefix, prompt, vera
+from edgetune.adapters import bitfit, bottleneck, dora, full, ia3, ln_tuning, lora, loreft, lst, prefix, prompt, vera
 from edgetune.errors import AdapterError
 
 METHODS = {
     "lora": lora, "dora": dora, "ia3": ia3, "vera": vera,
     "ln_tuning": ln_tuning, "bitfit": bitfit, "full": full,
-    "bottleneck": bottleneck, "loreft": loreft, "prefix_tuning": prefix, "prompt_tuning": prompt,
+    "bottleneck": bottleneck, "loreft": loreft, "lst": lst, "prefix_tuning": prefix, "prompt_tuning": prompt,
 }  # fmt: skip
 
 

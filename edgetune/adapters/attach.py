@@ -197,7 +197,7 @@ def attach(model: Decoder | Encoder, config: AdapterConfig, seed: int = 0) -> di
             setattr(module, attribute, parameters[name])
         return parameters
     if isinstance(model, Decoder):
-        model.prompt_positions = config.prompt_positions
+        model.prompt_positions, model.side_group = config.prompt_positions, config.side_group
     for index, slot in enumerate(method.slots(config, model.config)):
         if not slot.place:
             parameters |= put_virtual_tokens(model, slot, config)

@@ -24,6 +24,11 @@ class Capabilities:
     merge_share: str | None = None
     own_inputs: str | None = None
 
+    @property
+    def ships(self) -> bool:
+        """Whether a bundle holds it in any form."""
+        return None in (self.as_lora, self.merge, self.own_inputs)
+
     def require(self, capability: str, error: type[EdgetuneError]) -> None:
         """Raises `error` with the method's sentence where it lacks the capability."""
         if (reason := getattr(self, capability)) is not None:

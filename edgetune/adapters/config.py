@@ -59,6 +59,13 @@ class AdapterConfig:
         return None
 
     @property
+    def side_group(self) -> int | None:
+        """Hidden size over the width of a network beside the blocks, whose gradients are all that is asked for; None
+        where the adapter stands inside of them.
+        """
+        return None
+
+    @property
     def dropout(self) -> float:
         """Share of the adapter's inputs that training zeroes."""
         return 0.0

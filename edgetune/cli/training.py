@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgetune.adapters import METHODS
 from edgetune.cli.console import answer, exit_code, fail
 from edgetune.errors import EdgetuneError
 from edgetune.memory import format_mib
@@ -63,6 +64,7 @@ def run_job(job: dict[str, Any]) -> int:
         return 1
     done = run.summary["stopped"] == "done"
     ships = isinstance(plan.model_config, EncoderConfig) or not has_head(plan.objective)
+    ships = ships and METHODS[plan.adapter.method].CAPABILITIES.ships
     following = ("export", run.folder, "--out", "bundle/") if done and ships else ()
     answer(run.summary, outcome(run), as_json, following=following)
     return exit_code(run.summary)

@@ -19,7 +19,7 @@ from torch import nn
 from edgetune.base import Base, open_base
 from edgetune.linear import FrozenLinear, Workspace, frozen_linear
 from edgetune.models.config import AttentionKind, DecoderConfig
-from edgetune.models.places import Prefix, Score, StateAdapter, VirtualTokens, prompt_positions
+from edgetune.models.places import Prefix, Score, StateAdapter, VirtualTokens, pooled, prompt_positions
 from edgetune.models.rope import rope_tables
 
 
@@ -138,6 +138,7 @@ class Block(nn.Module):
         self.mlp_output: StateAdapter | None = None
         self.mlp_parallel: StateAdapter | None = None
         self.block_output: StateAdapter | None = None
+        self.side: StateAdapter | None = None  # beside the stream, so the block itself does not call it
 
     def forward(self, x: torch.Tensor, contexts: Sequence[Context]) -> torch.Tensor:
         """X [B, T, hidden] -> [B, T, hidden]."""
@@ -173,6 +174,8 @@ class Decoder(nn.Module):
         self.virtual_tokens = 0  # positions that each row gives to a trained prompt or prefix
         self.prompt: VirtualTokens | None = None
         self.prompt_positions: tuple[int, int] | None = None  # first and last ones of a prompt that an adapter changes
+        self.side_output: StateAdapter | None = None
+        self.side_group: int | None = None  # hidden size over the width of a network beside the blocks
         self.score: Score | None = None
         self._tables: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         self._length = 0  # of the tables
@@ -181,6 +184,10 @@ class Decoder(nn.Module):
     def blocks(self) -> list[Block]:
         """The layers, by their type."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
+
+    def norm_above(self, index: int) -> RMSNorm:
+        """The norm that takes what block `index` gives."""
+        return self.norm if index + 1 == len(self.layers) else self.blocks[index + 1].before_attention
 
     def read_on_demand(self) -> None:
         """From here on no weight is read from disk before it is needed, but for the piece that is decoded next."""
@@ -278,8 +285,14 @@ class Decoder(nn.Module):
         x = self.embed(input_ids)
         if self.prompt is not None and contexts[0].virtual is not None:
             x = self.prompt(x, contexts[0].virtual)
-        for layer in self.layers:
-            x = layer(x, contexts)
+        z = None
+        for index, block in enumerate(self.blocks):
+            x = block(x, contexts)
+            if block.side is not None and self.side_group is not None:
+                p = pooled(self.norm_above(index)(x), self.side_group)
+                z = block.side(torch.cat((p, torch.zeros_like(p) if z is None else z), -1), p)
+        if self.side_output is not None:
+            x = self.side_output(z, x)
         return self.norm(x[:, before:])  # type: ignore[no-any-return]
 
 

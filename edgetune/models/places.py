@@ -3,6 +3,8 @@
     attention_output, mlp_output    on what attention and MLP add to the stream         StateAdapter
     mlp_parallel                    beside the MLP, of what that takes                  StateAdapter
     block_output                    on the stream after a block, at some positions      StateAdapter
+    side                            a rung of the network beside the blocks             StateAdapter
+    side_output                     from that to what the head gets                     StateAdapter
     self_attn.prefix                keys and values at the virtual tokens' positions    Prefix
     prompt                          input embeddings at these positions                 VirtualTokens
     score                           in the place of the head over the vocabulary        Score
@@ -10,11 +12,13 @@
 Each is an attribute of `Block`, of its attention or of `Decoder`, None where there is nothing; `adapters.attach` fills
 it, and `training.torch_trainer` the last one. Virtual tokens are the first positions of every row, so attention, rotary
 embedding and packing know them as any other; what would be computed there is overwritten. The positions of
-`block_output` are the first and the last ones of every row's prompt (`prompt_positions`).
+`block_output` are the first and the last ones of every row's prompt (`prompt_positions`). A rung is called with
+x = [`pooled` output of its block, what the rung below gave], and gives a state of its own (`adapters.lst`).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +39,12 @@ class StateAdapter(nn.Module):
     def add_gradients(self, x: torch.Tensor, d_y: torch.Tensor, d_x: torch.Tensor) -> None:
         """Backward of f for d_y [N, hidden]: adds to d_x [N, hidden] and to `.grad` of the tensors."""
         raise NotImplementedError
+
+
+def pooled(h: torch.Tensor, group: int) -> torch.Tensor:
+    """The means of `group` neighbours of h [..., hidden], as long as these are on average: [..., hidden / group]."""
+    grouped = h.reshape(*h.shape[:-1], h.shape[-1] // group, group)
+    return grouped.mean(-1).mul_(math.sqrt(group))
 
 
 def prompt_positions(counts: tuple[int, int], position_ids: torch.Tensor, prompt_lengths: torch.Tensor) -> torch.Tensor:

@@ -113,6 +113,11 @@ class Job:
         return self.step_rule == "backprop"
 
     @property
+    def goes_through_blocks(self) -> bool:
+        """Whether that goes back through blocks, not beside them alone."""
+        return self.has_gradients and self.adapter.side_group is None
+
+    @property
     def tokens(self) -> int:
         """Positions of a micro-batch, padding included."""
         return self.positions or self.batch_size * self.max_seq_length
@@ -308,7 +313,10 @@ def pack_bytes(job: Job) -> int:
     """What products with frozen weights pack and keep: a buffer is used again by whatever needs no larger one."""
     tiles = [(tile_rows((n, k), job.tile_weights), k) for n, k in multiplied(job)]
     forward = max(n * min(k, PANEL) for n, k in tiles)
-    backward = max(min(n, PANEL) * k for n, k in tiles) if job.has_gradients else 0
+    if not job.goes_through_blocks:
+        size = job.model.vocab_size, job.model.hidden_size
+        tiles = [(tile_rows(size, job.tile_weights), size[1])] if job.has_gradients and not job.scores else []
+    backward = max((min(n, PANEL) * k for n, k in tiles), default=0)
     floats = forward + (backward if backward > forward else 0)
     return job.threads * (PACK_BYTES + FLOAT_BYTES * floats // 2)
 
@@ -320,7 +328,7 @@ def code_bytes(job: Job) -> int:
 
 def spare_code_bytes(job: Job) -> int:
     """The same once more for each number of threads that a crew may come down to; it does so beside other programs."""
-    free = job.has_gradients and keeps_bits(job.threads, job.tokens, job.model.head_dim)
+    free = job.goes_through_blocks and keeps_bits(job.threads, job.tokens, job.model.head_dim)
     # Products of as many rows as prompts give, and of a head's few.
     free = free and not (job.adapter.prompt_positions or job.scores)
     return code_bytes(job) * (job.threads.bit_length() - 1) if free else 0
@@ -337,7 +345,7 @@ def num_fast_products(job: Job) -> int:
 
     for path, size in job.model.linear_shapes.items():
         add(job.tokens, size, "forward", "forward")
-        if job.has_gradients:
+        if job.goes_through_blocks:
             add(job.tokens, size, "set" if path.rpartition(".")[2] in FIRST_BACKWARD else "added", "added")
     if job.scores:
         return len(shapes)
@@ -405,6 +413,14 @@ def buffers(job: Job) -> dict[str, int]:
     if job.has_gradients:
         floats |= {
             "d": max(positions, job.loss_rows, job.anchored) * hidden,
+            "d_h": max(job.loss_rows, job.anchored) * hidden,
+        }
+        if job.anchored:  # what the head gets from the base, and its mean row
+            floats |= {"kl.base": job.anchored * hidden, "kl.mean": job.anchored * hidden}
+    elif job.first_block:
+        floats["d"] = job.max_seq_length * hidden  # the lower blocks' second buffer
+    if job.goes_through_blocks:
+        floats |= {
             "d_h": max(positions, job.loss_rows, job.anchored) * hidden,
             "inner": max(positions * max(inner, q), logits),
             "d_inner": positions * (max(inner, q) if model.qk_norm else inner),
@@ -414,10 +430,6 @@ def buffers(job: Job) -> dict[str, int]:
             "attention.d_o": queries * q,
             "attention.d_scores": model.num_attention_heads * scores,
         }
-        if job.anchored:  # what the head gets from the base, and its mean row
-            floats |= {"kl.base": job.anchored * hidden, "kl.mean": job.anchored * hidden}
-    elif job.first_block:
-        floats["d"] = job.max_seq_length * hidden  # the lower blocks' second buffer
     block = GRIDS[job.grid].BLOCK
     whole = [tile_rows((n, k), job.tile_weights) * k for n, k in products if k % block == 0]
     if job.scores and hidden % block == 0:  # rows of the embedding, some at a time
@@ -433,7 +445,7 @@ def buffers(job: Job) -> dict[str, int]:
         columns = (tile_rows((slot.out_features, slot.in_features), job.tile_weights) for slot in scaled)
         floats["adapter.d_y"] = positions * max(slot.out_features for slot in scaled)
         floats["adapter.y"] = positions * min(FACTOR_COLUMNS, max(columns))
-    by_turns = job.activation_offloading or not job.has_gradients
+    by_turns = job.activation_offloading or not job.goes_through_blocks
     floats |= {f"input.{index}": positions * hidden for index in range(2 if by_turns else job.path_layers + 1)}
     widths = {"q": q, "k": kv, "v": kv, "o": q, "x2": hidden, "gate": inner, "up": inner}
     if model.qk_norm:
@@ -447,13 +459,18 @@ def buffers(job: Job) -> dict[str, int]:
         if norms.after_mlp or f"{block}.mlp_output" in places:
             held["mlp_out"] = hidden
         floats |= {f"slot.{slot}.{name}": positions * width for name, width in held.items()}
+    if job.adapter.side_group is not None:
+        width = positions * hidden // job.adapter.side_group
+        floats |= {"side.z": width, **{f"side.{index}": 2 * width for index in _adapted_blocks(job)}}
+        if job.has_gradients:
+            floats["side.d"] = width
     if job.adapter.prompt_positions:
         floats |= {f"before.{index}": job.changed * hidden for index in _adapted_blocks(job)}
     return {name: FLOAT_BYTES * count for name, count in floats.items()}
 
 
 def _adapted_blocks(job: Job) -> list[int]:
-    """Those whose output is changed."""
+    """Those whose output is changed, or taken."""
     places = {slot.place.rpartition(".")[0] for slot in job.slots}
     return [index for index in range(job.model.num_hidden_layers) if job.model.block(index) in places]
 
@@ -492,7 +509,7 @@ def _encoder_buffers(job: Job, model: EncoderConfig) -> dict[str, int]:
 
 def num_slots(job: Job) -> int:
     """Sets of activations: one for each block that keeps them, and one that those which run again take by turns."""
-    if not job.has_gradients:
+    if not job.goes_through_blocks:
         return 1
     kept = job.path_layers - job.recompute_layers
     return kept + (1 if job.recompute_layers else 0)
@@ -544,11 +561,13 @@ def step_work(job: Job) -> StepWork:
     A weight costs 2 operations per token in each visit: forward, again where the block is computed again, and for the
     gradient of the block's input. The lowest adapted block asks for that gradient only above its first adapter; it is
     counted whole. Every visit decodes the weight, where it does not stay dequantized: its codes are read, its float32
-    values written and read back. Without gradients a step is two forward passes.
+    values written and read back. Without gradients a step is two forward passes, beside the blocks it is one.
     """
     model = job.model
-    if job.has_gradients:
+    if job.goes_through_blocks:
         losses, again, backward = 1, job.repeated_layers, job.path_layers
+    elif job.has_gradients:
+        losses, again, backward = 1, 0, 0
     else:
         losses, again, backward = 2, 0, 0
     forward = losses * job.path_layers + again
@@ -561,7 +580,8 @@ def step_work(job: Job) -> StepWork:
     fast = job.tokens * 2.0 * weights * visits + 4.0 * head * job.loss_rows if job.fast_products else 0.0
     decoded = weights * visits + head * losses
     activations = ACTIVATION_PASSES * activation_bytes(job) * (forward + 2 * backward) + attended * scores
-    held: float = weights * job.dequantized_layers * (losses + 1)  # visits that only read; such blocks never run again
+    # Visits that only read; such blocks never run again.
+    held: float = weights * job.dequantized_layers * (losses + (1 if backward else 0))
     held += job.thawed * visits / max(1, job.path_layers)
     traffic = (decoded - held) * DECODE_BYTES + held * FLOAT_BYTES + activations
     below = lower_work(job, 0 if job.cached_windows else losses * job.batch_size)

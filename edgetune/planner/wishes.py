@@ -21,6 +21,7 @@ DEFAULT_BATCH_SIZE = 8
 DEFAULT_WINDOW = 512  # for texts, which can be cut; other rows get the window that they need
 SHORTEST_WINDOW = 64
 # What the ort engine does in one way: a matrix is dequantized whole, inputs stay in memory, products are its own.
+BESIDE_FIXED = frozenset({"recompute_layers", "activation_offloading"})
 ORT_FIXED = frozenset({"tile_weights", "activation_offloading", "fast_products", "step_rule"})
 WINDOW_STEP = 16
 
@@ -158,6 +159,8 @@ class Wishes:
             free -= {"step_rule"}
         if self.adapter.own:
             free -= {"target_modules"}  # vectors are hardly any bytes
+        if self.adapter.resolved(self.model).side_group is not None:  # nothing is kept of a block, or computed again
+            free -= BESIDE_FIXED
         if self.engine == "ort":
             return Freedom(free - ORT_FIXED, accumulation, shortest, rules, ORT_OPTIMIZERS)
         return Freedom(free, accumulation, shortest, rules)
@@ -198,6 +201,12 @@ class Wishes:
             )
         if config.step_rule == "mezo" and config.optimizer not in (None, "sgd"):
             raise ConfigError(f"optimizer = {config.optimizer!r}; mezo is an SGD. Leave one of the two out.")
+        beside = [name for name in sorted(BESIDE_FIXED) if getattr(config, name)]
+        if beside and self.adapter.resolved(model).side_group is not None:
+            raise ConfigError(
+                f"{', '.join(beside)} cannot be set with {self.adapter.method}: nothing is kept of a block, and none "
+                "runs again. Leave it out."
+            )
         batch, steps = self._batch(length)
         choice = Choice(
             model=model,

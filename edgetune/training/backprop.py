@@ -26,7 +26,7 @@ from edgetune.planner.costs import row_step
 from edgetune.planner.plans import Plan
 from edgetune.training.anchor import Anchor
 from edgetune.training.blocks import Activations, normalize, normalize_backward
-from edgetune.training.forward import SFT, Batch, Check, Features, Tally, below, head_of, start
+from edgetune.training.forward import SFT, Batch, Check, Features, Tally, below, head_of, last_states, start
 from edgetune.training.optimizer import Optimizer, clip_gradients
 from edgetune.training.virtual import take_virtual
 
@@ -77,6 +77,8 @@ class Rule:
     @property
     def kept_layers(self) -> int:
         """Of the gradient's path."""
+        if self.decoder.side_output is not None:
+            return 0
         return max(0, len(self.decoder.layers) - self.path.first_block - self.path.recompute_layers)
 
     def keep_layers(self, count: int) -> None:
@@ -137,6 +139,8 @@ def anchor_gradients(decoder: Decoder, anchor: Anchor, path: Path, dropout_key: 
 def _micro_batch(
     decoder: Decoder, batch: Batch, objective: Objective, scale: float, path: Path, check: Check
 ) -> Measured:
+    if decoder.side_output is not None:
+        return _beside(decoder, batch, objective, scale, path, check)
     x = below(decoder, batch, path.first_block, check, path.features)
     walk = start(decoder, batch)
     blocks = decoder.blocks[path.first_block :]
@@ -167,6 +171,15 @@ def _micro_batch(
         check()
     if decoder.prompt is not None:
         take_virtual(decoder.prompt, d, walk.virtual, decoder.workspace)
+    return measured
+
+
+def _beside(decoder: Decoder, batch: Batch, objective: Objective, scale: float, path: Path, check: Check) -> Measured:
+    """The same where the adapter stands beside the blocks: these run once, and nothing goes back through them."""
+    x, side = last_states(decoder, batch, check, path.first_block, path.features)
+    assert side is not None
+    measured, d = _head(decoder, x, batch, objective, scale, path.row_step)
+    side.backward(d)
     return measured
 
 

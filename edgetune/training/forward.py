@@ -23,6 +23,7 @@ from edgetune.objectives import Objective, sft
 from edgetune.objectives.sft import Measured
 from edgetune.training.blocks import BlockPass, normalize
 from edgetune.training.changed import prompt_lengths
+from edgetune.training.side import SidePass
 from edgetune.training.virtual import Virtual, put_virtual, virtual_rows
 
 Batch = Mapping[str, np.ndarray]  # input_ids, labels (shifted), position_ids, segment_ids: int64 [B, T]; see data.stack
@@ -152,18 +153,31 @@ def start_virtual_tokens(decoder: Decoder, seed: int) -> None:
 def last_hidden(
     decoder: Decoder, batch: Batch, check: Check, first_block: int = 0, features: Features | None = None
 ) -> torch.Tensor:
-    """What the head gets of every position, [N, H] in "h"; `features` are of `first_block`.
+    """What the head gets of every position, [N, H] in "h"; `features` are of `first_block`."""
+    x, _ = last_states(decoder, batch, check, first_block, features)
+    return normalize(x, decoder.norm, decoder.workspace.like(x, "h"))
 
-    The blocks from there on run by turns in two buffers and one slot.
+
+def last_states(
+    decoder: Decoder, batch: Batch, check: Check, first_block: int = 0, features: Features | None = None
+) -> tuple[torch.Tensor, SidePass | None]:
+    """What the last norm gets, [N, H], and the pass of a network beside the blocks, which is in that already.
+
+    The blocks from `first_block` on run by turns in two buffers and one slot, so nothing can go back through them.
     """
     x = below(decoder, batch, first_block, check, features)
     walk = start(decoder, batch)
+    side = None if decoder.side_output is None else SidePass(decoder, walk.positions)
     for index, block in enumerate(decoder.blocks[first_block:]):
         y = decoder.workspace.like(x, f"input.{(index + 1) % 2}")
         walk.forward(block, x, y, "slot.0")
+        if side is not None:
+            side.rung(first_block + index, y)
         x = y
         check()
-    return normalize(x, decoder.norm, decoder.workspace.like(x, "h"))
+    if side is not None:
+        side.add(x)
+    return x, side
 
 
 def head_of(decoder: Decoder, scale: float = 1.0) -> Any:

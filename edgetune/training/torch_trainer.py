@@ -45,8 +45,9 @@ class TorchTrainer(Trainer):
         super().__init__(inputs, folder, guard, limit, pace, on_progress)
         plan = inputs.plan
         positions = plan.batch_size * max((window.length for window in inputs.learned), default=0)
-        by_rows = plan.adapter.prompt_positions or plan.adapter.thaws  # whose products have other shapes
-        exact = keeps_bits(plan.threads, positions, plan.model_config.head_dim) and not by_rows
+        adapter = plan.adapter
+        other_shapes = adapter.prompt_positions or adapter.thaws or adapter.side_group is not None  # of products
+        exact = keeps_bits(plan.threads, positions, plan.model_config.head_dim) and not other_shapes
         with_head = has_head(plan.objective)  # whose few rows are no whole vectors
         self.crew = Crew(plan.threads, free=exact and plan.step_rule == "backprop" and not with_head)
         self.decoder = load_decoder(inputs.base)

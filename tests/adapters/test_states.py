@@ -26,6 +26,7 @@ from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.full import FullConfig
 from edgetune.adapters.ln_tuning import LnTuningConfig
 from edgetune.adapters.loreft import LoreftConfig
+from edgetune.adapters.lst import LstConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.prompt import PromptConfig
 from edgetune.errors import AdapterError, ConfigError
@@ -190,7 +191,10 @@ def test_a_bottleneck_is_its_formula(tmp_path: Path, placement: str, non_lineari
     np.testing.assert_allclose(after["y"], expected, atol=1e-5)
 
 
-STATES = (BottleneckConfig(r=3, layers_to_transform=(1,)), LoreftConfig(r=3, positions="l4", layers_to_transform=(1,)))
+STATES = (
+    BottleneckConfig(r=3, layers_to_transform=(1,)), LoreftConfig(r=3, positions="l4", layers_to_transform=(1,)),
+    LstConfig(reduction=4, layers_to_transform=(1,)),
+)  # fmt: skip
 OWN = (
     LnTuningConfig(target_modules=("norm", "input_layernorm")),
     BitfitConfig(target_modules=("v_proj", "q_proj"), layers_to_transform=(1,)),
@@ -220,6 +224,8 @@ def test_saved_and_loaded_bit_for_bit(tmp_path: Path, config: AdapterConfig) -> 
         ),
         (BottleneckConfig(non_linearity="gelu"), r"non_linearity = 'gelu'; choose from relu, silu, tanh"),
         (BottleneckConfig(layers_to_transform=(2,)), r"layers_to_transform has \[2\]; choose from 0 to 1"),
+        (LstConfig(reduction=5), r"reduction = 5; a divisor of the hidden size 72 was expected: 1, 2, 3, 4, 6, 8"),
+        (LstConfig(layers_to_transform=(2,)), r"layers_to_transform has \[2\]; choose from 0 to 1"),
         (LoreftConfig(r=0), r"r = 0; an integer from 1 to the hidden size 72"),
         (LoreftConfig(positions="f0+l7"), r"positions = 'f0\+l7'; such as f7\+l7, f7 or l7 was expected"),
         (LoreftConfig(positions="l7+f7"), r"positions = 'l7\+f7'; such as"),
@@ -273,6 +279,8 @@ def test_wrong_files_are_refused_by_name(tmp_path: Path) -> None:
     refused(BottleneckConfig(r=3), r"placement 'both' and non_linearity 'relu'; one of houlsby", placement="both")
     refused(BottleneckConfig(r=3), r"not as edgetune writes it \(TypeError", r=None)
     refused(BottleneckConfig(r=3), r"mlp_output\.adapter_down has shape \[3, 72\]; \[4, 72\] was expected", r=4)
+    refused(LstConfig(reduction=4), r"not as edgetune writes it \(ValueError\('reduction = 0", reduction=0)
+    refused(LstConfig(reduction=4), r"side_down has shape \[18, 18\]; \[9, 9\] was expected", reduction=8)
     refused(LoreftConfig(r=3), r"not as edgetune writes it \(ConfigError", positions="all")
     refused(LoreftConfig(r=3), r"block_output\.rotate_layer has shape \[3, 72\]; \[4, 72\] was expected", r=4)
     refused(VIRTUAL["prompt"], r"peft_type 'CARTRIDGE'; supported are", peft_type="CARTRIDGE")
@@ -281,3 +289,32 @@ def test_wrong_files_are_refused_by_name(tmp_path: Path) -> None:
     other = norms | {"model.layers.1.post_attention_layernorm.weight": np.ones(72, np.float32)}
     refused(LnTuningConfig(), r"other norms in one block than in another", other)
     refused(LnTuningConfig(), r"norm\.weight has shape \[80\]; \[72\]", {"model.norm.weight": np.ones(80, np.float32)})
+
+
+def test_a_ladder_is_its_formula_and_starts_as_the_base(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", tiny_config("gemma3_text"))
+    decoder = load_decoder(folder)
+    plain = logits(decoder)
+    outputs: list[torch.Tensor] = []
+    for block in decoder.blocks:
+        block.register_forward_hook(lambda _, given, made: outputs.append(made))
+    config = LstConfig(reduction=4).resolved(decoder.config)
+    parameters = attach(decoder, config, seed=1)
+    assert torch.equal(logits(decoder), plain)
+    assert {id(p) for p in decoder.parameters()} == {id(p) for p in parameters.values()}
+    generator = torch.Generator().manual_seed(3)
+    for value in parameters.values():
+        value.data.copy_(torch.randn(value.shape, generator=generator) * 0.3)
+    outputs.clear()
+    found = logits(decoder)
+    norms = [decoder.blocks[1].before_attention, decoder.norm]
+    t = {name.removeprefix("model."): value.detach() for name, value in parameters.items()}
+    z = torch.zeros(*IDS.shape, 18)
+    for i, (x, norm) in enumerate(zip(outputs, norms, strict=True)):
+        p = norm(x).view(*IDS.shape, 18, 4).sum(-1) / 2  # sqrt(4) times the mean
+        gate = torch.sigmoid(t[f"layers.{i}.side.side_gate"])
+        a = gate * z + (1 - gate) * p
+        z = a + torch.relu(a @ t[f"layers.{i}.side.side_down"].T) @ t[f"layers.{i}.side.side_up"].T
+    expected = decoder.lm_head(decoder.norm(outputs[-1] + z @ t["side_output.side_upsample"].T))
+    torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-5)
+    assert (found - plain).abs().max() > 1e-2

@@ -25,10 +25,11 @@ from edgetune.adapters.full import FullConfig
 from edgetune.adapters.ln_tuning import LnTuningConfig
 from edgetune.adapters.lora import LoraConfig
 from edgetune.adapters.loreft import LoreftConfig
+from edgetune.adapters.lst import LstConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.prompt import PromptConfig
 from edgetune.data import IGNORED, Row, Window, pack, stack
-from edgetune.errors import DataError
+from edgetune.errors import ConfigError, DataError
 from edgetune.linear import Workspace
 from edgetune.models import load_config
 from edgetune.models.decoder import Decoder, load_decoder
@@ -58,6 +59,8 @@ CASES: dict[str, AdapterConfig] = {
     "biases": BitfitConfig(),
     "biases of some blocks": BitfitConfig(target_modules=("k_proj", "v_proj"), layers_to_transform=(1, 2)),
     "loreft": LoreftConfig(r=3, positions="f3+l2"),
+    "lst": LstConfig(reduction=9),
+    "lst of some": LstConfig(reduction=4, layers_to_transform=(1, 2)),
     "loreft of some": LoreftConfig(r=2, positions="l1", layers_to_transform=(1, 3)),
 }
 # Those that not every family has, and the families that have them.
@@ -254,7 +257,10 @@ def test_they_start_as_tokens_of_the_vocabulary(tmp_path: Path, case: str) -> No
         assert (decoder(ids) - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("case", ["pfeiffer", "prompt", "prefix", "norms", "biases", "blocks with biases", "loreft"])
+RESUMED = ("pfeiffer", "prompt", "prefix", "norms", "biases", "blocks with biases", "loreft", "lst")
+
+
+@pytest.mark.parametrize("case", RESUMED)
 def test_stopped_and_resumed_to_the_bit(tmp_path: Path, case: str) -> None:
     write = write_prompts if case == "loreft" else write_rows
     base, data = make_base(tmp_path, *FAMILIES.get(case, ())), write(tmp_path / "rows.jsonl", 20)
@@ -297,3 +303,20 @@ def test_rows_without_a_prompt_are_refused_where_positions_are_of_one(tmp_path: 
     prompts = write_prompts(tmp_path / "prompts.jsonl", 20)
     with pytest.raises(DataError, match=message):
         planner.plan(base, "host", data=prompts, kl_data=data, adapter=CASES["loreft"])
+
+
+def test_a_plan_beside_the_blocks_keeps_nothing_of_them(tmp_path: Path) -> None:
+    base, data = make_base(tmp_path, num_hidden_layers=4), write_rows(tmp_path / "rows.jsonl", 24)
+    config = planner.TrainConfig(max_seq_length=256, batch_size=4)
+    lora, ladder = (
+        planner.plan(base, "host", data=data, adapter=adapter, config=config) for adapter in (LoraConfig(), LstConfig())
+    )
+    least = planner.plan(base, "host", data=data, adapter=LoraConfig(), config=replace(config, recompute_layers=4))
+    assert (ladder.parts["kept_activations"], ladder.recompute_layers) == (0, 0)
+    assert ladder.predicted_peak_bytes < least.predicted_peak_bytes < lora.predicted_peak_bytes
+    assert ladder.predicted_step_seconds < 0.6 * lora.predicted_step_seconds
+    with pytest.raises(ConfigError, match=r"activation_offloading, recompute_layers cannot be set with lst"):
+        planner.plan(
+            base, "host", data=data, adapter=LstConfig(),
+            config=replace(config, recompute_layers=2, activation_offloading=True),
+        )  # fmt: skip

@@ -1,0 +1,215 @@
+"""Ladder side-tuning: a narrow network beside the frozen blocks, so that no gradient ever passes them.
+
+    p_i = sqrt(c) * the means of c neighbours of norm(x_i)            x_i [hidden] is what block i gives, s = hidden / c
+    a_i = g z_(i-1) + (1 - g) p_i,   g = sigmoid(gate_i)              z_i [s]; below the lowest rung z is zero
+    z_i = a_i + W_up relu(W_down a_i),   W_down, W_up [s, s]
+    y   = x_L + U z_L,   U [hidden, s]                                before the last norm and the head
+
+LST (Sung et al., arXiv 2206.06522) over a 4-bit base, which is QST's way (Zhang et al., arXiv 2401.07004): each rung
+takes what its block gives, through a learned gate. The norm is that of the block above, frozen. Going down is an
+average, one of QST's choices: a learned projection would need every x_i whole for its gradient, and two vectors of
+width s are all that is kept of a block and position here. Rungs have no attention of their own, as the papers' have:
+what stands at other positions is in x_i already.
+
+W_down starts uniform in ±1/sqrt(s), W_up, U and the gates at zero, so the model equals the base. PEFT has no such
+method: the files are in its layout, and edgetune alone reads them.
+
+Left out: a bundle. The graph of a decoder has no place for it yet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import numpy as np
+
+from edgetune.adapters.capabilities import Capabilities
+from edgetune.adapters.config import BlocksConfig
+from edgetune.adapters.slot import Slot
+from edgetune.errors import AdapterError, ConfigError
+from edgetune.models import ModelConfig
+from edgetune.schema import Key
+
+NAME = "lst"
+RUNG, OUTPUT = "side", "side_output"  # attributes of `models.decoder.Block` and `Decoder`
+_BUNDLE = "Bundles have no place for a network beside the blocks. For a bundle train --adapter bottleneck or lora."
+CAPABILITIES = Capabilities(
+    train_ort="The training graphs of a bundle know LoRA alone. Train with --engine torch, or --adapter lora.",
+    peft_file="PEFT has no LST. edgetune trains and evaluates it; for PEFT train --adapter lora.",
+    as_lora=_BUNDLE,
+    merge="It stands beside the weights and folds into none. To merge, train --adapter lora.",
+    merge_share="It cannot be merged, nor can a share of it. To merge, train --adapter lora.",
+    own_inputs=_BUNDLE,
+)
+PEFT_SHARED = ()
+PEFT_NAMES = {
+    "side_gate": "side_gate", "side_down": "side_down.weight", "side_up": "side_up.weight",
+    "side_upsample": "side_upsample.weight",
+}  # fmt: skip
+_PEFT_TYPE = "LST"
+DEFAULT_REDUCTION = 8  # LST's
+
+
+@dataclass(frozen=True)
+class LstConfig(BlocksConfig):
+    """What the user asks of LST. None means "not set": the plan chooses, and may concede it."""
+
+    method: ClassVar[str] = NAME
+
+    reduction: Annotated[
+        int | None, Key("Hidden size over the width beside the blocks, a divisor of it. (default: 8)")
+    ] = None
+
+    def resolved(self: LstT, model: ModelConfig) -> LstT:
+        """See `AdapterConfig`."""
+        chosen, hidden = DEFAULT_REDUCTION if self.reduction is None else self.reduction, model.hidden_size
+        fitting = [size for size in range(1, hidden + 1) if hidden % size == 0]
+        if self.reduction is None:  # where it does not divide, the largest that does
+            chosen = max(size for size in fitting if size <= chosen)
+        if isinstance(chosen, bool) or chosen not in fitting:
+            raise ConfigError(
+                f"reduction = {chosen!r}; a divisor of the hidden size {hidden} was expected: "
+                f"{', '.join(map(str, fitting))}."
+            )
+        return replace(super().resolved(model), reduction=chosen)
+
+    @property
+    def side_group(self) -> int:
+        """See `AdapterConfig`."""
+        assert self.reduction is not None, "resolve the config first"
+        return self.reduction
+
+    @property
+    def brief(self) -> str:
+        """See `AdapterConfig`."""
+        return f"reduction {self.reduction}"
+
+
+LstT = TypeVar("LstT", bound=LstConfig)
+Config = LstConfig
+
+
+def places(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """All places that a model has for it, with their (out_features, in_features) as `slot` takes them."""
+    size = model.hidden_size, model.hidden_size
+    return {f"{model.block(i)}.{RUNG}": size for i in range(model.num_hidden_layers)} | {f"model.{OUTPUT}": size}
+
+
+def slots(config: LstConfig, model: ModelConfig) -> list[Slot]:
+    """The rungs in the model's order, then the way back to its width, for a resolved config."""
+    size = model.hidden_size, model.hidden_size
+    return [slot(f"{model.block(i)}.{RUNG}", size, config) for i in config.blocks] + [
+        slot(f"model.{OUTPUT}", size, config)
+    ]
+
+
+def slot(place: str, shape: tuple[int, int], config: LstConfig) -> Slot:
+    """The slot of a place in a model of shape (hidden, hidden), for a resolved config."""
+    hidden = shape[0]
+    width = hidden // config.side_group
+    if place.endswith(f".{OUTPUT}"):
+        return Slot(place, width, hidden, {"side_upsample": (hidden, width)})
+    matrix = width, width
+    return Slot(place, 2 * width, width, {"side_gate": (1,), "side_down": matrix, "side_up": matrix})
+
+
+def initialize(slot: Slot, config: LstConfig, rng: np.random.Generator, frozen: Any = None) -> dict[str, np.ndarray]:
+    """W_down uniform in ±1/sqrt(s), the others zero; float32."""
+    found = {name: np.zeros(shape, np.float32) for name, shape in slot.tensors.items()}
+    if "side_down" in found:
+        bound = 1 / math.sqrt(slot.out_features)
+        found["side_down"] = rng.uniform(-bound, bound, slot.tensors["side_down"]).astype(np.float32)
+    return found
+
+
+def forward(x: Any, y: Any, tensors: Mapping[str, Any], config: LstConfig) -> Any:
+    """Of a rung, z_i [..., s] from x = [p_i, z_(i-1)] [..., 2s], whatever y is; of the output y + U x [..., hidden]."""
+    if "side_upsample" in tensors:
+        return y + x @ tensors["side_upsample"].T
+    p, z = _parts(x)
+    gate = tensors["side_gate"].sigmoid()
+    a = gate * z + (1 - gate) * p
+    return a + (a @ tensors["side_down"].T).relu() @ tensors["side_up"].T
+
+
+def add(x: Any, y: Any, tensors: Mapping[str, Any], config: LstConfig) -> None:
+    """`forward` into y itself."""
+    if "side_upsample" in tensors:
+        y.addmm_(x, tensors["side_upsample"].T)
+        return
+    y.copy_(_mixed(x, tensors))
+    y.addmm_((y @ tensors["side_down"].T).relu_(), tensors["side_up"].T)
+
+
+def add_gradients(
+    x: Any, d_y: Any, d_x: Any, tensors: Mapping[str, Any], gradients: Mapping[str, Any], config: LstConfig
+) -> None:
+    """Backward of `add`: adds to the gradients of the tensors, and sets d_x: of z_(i-1) [N, s], or of z_L.
+
+    With h = relu(W_down a) and d = d_z W_up where h > 0:    d_up = d_z^T h,   d_down = d^T a,   d_a = d_z + d W_down,
+    d_gate = g (1 - g) sum(d_a (z - p)),   d_z(i-1) = g d_a
+    """
+    if "side_upsample" in tensors:
+        gradients["side_upsample"].addmm_(d_y.T, x)
+        d_x.copy_(d_y @ tensors["side_upsample"])
+        return
+    p, z = _parts(x)
+    gate, a = tensors["side_gate"].sigmoid(), _mixed(x, tensors)
+    h = (a @ tensors["side_down"].T).relu_()
+    gradients["side_up"].addmm_(d_y.T, h)
+    d_h = (d_y @ tensors["side_up"]).mul_(h > 0)
+    gradients["side_down"].addmm_(d_h.T, a)
+    d_a = d_h @ tensors["side_down"]
+    d_a.add_(d_y)
+    gradients["side_gate"].add_((d_a * (z - p)).sum() * gate * (1 - gate))
+    d_x.copy_(d_a.mul_(gate))
+
+
+def _parts(x: Any) -> tuple[Any, Any]:
+    """P_i and z_(i-1), which lie side by side."""
+    width = x.shape[-1] // 2
+    return x[..., :width], x[..., width:]
+
+
+def _mixed(x: Any, tensors: Mapping[str, Any]) -> Any:
+    """A_i, as a new tensor."""
+    p, z = _parts(x)
+    return p.lerp(z, tensors["side_gate"].sigmoid())
+
+
+def changes(tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether these tensors of a slot do anything: a rung does where the output does."""
+    return "side_upsample" in tensors and bool(tensors["side_upsample"].any())
+
+
+def config_to_peft(config: LstConfig, base_model: str) -> dict[str, Any]:
+    """The `adapter_config.json` of a resolved config."""
+    return {
+        "peft_type": _PEFT_TYPE, "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
+        "reduction": config.reduction, "layers_to_transform": list(config.blocks), "inference_mode": True,
+    }  # fmt: skip
+
+
+def reads_peft(peft: Mapping[str, Any]) -> bool:
+    """Whether an `adapter_config.json` is of this method."""
+    return peft.get("peft_type") == _PEFT_TYPE
+
+
+def config_from_peft(
+    peft: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], adapted: Mapping[str, tuple[int, int]]
+) -> LstConfig:
+    """A config from the keys of `config_to_peft`.
+
+    Raises:
+        AdapterError: a key is missing, or its value is none that edgetune writes.
+    """
+    try:
+        layers, reduction = tuple(int(i) for i in peft["layers_to_transform"]), int(peft["reduction"])
+        if reduction < 1:
+            raise ValueError(f"reduction = {reduction}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"adapter_config.json is not as edgetune writes it ({error!r}). Train again.") from error
+    return LstConfig(layers_to_transform=layers, reduction=reduction)
