@@ -4,6 +4,7 @@
     patience    the same with --early-stopping-patience 2
     mixed       --retention-data, of another part of the stories than the judged ones: a quarter of every step
     kl          --kl-data, the same stories as texts that nobody labelled, at each of some --kl-weight
+    few         plain on FEW rows of the play, which it soon knows by heart; with and without that patience
     alpha       plain's adapter at a part of its strength, as `export --merge --alpha` folds it in
 
 For each the loss on held-out pieces of Shakespeare (the last tenth of the text) and on stories (retention), in nats per
@@ -39,6 +40,7 @@ TRAINING, HELD_OUT = slice(0, 1_000_000), slice(1_000_000, 1_100_000)
 REHEARSED, RETAINED = slice(0, 1_000_000), slice(1_500_000, 1_600_000)  # of the stories
 ALPHAS = (0.25, 0.5, 0.75)
 KL_WEIGHTS = (0.3, 1.0, 3.0)
+FEW = 64
 
 
 def pieces(text: str, part: slice, step: int = PIECE) -> list[str]:
@@ -71,6 +73,7 @@ def main() -> None:
         base = et.quantize(real("stories260k"), "int4", folder / "base")
         learned = pieces(play, TRAINING)
         data = write_rows(folder / "data.jsonl", learned)
+        few = write_rows(folder / "few.jsonl", learned[:: len(learned) // FEW][:FEW])
         old = write_rows(folder / "rehearsed.jsonl", pieces(stories, REHEARSED)[: len(learned) // 3])
         judged = {
             "new": write_rows(folder / "new.jsonl", pieces(play, HELD_OUT, 2 * PIECE)),
@@ -84,18 +87,16 @@ def main() -> None:
         settings: dict[str, tuple[dict[str, Any], dict[str, Path]]] = {
             "plain": ({}, {}),
             "patience": ({"early_stopping_patience": 2}, {}),
+            "few": ({}, {"data": few}),
+            "few patience": ({"early_stopping_patience": 2}, {"data": few}),
             "mixed": ({"retention_share": 0.25}, {"retention_data": old}),
             **{f"kl {weight}": ({"kl_weight": weight}, {"kl_data": old}) for weight in KL_WEIGHTS},
         }
         runs = {}
-        for key, (changes, beside) in settings.items():
-            plan = et.plan(
-                base, "host", data=data, eval_data=judged["new"], adapter=et.LoraConfig(r=8),
-                config=replace(wishes, **changes), **beside,
-            )  # fmt: skip
-            runs[key] = et.train(
-                plan, base, data=data, eval_data=judged["new"], out=folder / key, enforce="none", **beside
-            )
+        for key, (changes, files) in settings.items():
+            read = {"data": data, "eval_data": judged["new"], **files}
+            plan = et.plan(base, "host", adapter=et.LoraConfig(r=8), config=replace(wishes, **changes), **read)
+            runs[key] = et.train(plan, base, out=folder / key, enforce="none", **read)
         ways: dict[str, tuple[et.Run, float]] = {key: (run, 1.0) for key, run in runs.items()}
         ways |= {f"alpha {alpha}": (runs["plain"], alpha) for alpha in ALPHAS}
         before = {key: losses(base, some) for key, some in rows.items()}
