@@ -109,6 +109,15 @@ def test_both_change_what_is_learned(base: Path, files: Files, tmp_path: Path) -
     assert loose["retention_loss"] is None and tight["adapter_sha256"] != loose["adapter_sha256"]
 
 
+def test_preferences_are_held_to_the_base_too(base: Path, files: Files, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "a", "chosen": "bc", "rejected": "d"}\n' * 12, encoding="utf-8")
+    made = make_plan(base, objective="dpo", beta=0.1, label_smoothing=0.0, kl_weight=0.5, max_steps=3)
+    train(made, base, data=pairs, kl_data=files["texts"], out=tmp_path / "run")
+    divergences = [x["base_kl"] for x in lines(tmp_path / "run") if "loss" in x]
+    assert len(divergences) == 3 and divergences[0] == 0 < divergences[1] < divergences[2]
+
+
 def test_a_longer_file_beside_makes_all_windows_as_long(base: Path, files: Files, tmp_path: Path) -> None:
     short = write_rows(tmp_path / "short.jsonl", 3)
     rows = [json.loads(line)["text"][:6] for line in short.read_text(encoding="utf-8").splitlines()]
