@@ -51,7 +51,8 @@ from edgetune.data import pack, read_rows
 from edgetune.memory import MIB, SAMPLE_SECONDS, anonymous_bytes, format_mib
 from edgetune.models import load_config
 from edgetune.planner import Plan
-from edgetune.planner.costs import Job, row_step, step_work
+from edgetune.planner.job import Job, row_step
+from edgetune.planner.work import step_work
 from edgetune.products import fast_products
 from edgetune.tokenizer import load_tokenizer
 from edgetune.training.backprop import Path as Walk

@@ -2,7 +2,7 @@
 
 The machine is calibrated once; then each case runs as `edgetune train --device CALIBRATED` does, in a process of its
 own, on random weights of a known shape. Measured is the median of the steps after the first. To tune the prediction,
-change the constants above `planner.costs.Job`, and compare `decoding_mb_s` of the calibration with `mem_bw_mb_s`.
+change the constants of `planner.work`, and compare `decoding_mb_s` of the calibration with `mem_bw_mb_s`.
 
 Run on an idle machine: python benchmarks/step_time.py [--cases sample smollm2-135m] [--steps 6]
 """

@@ -5,7 +5,7 @@
 
 The GFLOP/s are the median over all products of `speed`, of their medians (sustained) and their best samples (burst);
 the bandwidth is that of copying. Decoding and the floor have no key in a profile: they are in the second file, for
-whoever checks what the planner counts for them. `planner.costs.step_work` lets weights be decoded at the bandwidth of
+whoever checks what the planner counts for them. `planner.work.step_work` lets weights be decoded at the bandwidth of
 copying; `decoding_mb_s` is how fast that goes by the same count of bytes.
 
 Left out: heat. The measurement takes seconds; what soaks for minutes first should calibrate under load.
@@ -28,7 +28,7 @@ from edgetune import __version__, host
 from edgetune.device import ISA, load_device
 from edgetune.errors import ConfigError, EdgetuneError
 from edgetune.memory import format_mib, measure_floor
-from edgetune.planner.costs import DECODE_BYTES
+from edgetune.planner.work import DECODE_BYTES
 from edgetune.weights import write_atomic
 
 __all__ = ["calibrate", "explain"]

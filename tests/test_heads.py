@@ -23,6 +23,7 @@ from edgetune.cli.embedding import show_embedding
 from edgetune.data.labeled import read_labeled_rows
 from edgetune.errors import AdapterError, BundleError, ConfigError, DataError
 from edgetune.models.encoder import load_encoder
+from edgetune.planner.job import Job
 from edgetune.planner.plans import Plan
 from edgetune.quantizer import quantize
 from edgetune.runtime.embedding import open_embedder
@@ -190,7 +191,7 @@ def test_the_planner_counts_every_buffer_and_parameter(base: Path, tmp_path: Pat
     facts = read_text_facts(data, None, base, encoder.config, config, False)
     wishes = TextWishes(encoder.config, lora, config, facts)
     choice = replace(wishes.start(), tile_weights=2000)
-    job = costs.Job(
+    job = Job(
         model=encoder.config, adapter=lora, optimizer="adamw", grid="int4", batch_size=6, gradient_accumulation_steps=1,
         max_seq_length=facts.longest, recompute_layers=1, tile_weights=2000, activation_offloading=False,
         dequantized_layers=0, step_rule="backprop", threads=1, supervised_per_window=1,

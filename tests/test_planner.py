@@ -32,11 +32,13 @@ from edgetune.memory import MIB
 from edgetune.models import FAMILIES, load_config
 from edgetune.objectives import OBJECTIVES, has_head, objective_of
 from edgetune.optimizers import OPTIMIZERS
-from edgetune.planner import Plan, TrainConfig, costs, ladder, ort_work, plan
+from edgetune.planner import Plan, TrainConfig, costs, ladder, ort_work, plan, work
 from edgetune.planner.arena import Arena
-from edgetune.planner.costs import Job, peak_parts
+from edgetune.planner.costs import peak_parts
+from edgetune.planner.job import Job, row_step
 from edgetune.planner.ladder import SETTINGS, descend
 from edgetune.planner.wishes import RowFacts, Wishes
+from edgetune.planner.work import BLOCK_CYCLES, SLOWER_PRODUCTS, TENSOR_CYCLES, StepWork, lower_work, step_work
 from edgetune.quantizer import quantize
 from edgetune.tokenizer import load_tokenizer
 
@@ -234,7 +236,7 @@ def test_buffers_are_those_of_the_trainer(
     adapter = adapter.resolved(decoder.config)
     attach(decoder, adapter)
     for batch, length, threads in ((1, 24, 1), (1, 24, 2), (3, 150, 1), (3, 150, 2)):  # two fill up the loss's rows
-        walk = Walk(min(layers), recompute_layers, row_step=costs.row_step(threads))
+        walk = Walk(min(layers), recompute_layers, row_step=row_step(threads))
         rows = random_batch(301, batch, length)
         loss_and_gradients(decoder, [rows], walk, dropout_key=(0, 0), check=lambda: None)
         counted = costs.buffers(
@@ -715,7 +717,7 @@ class TestLadder:
         assert f"the weights of {config.num_hidden_layers} blocks stay dequantized" in whole.explain()
         held = job(config, dequantized_layers=8, recompute_layers=0)
         less = dataclasses.replace(held, dequantized_layers=7)
-        assert costs.step_work(held).traffic_bytes < costs.step_work(less).traffic_bytes
+        assert step_work(held).traffic_bytes < step_work(less).traffic_bytes
 
     def test_spends_what_is_left_on_less_recomputation(self, model: Path) -> None:
         layers = {made.recompute_layers for made in plans_by_budget(model, config=TrainConfig(batch_size=8))}
@@ -1072,18 +1074,18 @@ class TestFeatureCache:
     def test_lower_blocks_run_once(self, made: Any, model: Path) -> None:
         tiny = load_config(model)
         wanted = {"adapter": self.UPPER.resolved(tiny), "batch_size": 3, "gradient_accumulation_steps": 2}
-        cached, plain = (costs.step_work(job(tiny, cached_windows=count, **wanted)) for count in (9, 0))
+        cached, plain = (step_work(job(tiny, cached_windows=count, **wanted)) for count in (9, 0))
         weights = sum(n * k for n, k in tiny.linear_shapes.values())
         below = 5 * 6 * 32 * (2 * weights + 4 * 32 * 72)  # one tile of queries: no key is left out
-        assert plain.dispatch_cycles - cached.dispatch_cycles == 5 * 6 * costs.BLOCK_CYCLES
-        both = (costs.step_work(job(tiny, cached_windows=n, step_rule="mezo", **wanted)) for n in (0, 9))
+        assert plain.dispatch_cycles - cached.dispatch_cycles == 5 * 6 * BLOCK_CYCLES
+        both = (step_work(job(tiny, cached_windows=n, step_rule="mezo", **wanted)) for n in (0, 9))
         assert next(both).flops - next(both).flops == pytest.approx(2 * below), "for each of its two losses"
         # Three blocks forward, two of them again, all three backward, which counts twice.
-        assert cached.dispatch_cycles == 2 * 11 * costs.BLOCK_CYCLES + 3 * 7 * 2 * costs.TENSOR_CYCLES
+        assert cached.dispatch_cycles == 2 * 11 * BLOCK_CYCLES + 3 * 7 * 2 * TENSOR_CYCLES
         assert plain.flops - cached.flops == pytest.approx(below)
-        assert costs.lower_work(job(tiny, **wanted), 6).flops == pytest.approx(below)
-        one, three = (costs.step_work(job(tiny, **wanted | {"batch_size": n})).traffic_bytes for n in (1, 3))
-        above = [costs.step_work(job(tiny, cached_windows=9, **wanted | {"batch_size": n})) for n in (1, 3)]
+        assert lower_work(job(tiny, **wanted), 6).flops == pytest.approx(below)
+        one, three = (step_work(job(tiny, **wanted | {"batch_size": n})).traffic_bytes for n in (1, 3))
+        above = [step_work(job(tiny, cached_windows=9, **wanted | {"batch_size": n})) for n in (1, 3)]
         assert three - above[1].traffic_bytes == pytest.approx(3 * (one - above[0].traffic_bytes))
 
     def test_the_run_is_filling_and_its_steps(self, made: Any) -> None:
@@ -1091,7 +1093,7 @@ class TestFeatureCache:
         storage = device.storage
         assert cached.predicted_step_seconds < plain.predicted_step_seconds
         fill = cached.predicted_run_seconds - cached.max_steps * cached.predicted_step_seconds
-        work = costs.lower_work(
+        work = lower_work(
             job(cached.model_config, adapter=cached.adapter, grid=cached.grid, max_seq_length=128, tile_weights=24576),
             30,
         )
@@ -1127,21 +1129,21 @@ class TestTime:
         attention = 4 * 32 * 48
         # Two blocks forward, the lower one again, both backward; the head for 62 positions, two products.
         flops = 64 * (2 * weights * 5 + attention * (3 + 5) + 2 * trained * 3.5) + 4 * 301 * 48 * 62
-        assert costs.step_work(job(tiny)).flops == pytest.approx(flops)
+        assert step_work(job(tiny)).flops == pytest.approx(flops)
         # Two blocks forward, all of it twice.
         flops = 2 * (64 * (2 * weights * 2 + attention * 2 + 2 * trained) + 2 * 301 * 48 * 62)
-        assert costs.step_work(job(tiny, step_rule="mezo")).flops == pytest.approx(flops)
-        twice, once = (costs.step_work(job(tiny, gradient_accumulation_steps=n)).flops for n in (2, 1))
+        assert step_work(job(tiny, step_rule="mezo")).flops == pytest.approx(flops)
+        twice, once = (step_work(job(tiny, gradient_accumulation_steps=n)).flops for n in (2, 1))
         assert twice == pytest.approx(2 * once)
         # Of five norms a product and a sum for each feature; nothing forward.
         flops = 64 * (2 * weights * 5 + attention * (3 + 5) + 2 * 5 * 48) + 4 * 301 * 48 * 62
-        assert costs.step_work(job(tiny, adapter=LnTuningConfig().resolved(tiny))).flops == pytest.approx(flops)
+        assert step_work(job(tiny, adapter=LnTuningConfig().resolved(tiny))).flops == pytest.approx(flops)
         biased = load_config(write_model(tmp_path / "biased", TINY | {"model_type": "qwen2"}, tokenizer=False))
         flops += 64 * 2 * ((48 + 16 + 16) - 5 * 48)  # of each bias the sum
-        assert costs.step_work(job(biased, adapter=BitfitConfig().resolved(biased))).flops == pytest.approx(flops)
+        assert step_work(job(biased, adapter=BitfitConfig().resolved(biased))).flops == pytest.approx(flops)
         # Of each weight a product and a sum more; of both blocks' four norms as above.
         flops += 64 * 2 * 2 * (weights + 2 * 48)
-        assert costs.step_work(job(biased, adapter=FullConfig().resolved(biased))).flops == pytest.approx(flops)
+        assert step_work(job(biased, adapter=FullConfig().resolved(biased))).flops == pytest.approx(flops)
 
     def test_traffic_by_hand(self, tmp_path: Path) -> None:
         tiny = load_config(write_model(tmp_path, TINY, tokenizer=False))
@@ -1154,19 +1156,19 @@ class TestTime:
         adapters = 64 * 4 * (1.5 * (inputs + 2 * outputs) + 3 * inputs + 2 * outputs)
         # Five passes over a block's weights, each a float32 written and read beside the codes; backward counts twice.
         step = (5 * weights + head) * 8.5625 + 4 * activations * (3 + 2 * 2) + scores * (3 + 5) + adapters
-        found = costs.step_work(job(tiny, gradient_accumulation_steps=3)).traffic_bytes
+        found = step_work(job(tiny, gradient_accumulation_steps=3)).traffic_bytes
         assert found == pytest.approx(3 * step + 3 * 4 * trained + 2 * 8 * trained)
         step = (
             (4 * weights + 2 * head) * 8.5625 + 4 * activations * 4 + scores * 4 + 64 * 4 * 2 * (inputs + 2 * outputs)
         )
-        found = costs.step_work(job(tiny, step_rule="mezo", optimizer="sgd")).traffic_bytes
+        found = step_work(job(tiny, step_rule="mezo", optimizer="sgd")).traffic_bytes
         assert found == pytest.approx(step + 16 * 4 * trained)
 
     def test_weights_that_stay_dequantized_are_read_and_nothing_else(self, tmp_path: Path) -> None:
         tiny = load_config(write_model(tmp_path, TINY, tokenizer=False))
         weights = 2 * (48 * 48 + 16 * 48) + 3 * 88 * 48
         none, one = (
-            costs.step_work(job(tiny, recompute_layers=0, dequantized_layers=layers)).traffic_bytes for layers in (0, 1)
+            step_work(job(tiny, recompute_layers=0, dequantized_layers=layers)).traffic_bytes for layers in (0, 1)
         )
         assert none - one == pytest.approx(2 * weights * (8.5625 - 4)), "forward and backward"
 
@@ -1174,7 +1176,7 @@ class TestTime:
     def test_attention_leaves_out_keys_after_a_tile(self, model: Path, length: int, keys: float) -> None:
         config = load_config(model)
         upper = TestFeatureCache.UPPER.resolved(config)
-        work = costs.lower_work(job(config, adapter=upper, max_seq_length=length), 1)
+        work = lower_work(job(config, adapter=upper, max_seq_length=length), 1)
         weights = sum(n * k for n, k in config.linear_shapes.values())
         attention = work.flops / 5 / length - 2 * weights
         assert attention == pytest.approx(4 * keys * config.num_attention_heads * config.head_dim)
@@ -1182,30 +1184,30 @@ class TestTime:
     def test_calls_by_hand(self, tmp_path: Path) -> None:
         tiny = load_config(write_model(tmp_path, TINY, tokenizer=False))
         # Two blocks forward, the lower one again, both backward, which counts twice.
-        tensors = 2 * 2 * 7 * costs.TENSOR_CYCLES
-        assert costs.step_work(job(tiny)).dispatch_cycles == 7 * costs.BLOCK_CYCLES + tensors
-        found = costs.step_work(job(tiny, gradient_accumulation_steps=3, batch_size=2)).dispatch_cycles
-        assert found == 3 * 7 * costs.BLOCK_CYCLES + tensors
-        found = costs.step_work(job(tiny, step_rule="mezo")).dispatch_cycles
-        assert found == 4 * costs.BLOCK_CYCLES + tensors
+        tensors = 2 * 2 * 7 * TENSOR_CYCLES
+        assert step_work(job(tiny)).dispatch_cycles == 7 * BLOCK_CYCLES + tensors
+        found = step_work(job(tiny, gradient_accumulation_steps=3, batch_size=2)).dispatch_cycles
+        assert found == 3 * 7 * BLOCK_CYCLES + tensors
+        found = step_work(job(tiny, step_rule="mezo")).dispatch_cycles
+        assert found == 4 * BLOCK_CYCLES + tensors
 
     def test_a_roofline_whose_sides_add_up(self) -> None:
         device = load_device("rpi-5")
         compute = dataclasses.replace(device.compute, gflops_fp32_sustained=2.0, gflops_fp32_burst=9.0, mem_bw_mb_s=10)
         clusters = tuple(Cluster(2, khz, khz > 1_000_000) for khz in (1_000_000, 2_000_000))
         device = dataclasses.replace(device, compute=compute, cpu=dataclasses.replace(device.cpu, cluster=clusters))
-        assert costs.StepWork(3e9, 5e6, 1e9).seconds(device) == pytest.approx(1.5 + 0.5 + 0.5)
-        assert costs.StepWork(3e9, 5e6, 1e9, 2e9).seconds(device) == pytest.approx(1.5 + 0.5 + 0.5)
+        assert StepWork(3e9, 5e6, 1e9).seconds(device) == pytest.approx(1.5 + 0.5 + 0.5)
+        assert StepWork(3e9, 5e6, 1e9, 2e9).seconds(device) == pytest.approx(1.5 + 0.5 + 0.5)
 
     def test_products_that_are_not_fast_take_longer_on_a_host_that_was_measured_with_fast_ones(
         self, model: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         host, tiny = load_device("host"), load_config(model)
         rate = host.compute.gflops_fp32_sustained * 1e9
-        for offered, seconds in ((True, 2 + costs.SLOWER_PRODUCTS), (False, 3)):
-            monkeypatch.setattr(costs, "are_offered", lambda offered=offered: offered)
-            assert costs.StepWork(3 * rate, 0, 0, 2 * rate).seconds(host) == pytest.approx(seconds)
-        fast, slow = (costs.step_work(job(tiny, fast_products=on)) for on in (True, False))
+        for offered, seconds in ((True, 2 + SLOWER_PRODUCTS), (False, 3)):
+            monkeypatch.setattr(work, "are_offered", lambda offered=offered: offered)
+            assert StepWork(3 * rate, 0, 0, 2 * rate).seconds(host) == pytest.approx(seconds)
+        fast, slow = (step_work(job(tiny, fast_products=on)) for on in (True, False))
         assert (fast.flops, slow.fast_flops) == (slow.flops, 0)
         assert 0.5 * fast.flops < fast.fast_flops < fast.flops
 
@@ -1429,15 +1431,15 @@ class TestOrtWork:
         assert ort_work.step_work(one).flops == pytest.approx(flops)
         three = ort_work.step_work(self.job(tiny, gradient_accumulation_steps=3))
         assert three.flops == pytest.approx(3 * flops)
-        tensors = costs.TENSOR_CYCLES * len(one.tensor_sizes)
-        assert three.dispatch_cycles == 3 * 3 * layers * costs.BLOCK_CYCLES + tensors
+        tensors = TENSOR_CYCLES * len(one.tensor_sizes)
+        assert three.dispatch_cycles == 3 * 3 * layers * BLOCK_CYCLES + tensors
 
     def test_blocks_below_the_path_run_once(self, tiny: Any) -> None:
         adapters = (LoraConfig(r=2, layers_to_transform=layers).resolved(tiny) for layers in (None, (1,)))
         whole, upper = (self.job(tiny, adapter=adapter) for adapter in adapters)
         found = [ort_work.step_work(one) for one in (whole, upper)]
         assert found[0].dispatch_cycles - found[1].dispatch_cycles == (
-            2 * costs.BLOCK_CYCLES + costs.TENSOR_CYCLES * len(upper.tensor_sizes)
+            2 * BLOCK_CYCLES + TENSOR_CYCLES * len(upper.tensor_sizes)
         )
         assert found[0].flops > found[1].flops and found[0].traffic_bytes > found[1].traffic_bytes
 

@@ -17,6 +17,7 @@ from edgetune import TrainConfig, host, planner, products
 from edgetune.adapters.lora import LoraConfig
 from edgetune.errors import ConfigError
 from edgetune.planner import costs, wishes
+from edgetune.planner.job import Job
 from edgetune.planner.plans import Plan
 from edgetune.products import CODE_BYTES, are_offered, fast_products
 from edgetune.quantizer import read_manifest
@@ -36,11 +37,11 @@ def fresh() -> Iterator[None]:
     products._reaches_exact_kernels.cache_clear()
 
 
-def _job(plan: Plan) -> costs.Job:
+def _job(plan: Plan) -> Job:
     """A plan's, where every position but the last of a window is supervised."""
-    names = {field.name for field in dataclasses.fields(costs.Job)}
+    names = {field.name for field in dataclasses.fields(Job)}
     shared = {name: value for name, value in vars(plan).items() if name in names}
-    return costs.Job(**(shared | {"model": plan.model_config, "supervised_per_window": plan.max_seq_length - 1}))
+    return Job(**(shared | {"model": plan.model_config, "supervised_per_window": plan.max_seq_length - 1}))
 
 
 def setting() -> str:

@@ -5,7 +5,7 @@ down the ladder of concessions (`ladder`). What the user set is never conceded; 
 `BudgetError` says what would fit. Recomputation alone is taken back at the end, as far as the budget then allows,
 because it costs nothing but time; what is left then keeps weights dequantized, which saves a little more.
 
-Step time and energy follow from the profile by a roofline over the engine's own work (`costs.step_work`,
+Step time and energy follow from the profile by a roofline over the engine's own work (`work.step_work`,
 `ort_work.step_work`): they are predictions for the device, not for the machine that plans.
 """
 
@@ -35,22 +35,13 @@ from edgetune.objectives import OBJECTIVES, has_head, with_needed
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.planner import ort_parts, ort_work
 from edgetune.planner.beside import NONE, Beside
-from edgetune.planner.costs import (
-    FREE_SHARE,
-    Job,
-    copied_bytes,
-    feature_bytes,
-    lower_work,
-    peak_parts,
-    reference_work,
-    spare_code_bytes,
-    step_work,
-    stored_bytes,
-)
+from edgetune.planner.costs import FREE_SHARE, copied_bytes, feature_bytes, peak_parts, spare_code_bytes, stored_bytes
 from edgetune.planner.encoders import TextFacts, TextWishes, check_encoder, read_text_facts
+from edgetune.planner.job import Job
 from edgetune.planner.ladder import SETTINGS, Choice, descend
 from edgetune.planner.plans import FORMAT_VERSION, Concession, Plan, TrainConfig
 from edgetune.planner.wishes import ORT_OPTIMIZERS, RowFacts, Windows, Wishes
+from edgetune.planner.work import lower_work, reference_work, step_work
 from edgetune.tokenizer import load_tokenizer
 
 __all__ = ["Concession", "Plan", "TrainConfig", "plan", "why_untrainable"]

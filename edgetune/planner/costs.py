@@ -1,4 +1,4 @@
-"""What a training step costs: every byte of its peak by part, its floating point operations and its memory traffic.
+"""What a training step costs in memory: every byte of its peak by part.
 
 Whatever a step needs lies in named buffers that exist from the first step on (`training.blocks`); `buffers` lists them
 with their sizes, and a test holds that list against the trainer's own. The peak is at one of two moments:
@@ -14,25 +14,20 @@ count as `file_backed_bytes`, not here. All arrays are float32 unless said other
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from edgetune.adapters import METHODS
-from edgetune.adapters.config import AdapterConfig
-from edgetune.adapters.slot import FACTOR_COLUMNS, Slot
+from edgetune.adapters.slot import FACTOR_COLUMNS
 from edgetune.base import AnyBase
-from edgetune.device import DeviceProfile
 from edgetune.grids import GRIDS, LOOKUP_ROWS, PIECE_CODES, tile_rows
 from edgetune.models import ModelConfig
 from edgetune.models.config import DecoderConfig
 from edgetune.models.encoder_config import EncoderConfig
-from edgetune.objectives import distill, has_head, kl, sft
+from edgetune.objectives import distill, kl, sft
 from edgetune.optimizers import OPTIMIZERS
-from edgetune.products import CODE_BYTES, are_offered
+from edgetune.planner.job import FLOAT_BYTES, INDEX_BYTES, TILE_QUERIES, Job, keeps_bits
+from edgetune.products import CODE_BYTES
 
-FLOAT_BYTES, INDEX_BYTES = 4, 8
-VECTOR = 16  # float32 values of the widest vectors: 512 bits
-TILE_QUERIES = 64  # queries of a tile of attention
 # Python and torch objects of a frozen linear with its mapped arrays, and of an adapted one; measured on 210 of each.
 LINEAR_OBJECT_BYTES = 4400
 SLOT_OBJECT_BYTES = 5200
@@ -55,168 +50,6 @@ FREE_SHARE = 0.5  # of free storage that the cache may take: base, checkpoints a
 # and had loaded it before. What reading rows leaves behind even so (memory.give_back): 3 MiB, and 0.7 per byte of the
 # file. Measured with byte-level BPE of 2,048, 49,152 and 151,936 tokens.
 TOKENIZER_BYTES_PER_BYTE, LEFT_BYTES_PER_BYTE, LEFT_BYTES = 15, 0.7, 3 << 20
-
-# What `step_work` counts beside the products, per unit of the name. These and the measured speeds decide how long a
-# step is predicted to take: tune them with benchmarks/step_time.py, and with the samples of `doctor --calibrate`.
-DECODE_BYTES = 0.5625 + 2 * FLOAT_BYTES  # per weight and visit: codes and scales are read, a float32 written and read
-ACTIVATION_PASSES = 4  # an activation is written and read by its own operator, and again by that which takes it
-SCORE_PASSES = 4  # the scores of attention: written by one product, read and written by softmax, read by the other
-ATTENTION_BACKWARD = 2.5  # attention's backward over its forward: five products instead of two
-SLOWER_PRODUCTS = 2.2  # times as long as fast ones: 205 against 450 GFLOP/s
-# Cycles that go into calling operators, whatever their size: those of a block, forward (backward it is twice as many),
-# and the optimizer's for one tensor. On x86-64: steps of 64 to 256 tokens of the sample, drawn to no tokens, are 9 ms.
-BLOCK_CYCLES, TENSOR_CYCLES = 1_200_000, 90_000
-
-
-@dataclass(frozen=True)
-class Job:
-    """What decides the cost of a step. `adapter` is resolved; `supervised_per_window` is the most of any window."""
-
-    model: ModelConfig
-    adapter: AdapterConfig
-    optimizer: str
-    grid: str
-    batch_size: int
-    gradient_accumulation_steps: int
-    max_seq_length: int
-    recompute_layers: int
-    tile_weights: int
-    activation_offloading: bool
-    dequantized_layers: int
-    step_rule: str
-    threads: int
-    supervised_per_window: int
-    anchored_per_window: int = 0  # positions of a window on which the base holds the model; 0 without such windows
-    num_tokens: int = 0
-    num_rows: int = 0
-    tokenizer_file_bytes: int = 0
-    base_copy_bytes: int = 0
-    active_adapter_bytes: int = 0  # to load and split that which the bundle uses; of the ort engine
-    objective: str = "sft"
-    teacher_tokens: int = 0  # those that are recorded for each learned position, where the objective is distill
-    cached_windows: int = 0  # those whose way through the frozen lower blocks is cached: all, or none
-    fast_products: bool = False
-    positions: int = 0  # of rows without padding: the most tokens of any micro-batch
-    head_sizes: tuple[int, ...] = ()  # parameters of each tensor of a trained head
-    head_floats: int = 0  # what pooling, head and objective compute with
-    rows_per_window: int | None = None  # the most of any window; None: not known
-
-    @property
-    def decoder(self) -> DecoderConfig:
-        """The model, where it is a decoder."""
-        assert isinstance(self.model, DecoderConfig)
-        return self.model
-
-    @property
-    def has_gradients(self) -> bool:
-        """Whether a step goes backward."""
-        return self.step_rule == "backprop"
-
-    @property
-    def goes_through_blocks(self) -> bool:
-        """Whether that goes back through blocks, not beside them alone."""
-        return self.has_gradients and self.adapter.side_group is None
-
-    @property
-    def tokens(self) -> int:
-        """Positions of a micro-batch, padding included."""
-        return self.positions or self.batch_size * self.max_seq_length
-
-    @property
-    def first_block(self) -> int:
-        """The lowest block with an adapter: below it nothing is stored and no gradient is asked for."""
-        return self.adapter.first_block
-
-    @property
-    def path_layers(self) -> int:
-        """Blocks that the gradient passes through."""
-        return self.model.num_hidden_layers - self.first_block
-
-    @property
-    def repeated_layers(self) -> int:
-        """Blocks that run forward twice: the last one never does, its activations are still there."""
-        return min(self.recompute_layers, self.path_layers - 1)
-
-    @property
-    def slots(self) -> list[Slot]:
-        slots: list[Slot] = METHODS[self.adapter.method].slots(self.adapter, self.model)
-        return slots
-
-    @property
-    def tensor_sizes(self) -> list[int]:
-        """Parameters of each tensor of the adapter, and of a head."""
-        sizes = [math.prod(shape) for slot in self.slots for shape in slot.tensors.values()]
-        return [*sizes, *self.head_sizes]
-
-    @property
-    def thawed(self) -> int:
-        """Weights of the model's own matrices that are trained."""
-        if not self.adapter.thaws:
-            return 0
-        return sum(math.prod(shape) for slot in self.slots for shape in slot.tensors.values() if len(shape) == 2)
-
-    @property
-    def supervised(self) -> int:
-        """Positions of a micro-batch that the loss computes, at most."""
-        return min(self.supervised_per_window * self.batch_size, self.tokens)
-
-    @property
-    def anchored(self) -> int:
-        """Positions where the divergence from the base is computed, at most, with what fills them up."""
-        return filled(min(self.anchored_per_window * self.batch_size, self.tokens), self.threads)
-
-    @property
-    def micro_batches(self) -> int:
-        """Of a step, the one that holds the model to its base included."""
-        return self.gradient_accumulation_steps + (1 if self.anchored else 0)
-
-    @property
-    def changed(self) -> int:
-        """Positions of a micro-batch that an adapter of some positions changes, at most."""
-        counts = self.adapter.prompt_positions
-        if counts is None:
-            return self.tokens
-        rows = self.tokens if self.rows_per_window is None else self.rows_per_window * self.batch_size * sum(counts)
-        return min(rows, self.tokens)
-
-    @property
-    def taught(self) -> int:
-        """Tokens of the teacher for each learned position."""
-        return self.teacher_tokens if self.objective == "distill" else 0
-
-    @property
-    def scores(self) -> bool:
-        """Whether a trained head stands in the place of that over the vocabulary."""
-        return isinstance(self.model, DecoderConfig) and has_head(self.objective)
-
-    @property
-    def loss_rows(self) -> int:
-        """The same with what fills them up; a trained head has none of that."""
-        if self.scores:
-            return self.supervised
-        return filled(self.supervised, self.threads) if self.has_gradients else self.supervised
-
-
-def row_step(threads: int) -> int:
-    """The rows of a loss with its gradient are a multiple of this: whole vectors for each thread (see `training.crew`).
-
-    1 where the number of threads never changes.
-    """
-    return VECTOR * threads if threads in (2, 4, 8) else 1
-
-
-def keeps_bits(threads: int, positions: int, head_dim: int) -> bool:
-    """Whether half as many threads, and half of those, compute the same bits in blocks of B * T `positions`.
-
-    Measured with torch on MKL and oneDNN with AVX-512; the tests hold it for 1 to 8 threads where they run.
-    """
-    return row_step(threads) > 1 and positions % row_step(threads) == 0 and head_dim % (2 * VECTOR) == 0
-
-
-def filled(supervised: int, threads: int) -> int:
-    """The rows of a loss with its gradient: those that are supervised, and what fills them up."""
-    step = row_step(threads)
-    return -(-supervised // step) * step
 
 
 def peak_parts(job: Job, floor_bytes: int) -> tuple[str, dict[str, int]]:
@@ -266,7 +99,7 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
     head_dim = job.model.head_dim
     return {
         "floor": floor_bytes,
-        "dequantized": FLOAT_BYTES * _per_block(job)[0] * job.dequantized_layers,
+        "dequantized": FLOAT_BYTES * job.block_weights * job.dequantized_layers,
         "base": _vector_bytes(job.model) + job.base_copy_bytes + LINEAR_OBJECT_BYTES * len(job.model.matrices()),
         "adapter": _adapter_bytes(job),
         "gradients": 0,
@@ -529,147 +362,6 @@ def _at_step(job: Job) -> dict[str, int]:
     return parts
 
 
-@dataclass(frozen=True)
-class StepWork:
-    """One optimizer step: floating point operations, bytes that move beside them, and cycles of calling operators."""
-
-    flops: float
-    traffic_bytes: float
-    dispatch_cycles: float
-    fast_flops: float = 0.0
-    """Of the operations, those of fast products."""
-
-    def seconds(self, profile: DeviceProfile) -> float:
-        """A roofline whose sides do not overlap: weights are decoded between the products, not during them.
-
-        A host that has fast products was measured with them: others take longer there.
-        """
-        compute = profile.compute
-        flops = self.flops
-        if profile.kind == "host" and are_offered():
-            flops += (SLOWER_PRODUCTS - 1) * (flops - self.fast_flops)
-        return (
-            flops / (compute.gflops_fp32_sustained * 1e9)
-            + self.traffic_bytes / (compute.mem_bw_mb_s * 1e6)
-            + self.dispatch_cycles / profile.cpu.clock_hz
-        )
-
-
-def step_work(job: Job) -> StepWork:
-    """Operations, traffic and calls of one optimizer step.
-
-    A weight costs 2 operations per token in each visit: forward, again where the block is computed again, and for the
-    gradient of the block's input. The lowest adapted block asks for that gradient only above its first adapter; it is
-    counted whole. Every visit decodes the weight, where it does not stay dequantized: its codes are read, its float32
-    values written and read back. Without gradients a step is two forward passes, beside the blocks it is one.
-    """
-    model = job.model
-    if job.goes_through_blocks:
-        losses, again, backward = 1, job.repeated_layers, job.path_layers
-    elif job.has_gradients:
-        losses, again, backward = 1, 0, 0
-    else:
-        losses, again, backward = 2, 0, 0
-    forward = losses * job.path_layers + again
-    visits = forward + backward  # passes over one block's weights
-    weights, attention, scores = _per_block(job)
-    attended = job.tokens * (forward + ATTENTION_BACKWARD * backward)
-    flops = job.tokens * 2.0 * weights * visits + attended * attention
-    head = 0 if isinstance(model, EncoderConfig) or job.scores else model.vocab_size * model.hidden_size
-    flops += 4.0 * head * job.loss_rows  # of one loss and its gradient, or of two losses
-    fast = job.tokens * 2.0 * weights * visits + 4.0 * head * job.loss_rows if job.fast_products else 0.0
-    decoded = weights * visits + head * losses
-    activations = ACTIVATION_PASSES * activation_bytes(job) * (forward + 2 * backward) + attended * scores
-    # Visits that only read; such blocks never run again.
-    held: float = weights * job.dequantized_layers * (losses + (1 if backward else 0))
-    held += job.thawed * visits / max(1, job.path_layers)
-    traffic = (decoded - held) * DECODE_BYTES + held * FLOAT_BYTES + activations
-    below = lower_work(job, 0 if job.cached_windows else losses * job.batch_size)
-    adapter = _adapter_work(job, forward / max(1, job.path_layers))
-    flops += adapter.flops + below.flops
-    traffic += adapter.traffic_bytes + below.traffic_bytes
-    cycles = BLOCK_CYCLES * (forward + 2 * backward) + below.dispatch_cycles
-    times = job.micro_batches
-    # An update reads and writes parameters and moments, and reads gradients; that of mezo, and its two shifts, draw
-    # numbers in the parameters' place and add them to the copy, which is made before and given back after.
-    update = (3.0 if job.has_gradients else 16.0) * FLOAT_BYTES * sum(job.tensor_sizes)
-    update += 2 * OPTIMIZERS[job.optimizer].state_bytes(job.tensor_sizes)
-    fast += below.fast_flops
-    cycles = cycles * times + TENSOR_CYCLES * len(job.tensor_sizes)
-    anchor = _anchor_work(job)
-    return StepWork(
-        flops * times + anchor.flops,
-        traffic * times + update + anchor.traffic_bytes,
-        cycles + anchor.dispatch_cycles,
-        fast * times,
-    )
-
-
-def _anchor_work(job: Job) -> StepWork:
-    """What holding to the base takes beside a micro-batch like the others: the base's forward, both products of its
-    logits, and what the head's rows of its own positions are more or fewer.
-    """
-    if not job.anchored:
-        return StepWork(0, 0, 0)
-    forward = reference_work(replace(job, supervised_per_window=0), job.batch_size)
-    head = job.model.vocab_size * job.model.hidden_size
-    return replace(forward, flops=forward.flops + head * (8.0 * job.anchored - 4.0 * job.loss_rows))
-
-
-def _adapter_work(job: Job, forward: float) -> StepWork:
-    """An adapter's products in one micro-batch, which are too thin to hide what they read and write.
-
-    Forward, that many times, they read x and add (xA)B to y; backward they read x and the gradient of y twice, and add
-    to the gradient of x.
-    """
-    inputs, outputs = (sum(slot.in_features for slot in job.slots), sum(slot.out_features for slot in job.slots))
-    if job.adapter.own:  # the gradients alone: of vectors sums, of norms' after they are scaled by the input
-        tokens = job.tokens if job.has_gradients else 0
-        moved = tokens * (2 * inputs + outputs) + (2 * job.thawed if job.has_gradients else 0)
-        return StepWork(tokens * (inputs + outputs + 2.0 * job.thawed), FLOAT_BYTES * moved, 0)
-    multiplied = sum(slot.num_parameters for slot in job.slots if slot.in_features)  # virtual tokens are copied
-    flops = 2.0 * multiplied * (forward + (2 if job.has_gradients else 0))
-    if job.has_gradients:  # the frozen product again, for the gradient of its factors
-        flops += 2.0 * sum(slot.in_features * slot.out_features for slot in job.slots if slot.scales_output)
-    floats = forward * (inputs + 2 * outputs) + (3 * inputs + 2 * outputs if job.has_gradients else 0)
-    return StepWork(job.changed * flops, job.changed * FLOAT_BYTES * floats, 0)
-
-
-def lower_work(job: Job, num_windows: int) -> StepWork:
-    """The blocks below the lowest adapter, forward over so many windows, one at a time: each decodes the weights."""
-    weights, attention, scores = _per_block(job)
-    length = job.positions / job.batch_size or job.max_seq_length
-    flops = length * (2.0 * weights + attention)
-    traffic = weights * DECODE_BYTES + ACTIVATION_PASSES * activation_bytes(replace(job, batch_size=1))
-    traffic += length * scores
-    times = job.first_block * num_windows
-    fast = flops if job.fast_products and job.batch_size == 1 else 0.0
-    return StepWork(flops * times, traffic * times, BLOCK_CYCLES * times, fast * times)
-
-
-def reference_work(job: Job, num_windows: int) -> StepWork:
-    """The whole model once forward over so many windows, in micro-batches, each of which decodes the weights."""
-    weights, attention, scores = _per_block(job)
-    head, layers = job.model.vocab_size * job.model.hidden_size, job.model.num_hidden_layers
-    flops = job.tokens * (2.0 * weights + attention) * layers + 2.0 * head * job.supervised
-    traffic = (weights * layers + head) * DECODE_BYTES
-    traffic += layers * (ACTIVATION_PASSES * activation_bytes(job) + job.tokens * scores)
-    times = math.ceil(num_windows / job.batch_size)
-    return StepWork(flops * times, traffic * times, BLOCK_CYCLES * layers * times)
-
-
 def feature_bytes(job: Job, num_windows: int) -> int:
     """What so many windows take in the feature cache: the input of the lowest adapted block."""
     return FLOAT_BYTES * num_windows * job.max_seq_length * job.model.hidden_size
-
-
-def _per_block(job: Job) -> tuple[int, float, float]:
-    """Weights of a block; operations of its attention per token, scores and values; and the traffic of the scores.
-
-    Attention goes through tiles of queries, and leaves out the keys that come after the whole tile.
-    """
-    model = job.model
-    weights = sum(n * k for n, k in model.linear_shapes.values())
-    keys = (job.max_seq_length + min(TILE_QUERIES, job.max_seq_length)) / 2
-    operations = 4 * keys * model.num_attention_heads * model.head_dim
-    return weights, operations, SCORE_PASSES * FLOAT_BYTES * keys * model.num_attention_heads

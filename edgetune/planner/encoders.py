@@ -21,7 +21,7 @@ from edgetune.errors import ConfigError
 from edgetune.memory import give_back
 from edgetune.models.encoder_config import EncoderConfig
 from edgetune.objectives import ENCODER_OBJECTIVES
-from edgetune.planner.costs import Job
+from edgetune.planner.job import Job
 from edgetune.planner.ladder import Choice, Freedom
 from edgetune.planner.plans import TrainConfig
 from edgetune.planner.wishes import RowFacts, Windows, Wishes

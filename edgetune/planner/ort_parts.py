@@ -26,13 +26,8 @@ from edgetune.memory import MIB
 from edgetune.models.config import DecoderConfig
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.planner.arena import HANDLE_SHARE
-from edgetune.planner.costs import (
-    FLOAT_BYTES,
-    LEFT_BYTES_PER_BYTE,
-    TOKENIZER_BYTES_PER_BYTE,
-    Job,
-    row_bytes,
-)
+from edgetune.planner.costs import LEFT_BYTES_PER_BYTE, TOKENIZER_BYTES_PER_BYTE, row_bytes
+from edgetune.planner.job import FLOAT_BYTES, Job
 from edgetune.planner.ort_walk import INT64_BYTES, PARTS, Walk
 
 # The arena's range beyond what is predicted, so that it stays one, and its end the largest free piece: were that no

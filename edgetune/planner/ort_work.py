@@ -1,4 +1,4 @@
-"""What a step of the `ort` engine takes: operations, traffic and calls, for the roofline of `costs.StepWork`.
+"""What a step of the `ort` engine takes: operations, traffic and calls, for the roofline of `work.StepWork`.
 
 A step multiplies with each weight forward, and on the gradient's path once more for the gradient of the block's input,
 and where the block runs again for its activations; the product that ends a block is not computed again. Nothing stays
@@ -11,15 +11,9 @@ from __future__ import annotations
 from edgetune.adapters.lora import LoraConfig
 from edgetune.grids import row_tiles
 from edgetune.optimizers import OPTIMIZERS
-from edgetune.planner.costs import (
-    ATTENTION_BACKWARD,
-    BLOCK_CYCLES,
-    FLOAT_BYTES,
-    TENSOR_CYCLES,
-    Job,
-    StepWork,
-)
+from edgetune.planner.job import FLOAT_BYTES, Job
 from edgetune.planner.ort_walk import HEAD_TILE_WEIGHTS, Walk
+from edgetune.planner.work import ATTENTION_BACKWARD, BLOCK_CYCLES, TENSOR_CYCLES, StepWork
 
 CODE_BYTES = 0.625  # of a weight: its 4 bits, and a float32 scale for 32 of them
 PASSES = 2  # of a value: written by its operator, and read by another

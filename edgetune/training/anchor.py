@@ -16,7 +16,7 @@ from edgetune.adapters.attach import detached
 from edgetune.data import Window
 from edgetune.models.decoder import Decoder
 from edgetune.objectives import kl, sft
-from edgetune.planner.costs import filled
+from edgetune.planner.job import filled
 from edgetune.planner.plans import Plan
 from edgetune.training.batches import ANCHOR_STREAM, Cycle, in_batches
 from edgetune.training.forward import Batch, Check, Features, last_hidden

@@ -22,7 +22,7 @@ from edgetune.adapters.attach import set_dropout
 from edgetune.models.decoder import Decoder
 from edgetune.objectives import Objective, objective_of
 from edgetune.objectives.sft import Measured
-from edgetune.planner.costs import row_step
+from edgetune.planner.job import row_step
 from edgetune.planner.plans import Plan
 from edgetune.training.anchor import Anchor
 from edgetune.training.blocks import Activations, normalize, normalize_backward

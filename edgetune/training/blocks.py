@@ -27,7 +27,7 @@ from edgetune.linear import FrozenLinear, Workspace
 from edgetune.models.config import DecoderConfig
 from edgetune.models.decoder import Block, Context, RMSNorm
 from edgetune.models.places import StateAdapter
-from edgetune.planner.costs import TILE_QUERIES
+from edgetune.planner.job import TILE_QUERIES
 from edgetune.products import fast_products
 from edgetune.training.changed import change, change_backward, changed_rows
 from edgetune.training.virtual import put_virtual, take_virtual, virtual_rows

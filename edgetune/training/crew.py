@@ -6,8 +6,8 @@ between blocks the crew looks at how long its threads stood in the system's queu
 goes on with half of them, and tries all of them again after a while, each time that fails after a longer one.
 
 The number changes no bit of the result where every thread's part of an array ends where a whole vector ends
-(`costs.keeps_bits`; the loss fills its rows up to that). The crew keeps its number elsewhere, and where the system does
-not tell, which is anywhere but on Linux.
+(`planner.job.keeps_bits`; the loss fills its rows up to that). The crew keeps its number elsewhere, and where the
+system does not tell, which is anywhere but on Linux.
 """
 
 from __future__ import annotations

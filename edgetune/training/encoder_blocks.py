@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from edgetune.models.encoder import Block, Embeddings, Encoder, LayerNorm
-from edgetune.planner.costs import TILE_QUERIES
+from edgetune.planner.job import TILE_QUERIES
 from edgetune.training.blocks import BlockPass, softmax, softmax_backward
 
 gelu, gelu_backward = torch.ops.aten.gelu.out, torch.ops.aten.gelu_backward.grad_input

@@ -18,7 +18,7 @@ from edgetune.memory import give_back
 from edgetune.models.decoder import load_decoder
 from edgetune.models.places import Score
 from edgetune.objectives import has_head, objective_of, sft
-from edgetune.planner.costs import filled, keeps_bits
+from edgetune.planner.job import filled, keeps_bits
 from edgetune.training import backprop
 from edgetune.training.anchor import Anchor
 from edgetune.training.crew import Crew, using

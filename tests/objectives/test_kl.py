@@ -18,6 +18,8 @@ from edgetune.linear import Workspace
 from edgetune.models.decoder import Decoder, load_decoder
 from edgetune.objectives import kl
 from edgetune.planner import costs
+from edgetune.planner.job import Job, row_step
+from edgetune.planner.work import step_work
 from edgetune.training import backprop
 from edgetune.training.anchor import Anchor
 from tests.training.conftest import make_base, make_plan
@@ -107,7 +109,7 @@ def test_the_step_and_its_buffers(tmp_path: Path, layers: tuple[int, ...], threa
     )
     texts = windows(5, 40)
     anchor = Anchor(decoder, texts, plan)
-    walk = backprop.Path(min(layers), 1, row_step=costs.row_step(threads))
+    walk = backprop.Path(min(layers), 1, row_step=row_step(threads))
     found = backprop.anchor_gradients(decoder, anchor, walk, (3, 1, 2), lambda: None)
 
     batch = anchor.of_step(1)
@@ -134,17 +136,17 @@ def test_buffers_are_those_that_the_planner_counts(
     base, decoder, adapter = adapted(tmp_path, method, layers_to_transform=layers)
     plan = make_plan(base, adapter=METHODS[method].Config(layers_to_transform=layers), kl_weight=1.0, threads=threads,
                      batch_size=3)  # fmt: skip
-    walk = backprop.Path(min(layers), 1, row_step=costs.row_step(threads))
+    walk = backprop.Path(min(layers), 1, row_step=row_step(threads))
     texts = windows(3, 40, shortest=40)
     backprop.loss_and_gradients(decoder, [stack(texts)], walk, dropout_key=(0, 0), check=lambda: None)
     backprop.anchor_gradients(decoder, Anchor(decoder, texts, plan), walk, (3, 1, 2), lambda: None)
-    job = costs.Job(
+    job = Job(
         model=decoder.config, adapter=adapter, optimizer="adamw", grid="nf4", batch_size=3,
         gradient_accumulation_steps=1, max_seq_length=40, recompute_layers=1, tile_weights=3000,
         activation_offloading=False, dequantized_layers=0, step_rule="backprop", threads=threads,
         supervised_per_window=39, anchored_per_window=39,
     )  # fmt: skip
     assert decoder.workspace.sizes == costs.buffers(job)
-    plain = costs.step_work(dataclasses.replace(job, anchored_per_window=0))
-    more = costs.step_work(job)
+    plain = step_work(dataclasses.replace(job, anchored_per_window=0))
+    more = step_work(job)
     assert 2 * plain.flops < more.flops < 3 * plain.flops and more.traffic_bytes > 2 * plain.traffic_bytes

@@ -17,7 +17,7 @@ from edgetune.errors import BundleError
 from edgetune.models import load_config
 from edgetune.personalizer.graphs import Buffers, Graph, TrainingGraphs
 from edgetune.planner import ort_parts
-from edgetune.planner.costs import Job
+from edgetune.planner.job import Job
 from edgetune.planner.ort_walk import Walk
 from tests.personalizer.conftest import describe
 from tests.personalizer.test_gradients import no_check, ort_rule

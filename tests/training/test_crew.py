@@ -14,7 +14,7 @@ import torch
 
 from edgetune import host
 from edgetune.adapters.lora import LoraConfig
-from edgetune.planner.costs import keeps_bits, row_step
+from edgetune.planner.job import keeps_bits, row_step
 from edgetune.training.backprop import Path as Walk
 from edgetune.training.crew import (
     LONGEST_PATIENCE_SECONDS,

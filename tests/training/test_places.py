@@ -34,6 +34,7 @@ from edgetune.linear import Workspace
 from edgetune.models import load_config
 from edgetune.models.decoder import Decoder, load_decoder
 from edgetune.planner import costs
+from edgetune.planner.job import Job
 from edgetune.training.backprop import Path as Walk
 from edgetune.training.backprop import loss_and_gradients
 from edgetune.training.changed import prompt_lengths
@@ -140,7 +141,7 @@ def test_the_planner_counts_the_buffers(tmp_path: Path, case: str, family: str, 
     walk = Walk(config.first_block, recompute_layers)
     loss_and_gradients(decoder, [batch], walk, dropout_key=(0, 0), check=lambda: None)
     count, length = batch["input_ids"].shape
-    job = costs.Job(
+    job = Job(
         model=decoder.config, adapter=config, optimizer="adamw", grid="nf4", batch_size=count,
         gradient_accumulation_steps=1, max_seq_length=length, recompute_layers=recompute_layers, fast_products=False,
         tile_weights=decoder.workspace.tile_weights, activation_offloading=False, dequantized_layers=0,
@@ -167,7 +168,7 @@ def test_the_planner_counts_what_is_kept_of_long_prompts(tmp_path: Path) -> None
     row = prompted()[-1]
     batch = stack([Window((row, row), 40)] * 3)
     loss_and_gradients(decoder, [batch], Walk(0, 2), dropout_key=(0, 0), check=lambda: None)
-    job = costs.Job(
+    job = Job(
         model=decoder.config, adapter=config, optimizer="adamw", grid="nf4", batch_size=3, threads=1,
         gradient_accumulation_steps=1, max_seq_length=40, recompute_layers=2, step_rule="backprop",
         tile_weights=decoder.workspace.tile_weights, activation_offloading=False, dequantized_layers=0,
