@@ -58,7 +58,10 @@ _KEYS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class BundleModel:
-    """The numbers of the model that a client of its graph needs: sizes of KV cache and logits, special ids."""
+    """The numbers of the model that a client of its graph needs: sizes of KV cache and logits, special ids.
+
+    Where a head was trained, its `objective` says for what, and `classes` are the names of its outputs.
+    """
 
     model_type: str
     vocab_size: int
@@ -70,6 +73,13 @@ class BundleModel:
     max_position_embeddings: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    objective: str | None = None
+    classes: tuple[str, ...] = ()
+
+    @property
+    def num_logits(self) -> int:
+        """Of a position: one for each token, or as many as the outputs of a trained head."""
+        return self.vocab_size if self.objective is None else max(1, len(self.classes))
 
 
 @dataclass(frozen=True)
@@ -268,7 +278,7 @@ def sweep_lines(merge: Mapping[str, Any]) -> Iterator[str]:
 
 
 def load_bundle(folder: str | Path | AnyBundle[Any]) -> Bundle:
-    """As `load_any_bundle`, for what only decoders can do. Raises BundleError also where it is an encoder's."""
+    """As `load_any_bundle`, for what only decoders can do that continue texts. Raises BundleError also for others."""
     folder = Path(folder.folder if isinstance(folder, AnyBundle) else folder)
     if is_encoder(folder):
         raise BundleError(
@@ -277,12 +287,27 @@ def load_bundle(folder: str | Path | AnyBundle[Any]) -> Bundle:
         )
     bundle = load_any_bundle(folder)
     assert isinstance(bundle, Bundle)
+    check_continues(bundle)
     return bundle
+
+
+def check_continues(bundle: AnyBundle[Any]) -> None:
+    """Raises BundleError where a trained head stands in the place of that over the vocabulary."""
+    if isinstance(bundle.model, BundleModel) and bundle.model.objective is not None:
+        raise BundleError(
+            f"{bundle.folder} has a trained head ({bundle.model.objective}), so it continues no text. `edgetune run "
+            f"{bundle.folder} --prompt TEXT` prints what it says of a text"
+        )
 
 
 def is_encoder(folder: Path) -> bool:
     """Whether this is the bundle of an encoder, by its manifest. Raises BundleError as `read_manifest`."""
     return "pooling" in read_manifest(folder)["model"]
+
+
+def has_head(folder: Path) -> bool:
+    """Whether a trained head makes its logits, by its manifest. Raises BundleError as `read_manifest`."""
+    return read_manifest(folder)["model"].get("objective") is not None
 
 
 def load_any_bundle(folder: str | Path) -> Bundle | EncoderBundle:

@@ -25,15 +25,19 @@ from edgetune.adapters.loreft import LoreftConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.prompt import PromptConfig
 from edgetune.base import open_base
+from edgetune.bundle import Bundle, load_bundle
+from edgetune.cli.embedding import show_embedding
 from edgetune.data import Row, pack, stack
 from edgetune.data.labeled import with_targets
-from edgetune.errors import AdapterError, ConfigError, DataError, ExportError
+from edgetune.errors import AdapterError, BundleError, ConfigError, DataError, ExportError
 from edgetune.models.decoder import load_decoder
 from edgetune.models.places import Score
 from edgetune.objectives import OBJECTIVES, has_head
 from edgetune.objectives.score import last_positions
 from edgetune.planner import costs
 from edgetune.quantizer import quantize
+from edgetune.runtime.predicting import predict
+from edgetune.runtime.session import open_any_session
 from edgetune.tokenizer import load_tokenizer
 from edgetune.training.backprop import Path as Walk
 from edgetune.training.backprop import loss_and_gradients
@@ -346,13 +350,63 @@ def test_what_cannot_be_is_refused_with_the_next_step(runs: dict[str, Run], base
         plan_for(base, "reward", tmp_path / "text.jsonl")
     with pytest.raises(ConfigError, match="kl_weight cannot be set with objective reward: a trained head has neither"):
         plan_for(base, "reward", None, kl_weight=0.1)
-    with pytest.raises(ExportError, match=r"has a trained head \(reward\).* train an encoder with --objective"):
-        et.export(runs["reward"], out=tmp_path / "bundle")
+    with pytest.raises(ExportError, match=r"has a trained head \(reward\), and training graphs predict next tokens"):
+        et.export(runs["reward"], out=tmp_path / "bundle", with_training=True)
+    with pytest.raises(ExportError, match=r"predicts no token of held-out rows\. .*`edgetune eval`"):
+        et.export(runs["classification"], out=tmp_path / "bundle", eval_data=data)
     with pytest.raises(AdapterError, match=r"has a trained head .*score\.weight.*take an adapter without a head"):
         load_adapter(runs["reward"].folder, open_base(base).config)
     said = {"objective": "classification", "classes": ["one", "two"]}
     with pytest.raises(AdapterError, match=r"the head has .*\(3, 144\).*of .*\(2, 144\).* were expected"):
         load_with_head(runs["classification"].folder, open_base(base).config, said)
+
+
+@pytest.mark.parametrize("objective", HEADS)
+def test_a_bundle_says_what_the_head_does(
+    runs: dict[str, Run], base: Path, tmp_path: Path, objective: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, texts = runs[objective], ["abc xyz bbb", "klm", "xyz yyx zzz xxy"]
+    bundle = et.export(run, out=tmp_path / "bundle", weights="int4")
+    assert isinstance(bundle, Bundle) and bundle.model.objective == objective
+    assert bundle.manifest["parity"]["max_abs_logit"] < 1e-4
+    tokenizer = load_tokenizer(base)
+    ends = [tokenizer.eos_token_id] if objective == "reward" else []
+    session = open_any_session(bundle, fp32_compute=True)
+    said = predict(bundle, texts)
+    for text, row in zip(texts, said, strict=True):
+        ids = [*tokenizer.encode(text), *ends]
+        expected = scores(run, base, ids)
+        session.reset()
+        np.testing.assert_allclose(session.forward(ids), expected, atol=1e-4, rtol=0)
+        if objective == "classification":
+            assert row["label"] == bundle.model.classes[int(expected.argmax())]
+        else:
+            assert row["value"] == pytest.approx(expected[0], rel=0.1, abs=0.2)  # on int8 activations
+    assert not (bundle.folder / "genai_config.json").exists()
+    for use in (lambda: et.generate(bundle, "abc"), lambda: load_bundle(bundle.folder)):
+        with pytest.raises(BundleError, match=rf"has a trained head \({objective}\), so it continues no text"):
+            use()
+    show_embedding(bundle.folder, texts[0], adapter=True, threads=1, as_json=True)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]).keys() >= said[0].keys()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_bundles_of_other_families_and_weights(tmp_path: Path, family: str) -> None:
+    """Merged, rounded and in another format; qwen2 has a head over the vocabulary that no graph needs."""
+    base = quantize(write_model(tmp_path / "model", tiny_config(family)), "int4", tmp_path / "base")
+    data = write(tmp_path / "rows.jsonl", ROWS["classification"][:12])
+    plan = plan_for(base, "classification", data, max_steps=4)
+    run = et.train(plan, base, data=data, out=tmp_path / "run")
+    expected = scores(run, base, load_tokenizer(base).encode("abc xyz"))
+    for index, options in enumerate(({}, {"weights": "fp32", "merge": True}, {"weights": "int8", "accept_loss": True})):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", et.EdgetuneWarning)  # that fp32 is slow
+            bundle = et.export(run, out=tmp_path / f"bundle{index}", **options)  # type: ignore[arg-type]
+        assert isinstance(bundle, Bundle)
+        (said,) = predict(bundle, ["abc xyz"])
+        shares = np.exp(expected - expected.max()) / np.exp(expected - expected.max()).sum()
+        found = [said["probabilities"][name] for name in bundle.model.classes]
+        np.testing.assert_allclose(found, shares, atol=0.02)
 
 
 def test_targets_are_given_once(base: Path, tmp_path: Path) -> None:

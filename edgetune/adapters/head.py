@@ -76,6 +76,11 @@ class Head:
         """Whether each token has outputs of its own."""
         return self.objective == "token-classification"
 
+    @property
+    def outputs(self) -> int:
+        """How many it has, of a text or of a token."""
+        return len(next(iter(self.tensors.values())))
+
 
 def save_with_head(
     folder: Path, config: AdapterConfig, tensors: Mapping[str, np.ndarray], model_type: str, objective: str,

@@ -1,4 +1,4 @@
-"""`edgetune run` on the bundle of an encoder: what its head says of a text, or the text's embedding."""
+"""`edgetune run` on the bundle of an encoder, or with a trained head: what it says of a text, or its embedding."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from edgetune.bundle import has_head
 from edgetune.cli.console import answer, warnings_told
 from edgetune.runtime.embedding import open_embedder
-from edgetune.runtime.predicting import predict_with
+from edgetune.runtime.predicting import predict
 
 _SHOWN = 5  # classes, the likeliest ones; --json has all
 
@@ -19,12 +20,11 @@ def show_embedding(bundle: Path, text: str, *, adapter: bool | str | Path, threa
     With --json the embedding is whole, with `hidden_size` and `bundle`.
     """
     with warnings_told():
-        embedder = open_embedder(bundle, adapter=adapter, threads=threads)
-        if embedder.bundle.model.objective is not None:
-            (found,) = predict_with(embedder, [text])
+        if has_head(bundle):
+            (found,) = predict(bundle, [text], adapter=adapter, threads=threads)
             answer({"bundle": str(bundle), **found}, _told(found), as_json)
             return
-        numbers = embedder.embed([text])[0].tolist()
+        numbers = open_embedder(bundle, adapter=adapter, threads=threads).embed([text])[0].tolist()
     short = json.dumps([float(f"{number:.6g}") for number in numbers])
     answer({"bundle": str(bundle), "hidden_size": len(numbers), "embedding": numbers}, short, as_json)
 

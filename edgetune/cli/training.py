@@ -12,8 +12,6 @@ from edgetune.adapters import METHODS
 from edgetune.cli.console import answer, exit_code, fail
 from edgetune.errors import EdgetuneError
 from edgetune.memory import format_mib
-from edgetune.models.encoder_config import EncoderConfig
-from edgetune.objectives import has_head
 from edgetune.planner.plans import Plan
 from edgetune.training.loop import Run, train
 from edgetune.training.progress import show_progress
@@ -63,8 +61,7 @@ def run_job(job: dict[str, Any]) -> int:
         fail(error, as_json)
         return 1
     done = run.summary["stopped"] == "done"
-    ships = isinstance(plan.model_config, EncoderConfig) or not has_head(plan.objective)
-    ships = ships and METHODS[plan.adapter.method].CAPABILITIES.ships
+    ships = METHODS[plan.adapter.method].CAPABILITIES.ships
     following = ("export", run.folder, "--out", "bundle/") if done and ships else ()
     answer(run.summary, outcome(run), as_json, following=following)
     return exit_code(run.summary)

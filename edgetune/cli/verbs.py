@@ -467,24 +467,25 @@ def run(
 ) -> None:
     """Generate text from a bundle with onnxruntime alone. Without --prompt it is a conversation.
 
-    The bundle of an encoder gives the class of the prompt instead, or its embedding where no head was trained.
+    A bundle with a trained head gives the class of the prompt instead, an encoder's without one its embedding.
 
     Example: edgetune run bundle/ --prompt "Dear diary," --temperature 0.8
     """
-    from edgetune.bundle import is_encoder
+    from edgetune.bundle import has_head, is_encoder
     from edgetune.runtime.generate import Sampling, generate
 
     if no_adapter and adapter is not None:
         raise typer.BadParameter("--adapter and --no-adapter do not go together")
     chosen = not no_adapter if adapter is None else adapter
-    if is_encoder(bundle):
+    if is_encoder(bundle) or has_head(bundle):
         from edgetune.cli.embedding import show_embedding
 
         generating = ("chat", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "prepacked")
         typed = [f"--{name.replace('_', '-')}" for name in generating if was_typed(context, name)]
         if typed or prompt is None:
             raise typer.BadParameter(
-                f"{bundle} is the bundle of an encoder, which embeds a text and generates none: it needs --prompt TEXT"
+                f"{bundle} is the bundle of an encoder, or has a trained head: it tells something of a text and "
+                "generates none, so it needs --prompt TEXT"
                 + (f" and does not take {', '.join(typed)}" if typed else "")
             )
         text = sys.stdin.read() if prompt == "-" else prompt

@@ -49,7 +49,7 @@ from edgetune.graphs import FORMATS
 from edgetune.graphs.decoder import decoder_graph
 from edgetune.hub import model_folder
 from edgetune.memory import Meter, trim_allocator
-from edgetune.models.decoder import load_decoder
+from edgetune.models.config import DecoderConfig
 from edgetune.output import folder_in_progress
 from edgetune.weights import sha256_file
 
@@ -162,24 +162,24 @@ def _write_model(
         source = RoundedWeights(base, job.weights, job.adapter, merge=job.merge)
     builder = decoder_graph(
         source, data_file=DATA, context_length=job.context_length, slots=job.slots,
-        contrib=job.contrib,
+        contrib=job.contrib, head=job.head,
     )  # fmt: skip
     marks = {SHARE_BUFFER: "1"} if job.writes_cache_in_place else {}
     builder.save(folder, MODEL, {"edgetune.base_sha256": job.base_sha256} | marks)
     model = folder / MODEL
     parity.check_loads(model)
-    parity.check_bytes(model, source, builder.sha256)
+    parity.check_bytes(model, source, builder.sha256, () if job.head is None else ("lm_head",))
     if with_training:
         write_training(job, builder, source, folder)
 
     items, held_out = agreement.probes(job.rows, config.vocab_size, job.row_length)
     tuned, rounding = job.adapter is not None, None
-    decoder = load_decoder(job.base.folder)
+    decoder = job.open_decoder()
     if isinstance(source, RoundedWeights) and (job.merge or not source.is_exact):
         if tuned:
             attach_adapter(job, decoder)
         trained = parity.spool_logits(decoder, items, work / "trained")
-        decoder = load_decoder(job.base.folder)
+        decoder = job.open_decoder()
         if job.adapter is not None and job.merge:
             use_merged_vectors(decoder, job.adapter)
         parity.use_written_weights(decoder, model, job.weights)
@@ -198,7 +198,7 @@ def _write_model(
     del decoder
     fast = FORMATS[job.weights].ROUNDS_ACTIVATIONS
     gated = held_out if tuned else []
-    figures = parity.check_logits(model, config, feeds, items, expected, work, fast=fast, held_out=gated)
+    figures = parity.check_logits(model, _seen(job), feeds, items, expected, work, fast=fast, held_out=gated)
     figures |= {"adapter": "run" if tuned else "random", "held_out_rows": len(job.rows)}
     return figures, rounding
 
@@ -211,10 +211,16 @@ def _write_adapter(job: Job, folder: Path, work: Path) -> dict[str, Any]:
     if isinstance(job.base, EncoderBase):
         change = encoder.probe_change(folder / MODEL, adapter.tensors, rows)
     else:
-        change = parity.probe_change(folder / MODEL, job.base.config, adapter.tensors, rows, work)
+        change = parity.probe_change(folder / MODEL, _seen(job), adapter.tensors, rows, work)
     check_probe_change(change, origin="the run's adapter")
     write_adapter(folder, ADAPTER, adapter)
     return {ADAPTER: {"binding": asdict(adapter.binding), "probe_change": change}}
+
+
+def _seen(job: Job) -> DecoderConfig:
+    """The config as the gate sees it: as many logits as the graph has, which are a trained head's outputs."""
+    config = job.decoder.config
+    return config if job.head is None else replace(config, vocab_size=job.head.outputs)
 
 
 def _probe_rows(job: Job) -> list[list[int]]:
@@ -225,7 +231,7 @@ def _write_companions(job: Job, folder: Path) -> None:
     """The tokenizer's files, and for a decoder what onnxruntime-genai reads."""
     for path in job.tokenizer.files if job.tokenizer else []:
         shutil.copyfile(path, folder / path.name)
-    if not isinstance(job.base, EncoderBase):
+    if not isinstance(job.base, EncoderBase) and job.head is None:
         (folder / GENAI_CONFIG).write_text(json.dumps(_genai_config(job), indent=1), encoding="utf-8")
 
 
@@ -268,6 +274,7 @@ def _bundle_model(job: Job) -> dict[str, Any]:
     return model | {
         "max_position_embeddings": job.context_length, "bos_token_id": job.bos_token_id,
         "eos_token_ids": list(job.eos_token_ids),
+        **({} if job.head is None else {"objective": job.head.objective, "classes": list(job.head.classes)}),
     }  # fmt: skip
 
 

@@ -124,7 +124,7 @@ class Agreement:
     """How far logits [n, vocab] are from expected ones: largest difference, equal top-1, mean KL(expected || got).
 
     The spread is that of the expected ones: their standard deviation around the mean of their position, which a softmax
-    does not see.
+    does not see; of a single output, whose mean counts, the root of its mean square.
     """
 
     def __init__(self) -> None:
@@ -137,7 +137,9 @@ class Agreement:
         self._equal += int((expected.argmax(-1) == got.argmax(-1)).sum())
         logp, logq = _log_softmax(expected), _log_softmax(got)
         self._kl += float((np.exp(logp) * (logp - logq)).sum())
-        self._variance += float(expected.var(-1, dtype=np.float64).sum())
+        alone = expected.shape[-1] == 1
+        variances = np.square(expected, dtype=np.float64) if alone else expected.var(-1, dtype=np.float64)
+        self._variance += float(variances.sum())
         self.rows += len(expected)
 
     def figures(self) -> dict[str, Any]:

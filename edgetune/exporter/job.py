@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from edgetune.adapter_file import AdapterSlot, BoundAdapter, PrefixShape, bind
 from edgetune.adapters import METHODS
 from edgetune.adapters.attach import attach
-from edgetune.adapters.base import load_adapter
 from edgetune.adapters.bottleneck import BottleneckConfig
 from edgetune.adapters.config import AdapterConfig
-from edgetune.adapters.head import Head, load_with_head
+from edgetune.adapters.head import SCORE, Head, load_with_head
 from edgetune.adapters.lora import LoraConfig
 from edgetune.adapters.loreft import LoreftConfig
 from edgetune.adapters.prefix import PrefixConfig
@@ -41,7 +41,7 @@ from edgetune.hub import model_folder
 from edgetune.models.config import DecoderConfig
 from edgetune.models.decoder import Decoder, load_decoder
 from edgetune.models.encoder import Encoder
-from edgetune.objectives import has_head
+from edgetune.models.places import Score
 from edgetune.quantizer import quantize, read_manifest
 from edgetune.tokenizer import Tokenizer, load_tokenizer
 from edgetune.training.forward import keys_values
@@ -61,7 +61,7 @@ class Adapter:
     linears: dict[str, tuple[int, int]]
     "(out_features, in_features) of those of the model, by name"
     head: Head | None = None
-    "what stands behind an encoder"
+    "what was trained behind the model"
     alpha: float = 1.0
     "the share of its change that is merged, where its tensors are the model's own"
 
@@ -151,6 +151,18 @@ class Job:
         """The key in `FORMATS` of a matrix in the bundle: what the base has it in, where nothing is rounded."""
         stored = self.base.grid or "fp32"
         return self.weights if self.merge or self.weights != stored else self.base.grid_of(module) or "fp32"
+
+    @property
+    def head(self) -> Head | None:
+        """What was trained behind the model."""
+        return None if self.adapter is None else self.adapter.head
+
+    def open_decoder(self) -> Decoder:
+        """The base in torch, with a trained head."""
+        decoder = load_decoder(self.base.folder)
+        if self.head is not None:
+            decoder.score = Score(nn.Parameter(torch.from_numpy(self.head.tensors[SCORE])))
+        return decoder
 
     @property
     def slots(self) -> tuple[AdapterSlot, ...]:
@@ -295,8 +307,14 @@ def read_job(
         tokenizer.check_vocab(base.config.vocab_size)
     if isinstance(base, EncoderBase) and (eval_data is not None or retention_data is not None):
         raise ExportError(f"{base.folder} is an encoder: it predicts no token of held-out rows. Leave their files out.")
+    has_head = adapter is not None and adapter.head is not None
+    if has_head and (eval_data is not None or retention_data is not None):
+        raise ExportError(
+            f"{folder} has a trained head, which predicts no token of held-out rows. Leave their files out; `edgetune "
+            "eval` measures a classifier."
+        )
     virtual = 0 if adapter is None else adapter.config.virtual_tokens
-    rows = () if isinstance(base, EncoderBase) else _held_out(run, tokenizer, base, eval_data, virtual)
+    rows = () if isinstance(base, EncoderBase) or has_head else _held_out(run, tokenizer, base, eval_data, virtual)
     retention = () if retention_data is None else _held_out({}, tokenizer, base, retention_data)
     if retention and not rows:
         raise ExportError(
@@ -328,17 +346,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 
 def _read_adapter(folder: Path, base: AnyBase[Any], run: Mapping[str, Any], *, merge: bool) -> Adapter:
-    head = None
-    if isinstance(base, EncoderBase):
-        config, tensors, head = load_with_head(folder, base.config, run)
-    elif has_head(str(run.get("objective"))):
-        raise ExportError(
-            f"{folder} has a trained head ({run['objective']}), and a decoder's bundle gives the logits of the next "
-            "token. Read it with PEFT around the model's *ForSequenceClassification; for a bundle train an encoder "
-            'with --objective classification, or let the decoder write the label: rows with "prompt" and "completion".'
-        )
-    else:
-        config, tensors = load_adapter(folder, base.config)
+    config, tensors, head = load_with_head(folder, base.config, run)
     adapter = Adapter(config, tensors, base.config.linears(), head)
     can = adapter.method.CAPABILITIES
     can.require("merge" if merge else "as_lora" if can.own_inputs else "own_inputs", ExportError)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -176,9 +176,9 @@ def compute_in_fp32(graph: onnx.GraphProto) -> None:
 
 
 def spool_logits(decoder: Decoder, items: Sequence[Probe], path: Path) -> Spool:
-    """Torch's logits of all probes."""
-    spool = Spool(path, items, decoder.config.vocab_size)
-    weights = decoder.weights
+    """Torch's logits of all probes, those of a trained head where it has one."""
+    score, weights = decoder.score, decoder.weights
+    spool = Spool(path, items, decoder.config.vocab_size if score is None else len(score.weight))
     for block in decoder.blocks:  # the pages of a block are not kept mapped for the next one
         block.register_forward_hook(lambda *_: weights.unmap())
     with torch.no_grad():
@@ -186,7 +186,8 @@ def spool_logits(decoder: Decoder, items: Sequence[Probe], path: Path) -> Spool:
             decoder.hidden(torch.from_numpy(ids), prompt_lengths=torch.from_numpy(lengths)[:, None])
             for ids, lengths in zip(spool.ids, spool.prompt_lengths, strict=True)
         ]
-        for rows, weight in decoder.lm_head.tiles():
+        tiles = decoder.lm_head.tiles() if score is None else [(slice(0, len(score.weight)), score.weight)]
+        for rows, weight in tiles:
             for batch, x in enumerate(hidden):
                 spool.write(batch, rows, (x @ weight.T).numpy())
             weights.unmap()
@@ -237,8 +238,12 @@ def check_loads(model: Path) -> None:
         ) from error
 
 
-def check_bytes(model: Path, source: BaseWeights[Any], produced: Mapping[str, str]) -> None:
+def check_bytes(
+    model: Path, source: BaseWeights[Any], produced: Mapping[str, str], left_out: Collection[str] = ()
+) -> None:  # fmt: skip
     """Every weight in the written file equals the base's own bytes; of a rounded one, the bytes that were produced.
+
+    `left_out` are matrices that the graph does not have.
 
     Raises ParityError naming the first tensor that differs.
     """
@@ -248,7 +253,7 @@ def check_bytes(model: Path, source: BaseWeights[Any], produced: Mapping[str, st
             name for name, digest in produced.items() if hashlib.sha256(written[name].data).hexdigest() != digest
         ]
     else:
-        differing = list(_differing(source, written))
+        differing = list(_differing(source, written, left_out))
     if differing:
         raise ParityError(
             f"{len(differing)} tensors in {model} differ from the base, first {differing[0]}: the bundle would not "
@@ -256,9 +261,12 @@ def check_bytes(model: Path, source: BaseWeights[Any], produced: Mapping[str, st
         )
 
 
-def _differing(source: BaseWeights[Any], written: Mapping[str, np.ndarray]) -> Iterator[str]:
+def _differing(
+    source: BaseWeights[Any], written: Mapping[str, np.ndarray], left_out: Collection[str]
+) -> Iterator[str]:  # fmt: skip
     """The initializers that are not what the base says."""
-    held = places(source.config, source.format_of)
+    every = places(source.config, source.format_of)
+    held = {module: place for module, place in every.items() if module not in left_out}
     for module, place in held.items():
         weights = FORMATS[source.format_of(module)]
         wrong: dict[str, None] = {}

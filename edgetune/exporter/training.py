@@ -84,6 +84,11 @@ def check_trainable(job: Job) -> None:
         )
     if job.adapter is not None:
         job.adapter.method.CAPABILITIES.require("train_ort", ExportError)
+    if job.head is not None:
+        raise ExportError(
+            f"The run has a trained head ({job.head.objective}), and training graphs predict next tokens. Leave "
+            "--with-training off, and train it with `edgetune train`."
+        )
     if job.merge:
         raise ExportError("A merged bundle takes no adapter, so it has nothing to train. Leave --merge off.")
     if stored not in training.FORMATS_TRAINED:

@@ -8,6 +8,7 @@
     prompt_length [1 or batch_size], the tokens of the first call where it is left out, with these     int64, optional
     logits_to_keep [1], 0 where it is left out                                                         int64, optional
  -> logits [batch_size, logits_length, vocab_size], present.%d.key/.value                              float32
+    logits [batch_size, logits_length, outputs], of a trained head                                     float32
 
 `logits_to_keep` is Hugging Face's: logits of so many last positions alone, of all with 0.
 
@@ -27,6 +28,7 @@ import onnx_ir as ir
 
 from edgetune.adapter_file import AdapterSlot
 from edgetune.adapters import loreft
+from edgetune.adapters.head import SCORE, Head
 from edgetune.graphs import FORMATS, fused, ops
 from edgetune.graphs.builder import Builder
 from edgetune.grids.int4 import Fill
@@ -49,20 +51,24 @@ class Matrices(Protocol):
 
 
 def decoder_graph(
-    source: Matrices, *, data_file: str, context_length: int, slots: Collection[AdapterSlot] = (), contrib: bool = True
-) -> Builder:
+    source: Matrices, *, data_file: str, context_length: int, slots: Collection[AdapterSlot] = (),
+    contrib: bool = True, head: Head | None = None,
+) -> Builder:  # fmt: skip
     """The graph, ready to be saved. `slots` are those of the `adapter_slots` that it has, bottlenecks and LoReFTs.
 
-    Without `contrib` it is of standard operators alone, which all formats of its weights have to allow.
+    A trained `head` stands in the place of that over the vocabulary. Without `contrib` it is of standard operators
+    alone, which all formats of its weights have to allow.
     """
-    return _Decoder(source, Builder("decoder", data_file, contrib=contrib), slots).build(context_length)
+    return _Decoder(source, Builder("decoder", data_file, contrib=contrib), slots, head).build(context_length)
 
 
 class _Decoder:
     """What the parts of one graph share while it is built."""
 
-    def __init__(self, source: Matrices, builder: Builder, slots: Collection[AdapterSlot]) -> None:
-        self.source, self.config, self.b = source, source.config, builder
+    def __init__(
+        self, source: Matrices, builder: Builder, slots: Collection[AdapterSlot], head: Head | None
+    ) -> None:  # fmt: skip
+        self.source, self.config, self.b, self.head = source, source.config, builder, head
         self.slots = {slot.name: slot for slot in slots}
         self.linears = {slot.name: slot for slot in fused.adapter_slots(source.config, source.format_of)}
 
@@ -90,12 +96,22 @@ class _Decoder:
             present.append(kv)
         x = ops.by_row(b, _path("model.norm"), self._norm(x, "model.norm"), self.shape)
         x = ops.last_positions(b, f"{_path('lm_head')}/logits_to_keep", x)
-        logits = self._product(x, "lm_head", embedding if c.tie_word_embeddings else "lm_head")
-        b.output(logits, "logits", "float32", ["batch_size", "logits_length", c.vocab_size])
+        if self.head is None:
+            logits = self._product(x, "lm_head", embedding if c.tie_word_embeddings else "lm_head")
+        else:
+            logits = self._scores(x, self.head.tensors[SCORE])
+        outputs = c.vocab_size if self.head is None else self.head.outputs
+        b.output(logits, "logits", "float32", ["batch_size", "logits_length", outputs])
         for i, kv in enumerate(present):
             for value, kind in zip(kv, ("key", "value"), strict=True):
                 b.output(value, f"present.{i}.{kind}", "float32", self._cache_shape("total_sequence_length"))
         return b
+
+    def _scores(self, x: ir.Value, weight: np.ndarray) -> ir.Value:
+        """X [b, n, hidden] times the transpose of a trained head's weight [outputs, hidden]."""
+        weight = np.ascontiguousarray(weight.T)
+        scores = self.b.weight(SCORE, "float32", weight.shape, lambda: weight)
+        return self.b.op(f"{_path('lm_head')}/score/MatMul", "MatMul", [x, scores])
 
     def _cache_shape(self, length: str) -> list[int | str]:
         return ["batch_size", self.config.num_key_value_heads, length, self.config.head_dim]

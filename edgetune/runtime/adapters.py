@@ -39,7 +39,7 @@ from edgetune.bundle import MANIFEST, AnyBundle, Bundle, EncoderBundle, check_ad
 from edgetune.errors import AdapterError, BundleError, EdgetuneWarning
 from edgetune.output import sync_folder
 from edgetune.runtime.embedding import Embedder, open_embedder
-from edgetune.runtime.session import Session, open_session
+from edgetune.runtime.session import Session, open_any_session
 from edgetune.weights import sha256_file, write_atomic
 
 _UNFINISHED = (".*.safetensors.tmp-*", ".*.onnx_adapter.tmp", f".{MANIFEST}.tmp-*")  # of an edit that was killed
@@ -177,7 +177,7 @@ def _open(bundle: Bundle | EncoderBundle) -> Session | Embedder:
     """What adapters are probed on: the base, in fp32."""
     if isinstance(bundle, EncoderBundle):
         return open_embedder(bundle, adapter=False, fp32_compute=True)
-    return open_session(bundle, adapter=False, fp32_compute=True)
+    return open_any_session(bundle, adapter=False, fp32_compute=True)
 
 
 def _folder(bundle: AnyBundle[Any] | str | Path) -> Path:

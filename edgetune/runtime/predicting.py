@@ -1,8 +1,9 @@
-"""What the head of an encoder's bundle says of a text: a class with its probability, or a number.
+"""What the head of a bundle says of a text: a class with its probability, or a number.
 
 classification         softmax over the classes
 regression             the number itself
 token-classification   softmax for each token of the text; of a word's tokens the first one counts
+reward                 the number itself, of a prompt with its answer: the end token is added, as in training
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from edgetune.bundle import EncoderBundle
+from edgetune.bundle import AnyBundle, Bundle, EncoderBundle, load_any_bundle
 from edgetune.errors import BundleError
 from edgetune.runtime.embedding import Embedder, open_embedder
+from edgetune.runtime.session import open_any_session
+from edgetune.tokenizer import load_tokenizer
 
 
 def predict(
-    bundle: EncoderBundle | str | Path,
+    bundle: AnyBundle[Any] | str | Path,
     texts: Sequence[str],
     *,
     adapter: bool | str | Path = True,
@@ -27,13 +30,37 @@ def predict(
 ) -> list[dict[str, Any]]:
     """For each text `label`, `probability` and the `probabilities` of all classes, the likeliest first.
 
-    Of a regression `value`; of tokens `tokens`, each with its `word`, `label` and `probability`.
+    Of a regression or a reward `value`; of tokens `tokens`, each with its `word`, `label` and `probability`.
 
     Raises:
         BundleError: it has no head.
         AdapterError, ConfigError, DataError: as `embed`.
     """
-    return predict_with(open_embedder(bundle, adapter=adapter, threads=threads), texts)
+    found = bundle if isinstance(bundle, AnyBundle) else load_any_bundle(bundle)
+    if isinstance(found, Bundle):
+        return _predict_by_decoder(found, texts, adapter, threads)
+    assert isinstance(found, EncoderBundle)
+    return predict_with(open_embedder(found, adapter=adapter, threads=threads), texts)
+
+
+def _predict_by_decoder(
+    bundle: Bundle, texts: Sequence[str], adapter: bool | str | Path, threads: int | None
+) -> list[dict[str, Any]]:
+    """What the head says of the last token of each text, which is cut at the context."""
+    model = bundle.model
+    if model.objective is None:
+        raise BundleError(
+            f"{bundle.folder} has no trained head: it continues texts. Use edgetune.generate(), or train with "
+            "--objective classification and export that run."
+        )
+    tokenizer, found = load_tokenizer(bundle.folder), []
+    session = open_any_session(bundle, threads, adapter=adapter)
+    room = session.context_length - session.start
+    ends = [tokenizer.eos_token_id] if model.objective == "reward" and tokenizer.eos_token_id is not None else []
+    for text in texts:
+        session.reset()
+        found.append(session.forward([*tokenizer.encode(text, max_length=room - len(ends)), *ends]))
+    return [_of_classes(row, model.classes) if model.classes else {"value": float(row[0])} for row in found]
 
 
 def predict_with(embedder: Embedder, texts: Sequence[str]) -> list[dict[str, Any]]:

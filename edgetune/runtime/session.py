@@ -26,7 +26,7 @@ import numpy as np
 import onnxruntime
 
 from edgetune.adapter_file import PROMPT_LENGTH, check_probe_change
-from edgetune.bundle import LOGITS_TO_KEEP, SHARE_BUFFER, Bundle, load_bundle
+from edgetune.bundle import LOGITS_TO_KEEP, SHARE_BUFFER, Bundle, check_continues, load_bundle
 from edgetune.errors import BundleError, ConfigError
 from edgetune.runtime.native import adapter_tensors, is_file, load_graph
 
@@ -188,7 +188,7 @@ class Session:
         if self._cuts_logits:
             self._bind(LOGITS_TO_KEEP, keep)
             count = logits_to_keep or count
-        logits = np.empty((1, count, self.bundle.model.vocab_size), np.float32)
+        logits = np.empty((1, count, self.bundle.model.num_logits), np.float32)
         binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits))
         self._native.run_with_iobinding(binding)
         if not self._in_place:
@@ -232,10 +232,20 @@ def open_session(
     compute in fp32 instead of on int8 activations: slower, and what parity is measured with. `prepacked` is a folder of
     this bundle's own, the app's cache: the first call writes packed weights there, later ones map them, which takes a
     fraction of the memory and more than twice the bundle's storage (`runtime.prepacked`).
-    Raises BundleError, AdapterError, ConfigError.
+    Raises BundleError, also where a trained head says something else than the next token, AdapterError, ConfigError.
     """
-    if not isinstance(bundle, Bundle):
+    if isinstance(bundle, Bundle):
+        check_continues(bundle)
+    else:
         bundle = load_bundle(bundle)
+    return open_any_session(bundle, threads, fp32_compute, adapter, prepacked)
+
+
+def open_any_session(
+    bundle: Bundle, threads: int | None = None, fp32_compute: bool = False, adapter: bool | str | Path = True,
+    prepacked: str | Path | None = None,
+) -> Session:  # fmt: skip
+    """The same of a decoder whose logits may be a trained head's."""
     tensors = adapter_tensors(bundle, adapter)
     session = Session(bundle, load_graph(bundle, threads, fp32_compute=fp32_compute, prepacked=prepacked))
     session._use(adapter, tensors)
