@@ -40,7 +40,7 @@ from edgetune.errors import (
     ModelError,
     ParityError,
 )
-from edgetune.exporter import agreement, export, parity
+from edgetune.exporter import agreement, export, parity, pieces
 from edgetune.exporter import job as export_job
 from edgetune.graphs import FORMATS
 from edgetune.graphs.builder import Builder
@@ -172,6 +172,9 @@ def test_a_large_head_is_several_products_over_the_same_bytes(
     assert sha256_file(whole.folder / "model.onnx.data") == sha256_file(split.folder / "model.onnx.data")
     logits = [open_session(bundle, adapter=False).forward([3, 5, 7, 11, 13]) for bundle in (whole, split)]
     np.testing.assert_array_equal(*logits)
+    *_, head = pieces.cut(onnx.load(split.model_path, load_external_data=False))
+    ranges = [(rows.start, rows.stop) for rows, _ in pieces.row_ranges(head, split.folder, 301, 64)]
+    assert ranges == [(0, 64), (64, 128), (128, 192), (192, 256), (256, 301)], "the gate takes so many rows at once"
 
 
 def test_dense_embeddings_stay_as_they_are(model: Path, tmp_path: Path) -> None:

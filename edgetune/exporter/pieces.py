@@ -85,6 +85,34 @@ def serialized(piece: Piece, known: Mapping[str, np.ndarray], whole: onnx.ModelP
 
 def row_ranges(head: Piece, folder: Path, vocab_size: int, step: int) -> Iterator[tuple[slice, Piece]]:
     """The head for `step` rows of the vocabulary at a time, or whole where the layout of a weight does not allow it."""
+    start = 0
+    for count, product in _products(head, vocab_size):
+        for rows, piece in _ranges(product, folder, count, step):
+            yield slice(start + rows.start, start + rows.stop), piece
+        start += count
+
+
+def _products(head: Piece, vocab_size: int) -> Iterator[tuple[int, Piece]]:
+    """The products side by side that a head may be, each with its number of rows; else the head."""
+    joined = head.nodes[-1]
+    if joined.op_type != "Concat":
+        yield vocab_size, head
+        return
+    made = {output: node for node in head.nodes for output in node.output}
+    products = [made[name] for name in joined.input]
+    others = [node for node in head.nodes[:-1] if node not in products]
+    for product in products:
+        alone = onnx.NodeProto()
+        alone.CopyFrom(product)
+        alone.output[:] = joined.output
+        nodes = [*others, alone]
+        used = {name for node in nodes for name in node.input}
+        initializers = {name: tensor for name, tensor in head.initializers.items() if name in used}
+        count = initializers[product.input[1]].dims[0]
+        yield count, Piece(nodes, initializers, head.inputs, head.crossing, head.outputs, head.needed)
+
+
+def _ranges(head: Piece, folder: Path, vocab_size: int, step: int) -> Iterator[tuple[slice, Piece]]:
     axes = {
         name: list(tensor.dims).index(vocab_size)
         for name, tensor in head.initializers.items()
