@@ -343,8 +343,10 @@ def test_what_cannot_be_is_refused_with_the_next_step(runs: dict[str, Run], base
         plan_for(base, "embedding", data)
     with pytest.raises(ConfigError, match=r"needs rows: its classes come from them\. Give --data"):
         plan_for(base, "classification", None)
-    with pytest.raises(DataError, match=r"line 1 is a label row; such rows are for a trained head: see --objective"):
+    with pytest.raises(DataError, match=r"label rows since line 1, .* for --objective classification or regression"):
         plan_for(base, "sft", data)
+    with pytest.raises(DataError, match=r'text rows since line 1; the objective regression .* label rows, {"text", "l'):
+        plan_for(base, "regression", write(tmp_path / "text.jsonl", [{"text": "a b"}] * 30))
     with pytest.raises(DataError, match=r"learns from preference rows"):
         write(tmp_path / "text.jsonl", [{"text": "a b"}])
         plan_for(base, "reward", tmp_path / "text.jsonl")

@@ -248,7 +248,7 @@ def test_rows_that_do_not_fit_are_named_by_their_line(base: Path, tmp_path: Path
         read({"text": "a", "label": "maybe"}, classes=("no", "oos", "yes"))
     with pytest.raises(DataError, match=r"line 1 has the label 'yes'; a finite number was expected"):
         read({"text": "a", "label": 2}, "regression")
-    with pytest.raises(DataError, match=r"line 1 is a label row; the objective embedding learns from pair rows"):
+    with pytest.raises(DataError, match=r"has label rows since line 1; the objective embedding learns from pair rows"):
         read({"text": "a", "label": "yes"}, "embedding")
     rows = [{"tokens": ["a", "b"], "labels": ["yes", "no"]}]
     with pytest.raises(DataError, match=r'line 2 has 2 "tokens" and 1 "labels"; each word needs one'):

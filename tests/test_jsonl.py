@@ -78,7 +78,6 @@ BAD_LINES: list[tuple[bytes, str]] = [
     (b"{}", "has nothing, but a row has"),
     (b'{"question": "a", "answer": "b"}', 'has "question", "answer", but a row has {"text"} or {"prompt",'),
     (b'{"txt": "a"}', 'has no "text" and has the unknown key "txt" (did you mean "text"?)'),
-    (b'{"text": "a", "label": 1}', "is a label row; such rows are for a trained head"),
     (b'{"prompt": "a"}', 'has no "completion"; a prompt row has "prompt", "completion"'),
     (b'{"promt": "a", "completion": "b"}', '(did you mean "prompt"?)'),
     (b'{"prompt": "a", "completion": ""}', 'has an empty "completion"'),

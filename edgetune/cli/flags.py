@@ -45,7 +45,8 @@ Rows = Annotated[
     typer.Option(
         "--data", metavar="FILE", show_default=False,
         help='Rows as JSON Lines: {"text"}, {"prompt","completion"}, {"messages"} or {"instruction","input","output"}; '
-        'for dpo and orpo {"prompt","chosen","rejected"}, for kto {"prompt","completion","label"}.',
+        'for dpo, orpo and reward {"prompt","chosen","rejected"}, for kto {"prompt","completion","label"}, for '
+        'classification and regression {"text","label"}.',
     ),
 ]  # fmt: skip
 EvalRows = Annotated[

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetune.data.jsonl import Report, RowError, RowFile
+from edgetune.data.jsonl import KIND_OF, Report, RowError, RowFile
 from edgetune.data.prompts import Example, Pieces, prompt_text, read_examples, row_pieces
 from edgetune.errors import ConfigError, DataError
 from edgetune.tokenizer import Tokenizer
@@ -260,6 +260,7 @@ def _sequences(
             if isinstance(row, RowError):
                 raise row
             assert file.kind is not None  # set by the first row that is not bad
+            _check_kind(file.kind, file)
             made = _encode_row(file.kind, row, tokenizer, max_seq_length)
         except RowError as reason:
             report.add(number, reason)
@@ -268,11 +269,19 @@ def _sequences(
             yield number, ids, labels, row["label"] if file.kind == "feedback" else None
 
 
+def _check_kind(kind: str, file: RowFile) -> None:
+    """Raises DataError for a file of rows that nothing continues; `labeled` reads these."""
+    objectives = [name for name, own in KIND_OF.items() if own == kind]
+    if objectives:
+        raise DataError(
+            f"{file.path} has {kind} rows since line {file.kind_line}, and these are for --objective "
+            f"{' or '.join(objectives)} alone. Train with that, or write rows of another kind."
+        )
+
+
 def _encode_row(
     kind: str, row: Mapping[str, Any], tokenizer: Tokenizer, max_seq_length: int
 ) -> list[tuple[list[int], list[int]]]:
-    if kind in ("label", "tokens", "pair"):
-        raise RowError(f"is a {kind} row; such rows are for a trained head: see --objective")
     try:
         if kind == "text":
             return _encode_text(row["text"], tokenizer, max_seq_length)

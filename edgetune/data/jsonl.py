@@ -53,6 +53,11 @@ KINDS = {
     "pair": Kind(("anchor", "positive"), ("negative",)),
 }
 
+# Objective -> the one kind of rows of it, where nothing else learns from such rows.
+KIND_OF = {
+    "classification": "label", "regression": "label", "token-classification": "tokens", "embedding": "pair"
+}  # fmt: skip
+
 # The keys that a message of each role may have besides "role" and "content".
 _ROLES: dict[str, tuple[str, ...]] = {
     "system": ("name",),

@@ -25,16 +25,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetune.data import IGNORED, Row, Rows
-from edgetune.data.jsonl import Report, RowError, RowFile
+from edgetune.data.jsonl import KIND_OF, KINDS, Report, RowError, RowFile
 from edgetune.errors import ConfigError, DataError
 from edgetune.tokenizer import Tokenizer
 
 __all__ = ["KIND_OF", "LabeledRow", "LabeledRows", "labeled", "read_labeled_rows", "with_targets"]
 
-# Objective -> the kind of its rows.
-KIND_OF = {
-    "classification": "label", "regression": "label", "token-classification": "tokens", "embedding": "pair"
-}  # fmt: skip
 _SHOWN = 8  # classes that an error names
 
 _Texts = list[list[int]]
@@ -143,14 +139,23 @@ class _Reader:
             try:
                 if isinstance(row, RowError):
                     raise row
-                yield number, *self._read(str(file.kind), row)
+                self._check_kind(file)
+                yield number, *self._read(row)
             except RowError as reason:
                 report.add(number, reason)
 
-    def _read(self, kind: str, row: Mapping[str, Any]) -> tuple[_Texts, list[Any]]:
+    def _check_kind(self, file: RowFile) -> None:
+        """Raises DataError for a file of other rows: its lines are all good, and none is what was meant."""
         wanted = KIND_OF[self.objective]
-        if kind != wanted:
-            raise RowError(f"is a {kind} row; the objective {self.objective} learns from {wanted} rows")
+        if file.kind != wanted:
+            keys = ", ".join(f'"{key}"' for key in KINDS[wanted].required)
+            raise DataError(
+                f"{file.path} has {file.kind} rows since line {file.kind_line}; the objective {self.objective} learns "
+                f"from {wanted} rows, {{{keys}}}. Write such rows, or choose the --objective that learns from these."
+            )
+
+    def _read(self, row: Mapping[str, Any]) -> tuple[_Texts, list[Any]]:
+        kind = KIND_OF[self.objective]
         if kind == "pair":
             return [self._text(row[key]) for key in ("anchor", "positive", "negative") if key in row], []
         if kind == "tokens":
