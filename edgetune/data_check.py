@@ -17,7 +17,8 @@ What `check_data` returns, ready for JSON:
     lengths       unit (tokens with a tokenizer, else characters), min, p50, p95, max, mean, total,
                   histogram: [up_to, rows], in doubling steps
     window        null without a tokenizer, or max_seq_length, windows, fill: share of their positions that hold tokens,
-                  cut: texts that take several windows, too_long: rows that training refuses, too_long_lines
+                  cut: texts that take several windows, too_long: rows that training refuses, too_long_lines; of rows
+                  for a trained head or embeddings windows and fill are null, and cut are texts that lose their end
     eval          null, or all of the above of the held-out rows, and unseen_labels (label -> lines)
     leakage       null, or of the held-out rows: exact, prompts: same prompt, near; share: any of them; examples
     findings      sentences, the gravest first; empty where nothing was found
@@ -37,7 +38,7 @@ from typing import Any
 import numpy as np
 
 from edgetune.data import Rows, pack, read_rows
-from edgetune.data.jsonl import Report, RowError, RowFile
+from edgetune.data.jsonl import KIND_OF, Report, RowError, RowFile
 from edgetune.data.near import MAX_TEXTS, THRESHOLD, near_matches, similarity
 from edgetune.planner.wishes import DEFAULT_WINDOW, WINDOW_STEP
 from edgetune.tokenizer import Tokenizer
@@ -56,6 +57,7 @@ class _Line:
     text: str  # all of the row
     prompt: str | None
     answer: str | None
+    texts: tuple[str | list[str], ...]  # those that are encoded each for itself, as a string or words; see `labeled`
 
     @property
     def compared(self) -> str:
@@ -108,7 +110,10 @@ def _examine(
     file = RowFile(path)
     lines = _read(file, skip_bad)
     window, lengths = None, [len(line.text) for line in lines]
-    if tokenizer is not None:
+    if tokenizer is not None and file.kind in KIND_OF.values():
+        texts = [_encoded_length(text, tokenizer) for line in lines for text in line.texts]
+        window, lengths = _cut(texts, *limits), texts
+    elif tokenizer is not None:
         rows = read_rows(path, tokenizer, _NO_WINDOW, skip_bad=skip_bad)
         lengths = [len(row) for row in rows]
         window = _window(rows, partial(read_rows, path, tokenizer, skip_bad=skip_bad), *limits)
@@ -126,7 +131,7 @@ def _read(file: RowFile, skip_bad: bool) -> list[_Line]:
         if isinstance(row, RowError):
             report.add(number, row)
         else:
-            lines.append(_Line(number, "\n".join(_strings(row)), *_parts(row)))
+            lines.append(_Line(number, "\n".join(_strings(row)), *_parts(row), _texts(row)))
     report.check(file.num_lines, skip_bad)
     return lines
 
@@ -150,6 +155,16 @@ def _parts(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
     answer = next((row[key] for key in ("completion", "output", "chosen", "label") if key in row), None)
     asked = [text for key in ("prompt", "instruction", "input", "text") for text in _strings(row.get(key))]
     return (None, None) if answer is None else ("\n".join(asked), "\n".join(_strings(answer)) or str(answer))
+
+
+def _texts(row: Mapping[str, Any]) -> tuple[str | list[str], ...]:
+    """What rows for a trained head or embeddings have encoded."""
+    return tuple(row[key] for key in ("text", "tokens", "anchor", "positive", "negative") if key in row)
+
+
+def _encoded_length(text: str | list[str], tokenizer: Tokenizer) -> int:
+    """Tokens, special ones included."""
+    return len(tokenizer.encode(text) if isinstance(text, str) else tokenizer.encode_words(text, _NO_WINDOW)[0])
 
 
 def _duplicates(lines: Sequence[_Line]) -> dict[str, Any]:
@@ -237,6 +252,15 @@ def _window(
     }  # fmt: skip
 
 
+def _cut(lengths: Sequence[int], context_length: int | None, max_seq_length: int | None) -> dict[str, Any]:
+    """What a window does to texts of so many tokens that have one each."""
+    length = max_seq_length or context_length or max(lengths)
+    return {
+        "max_seq_length": length, "windows": None, "fill": None, "cut": sum(size > length for size in lengths),
+        "too_long": 0, "too_long_lines": [],
+    }  # fmt: skip
+
+
 def _unseen(labels: Mapping[str, Any] | None, held_out: Sequence[_Line]) -> dict[str, list[int]]:
     """Labels that no training row has, with the first lines of the held-out rows that do."""
     found: dict[str, list[int]] = defaultdict(list)
@@ -292,8 +316,8 @@ def _findings_of(part: Mapping[str, Any], name: str) -> list[str]:
         )
     if window and window["cut"]:
         found.append(
-            f"{window['cut']} {name} texts are longer than {window['max_seq_length']} tokens and are cut into windows, "
-            "which do not see each other."
+            f"{window['cut']} {name} texts are longer than {window['max_seq_length']} tokens and "
+            + ("lose their end." if window["windows"] is None else "are cut into windows, which do not see each other.")
         )
     if part["conflicts"]["prompts"]:
         lines = part["conflicts"]["examples"][0]

@@ -149,6 +149,31 @@ def test_lengths_and_what_the_window_cuts(tmp_path: Path) -> None:
         read_rows(data, tokenizer, 64)
 
 
+@pytest.mark.parametrize(
+    ("rows", "lengths"),
+    [
+        ([{"text": "a" * count, "label": "yes"} for count in (3, 40, 70)], [3, 40, 70]),
+        ([{"text": "a" * count, "label": count / 2} for count in (3, 70)], [3, 70]),
+        ([{"tokens": ["ab", "c" * count], "labels": ["x", "y"]} for count in (3, 70)], [5, 72]),
+        ([{"anchor": "a" * 70, "positive": "b", "negative": "c" * 80}], [70, 1, 80]),
+    ],
+)
+def test_rows_of_a_trained_head_are_counted_in_tokens(
+    rows: list[dict[str, Any]], lengths: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_model(tmp_path / "model", tiny_config("llama"))  # a token a byte
+    data = write(tmp_path / "rows.jsonl", rows)
+    found = et.check_data(data, tokenizer=load_tokenizer(model), context_length=256, max_seq_length=64)
+    assert (found["lengths"]["unit"], found["lengths"]["total"]) == ("tokens", sum(lengths))
+    cut = sum(length > 64 for length in lengths)
+    window = {"max_seq_length": 64, "windows": None, "fill": None, "cut": cut, "too_long": 0, "too_long_lines": []}
+    assert found["window"] == window
+    assert f"{cut} training texts are longer than 64 tokens and lose their end." in found["findings"]
+    with pytest.raises(SystemExit, match="0"):
+        verbs.main(["data", "check", str(data), "--model", str(model)])
+    assert "each text up to" in capsys.readouterr().out
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(*words: str) -> int:
         with pytest.raises(SystemExit) as ended:

@@ -86,10 +86,11 @@ def _table(found: Mapping[str, Any]) -> str:
         (f"{unit} in all", [f"{part['lengths']['total']:,}" for part in parts]),
     ]
     if found["window"]:
-        full = "{windows:,} of {max_seq_length:,}, {fill:.0%} full"
+        full, one = "{windows:,} of {max_seq_length:,}, {fill:.0%} full", "each text up to {max_seq_length:,}"
+        windows = [part["window"] for part in parts]
         rows += [
-            ("windows", [full.format(**part["window"]) for part in parts]),
-            ("cut / too long", ["{cut:,} / {too_long:,}".format(**part["window"]) for part in parts]),
+            ("windows", [(one if window["windows"] is None else full).format(**window) for window in windows]),
+            ("cut / too long", ["{cut:,} / {too_long:,}".format(**window) for window in windows]),
         ]
     if leakage:
         rows.append(
