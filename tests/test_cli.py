@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,6 +153,31 @@ def test_each_verb_names_the_one_that_follows(
     assert call(*following) == 0
     assert call("quantize", model, "--out", "again", "--json") == 0
     assert "Next:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "objective", "words"),
+    [
+        ("lora", "sft", "export run --out bundle/"), ("vera", "sft", "export run --out bundle/"),
+        ("prefix_tuning", "sft", "export run --out bundle/"), ("dora", "sft", "export run --merge --out bundle/"),
+        ("full", "dpo", "export run --merge --out bundle/"), ("lst", "sft", "eval run --data FILE"),
+        ("lora", "reward", "export run --out bundle/"), ("lst", "classification", "eval run --data FILE"),
+        ("lst", "regression", ""),
+    ],
+)  # fmt: skip
+def test_what_comes_after_training_can_be_done(
+    method: str, objective: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is what the verb takes for such a run: a method without inputs of its own has to be merged."""
+    from edgetune.cli import training
+
+    plan = SimpleNamespace(adapter=SimpleNamespace(method=method), objective=objective, model_config=None)
+    run = SimpleNamespace(folder=Path("run"), summary={"stopped": "done"})
+    monkeypatch.setattr(training.Plan, "from_dict", lambda values: plan)
+    monkeypatch.setattr(training, "train", lambda *_, **__: run)
+    monkeypatch.setattr(training, "outcome", lambda run: "")
+    assert training.run_job({"plan": {}, "base": Path("base"), "as_json": False}) == 0
+    assert (told_next(capsys) if words else capsys.readouterr().err.split()) == words.split()
 
 
 def test_an_encoder_is_trained_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

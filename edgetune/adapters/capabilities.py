@@ -29,6 +29,11 @@ class Capabilities:
         """Whether a bundle holds it in any form."""
         return None in (self.as_lora, self.merge, self.own_inputs)
 
+    @property
+    def only_merges(self) -> bool:
+        """Whether a bundle holds it folded into the weights alone."""
+        return self.merge is None and None not in (self.as_lora, self.own_inputs)
+
     def require(self, capability: str, error: type[EdgetuneError]) -> None:
         """Raises `error` with the method's sentence where it lacks the capability."""
         if (reason := getattr(self, capability)) is not None:

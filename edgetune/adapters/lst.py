@@ -40,7 +40,7 @@ CAPABILITIES = Capabilities(
     train_ort="The training graphs of a bundle know LoRA alone. Train with --engine torch, or --adapter lora.",
     peft_file="PEFT has no LST. edgetune trains and evaluates it; for PEFT train --adapter lora.",
     as_lora=_BUNDLE,
-    merge="It stands beside the weights and folds into none. To merge, train --adapter lora.",
+    merge="lst stands beside the weights and folds into none. To merge, train --adapter lora.",
     merge_share="It cannot be merged, nor can a share of it. To merge, train --adapter lora.",
     own_inputs=_BUNDLE,
 )

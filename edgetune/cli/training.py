@@ -6,12 +6,14 @@ counts against a device's budget.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from edgetune.adapters import METHODS
 from edgetune.cli.console import answer, exit_code, fail
 from edgetune.errors import EdgetuneError
 from edgetune.memory import format_mib
+from edgetune.objectives import has_head
 from edgetune.planner.plans import Plan
 from edgetune.training.loop import Run, train
 from edgetune.training.progress import show_progress
@@ -60,8 +62,16 @@ def run_job(job: dict[str, Any]) -> int:
     except EdgetuneError as error:
         fail(error, as_json)
         return 1
-    done = run.summary["stopped"] == "done"
-    ships = METHODS[plan.adapter.method].CAPABILITIES.ships
-    following = ("export", run.folder, "--out", "bundle/") if done and ships else ()
-    answer(run.summary, outcome(run), as_json, following=following)
+    answer(run.summary, outcome(run), as_json, following=_following(run, plan))
     return exit_code(run.summary)
+
+
+def _following(run: Run, plan: Plan) -> tuple[str | Path, ...]:
+    """The command that comes after a finished run: `export`, or `eval` of what no bundle holds."""
+    if run.summary["stopped"] != "done":
+        return ()
+    can = METHODS[plan.adapter.method].CAPABILITIES
+    if can.ships:
+        return ("export", run.folder, *["--merge"] * can.only_merges, "--out", "bundle/")
+    compared = plan.objective == "classification" or not has_head(plan.objective)
+    return ("eval", run.folder, "--data", "FILE") if compared else ()
