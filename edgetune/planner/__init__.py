@@ -140,6 +140,11 @@ def _wishes(
         if config.objective == "classification" and data is None:
             raise ConfigError("objective = 'classification' needs rows: its classes come from them. Give --data.")
         resolved = adapter.resolved(base.config)
+        if config.kl_weight is not None and resolved.prompt_positions is not None:
+            raise ConfigError(
+                f"kl_weight = {config.kl_weight:g}; it is measured on texts, and {resolved.method} changes positions "
+                "of a prompt, which these do not have. Choose another adapter, or give rows to --retention-data."
+            )
         facts = read_facts(data, eval_data, base.folder, base.config, config, skip_bad, resolved, beside)
         return Wishes(base.config, adapter, config, facts)
     check_encoder(config, adapter, engine, data is not None)

@@ -302,8 +302,10 @@ def test_rows_without_a_prompt_are_refused_where_positions_are_of_one(tmp_path: 
     with pytest.raises(DataError, match=message):
         planner.plan(base, "host", data=data, adapter=CASES["loreft"])
     prompts = write_prompts(tmp_path / "prompts.jsonl", 20)
-    with pytest.raises(DataError, match=message):
-        planner.plan(base, "host", data=prompts, kl_data=data, adapter=CASES["loreft"])
+    message = "kl_weight = 1; it is measured on texts, and loreft changes positions of a prompt.* to --retention-data"
+    for anchors in (data, prompts):  # texts have no prompt, and others are no texts
+        with pytest.raises(ConfigError, match=message):
+            planner.plan(base, "host", data=prompts, kl_data=anchors, adapter=CASES["loreft"])
 
 
 def test_a_plan_beside_the_blocks_keeps_nothing_of_them(tmp_path: Path) -> None:
