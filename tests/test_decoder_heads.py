@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import edgetune as et
+from edgetune.adapters import METHODS
 from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.base import load_adapter
 from edgetune.adapters.config import AdapterConfig
@@ -34,7 +35,6 @@ from edgetune.models.decoder import load_decoder
 from edgetune.models.places import Score
 from edgetune.objectives import OBJECTIVES, has_head
 from edgetune.objectives.score import last_positions
-from edgetune.planner import costs
 from edgetune.quantizer import quantize
 from edgetune.runtime.predicting import predict
 from edgetune.runtime.session import open_any_session
@@ -187,7 +187,7 @@ def test_every_objective_learns_and_is_written_down(runs: dict[str, Run], object
     outputs = 3 if objective == "classification" else 1
     config = et.LoraConfig(r=3).resolved(run_config(run))
     assert summary["trainable_parameters"] == outputs * 144 + sum(
-        slot.num_parameters for slot in costs.METHODS["lora"].slots(config, run_config(run))
+        slot.num_parameters for slot in METHODS["lora"].slots(config, run_config(run))
     )
 
 
