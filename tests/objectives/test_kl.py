@@ -22,6 +22,7 @@ from edgetune.planner.job import Job, row_step
 from edgetune.planner.work import step_work
 from edgetune.training import backprop
 from edgetune.training.anchor import Anchor
+from edgetune.training.batches import Batches
 from tests.training.conftest import make_base, make_plan
 
 
@@ -126,6 +127,40 @@ def test_the_step_and_its_buffers(tmp_path: Path, layers: tuple[int, ...], threa
     assert found == pytest.approx(wanted.item(), rel=1e-4) and found > 1e-3
     for parameter, gradient in zip(parameters, gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=2e-3, atol=1e-6)
+
+
+def test_a_step_adds_it_under_dropout_masks_of_its_own(tmp_path: Path) -> None:
+    base, decoder, adapter = adapted(tmp_path, "lora", r=4, lora_dropout=0.5)
+    plan = make_plan(base, adapter=adapter, kl_weight=0.7, batch_size=3)
+    rule = backprop.Rule(decoder, dict(decoder.named_parameters()), plan, None)
+    batches = [stack(windows(3, 40))] * 2
+    alone, _ = rule.gradient(batches, (3, 1), lambda: None)
+    rule.anchor = Anchor(decoder, windows(5, 40), plan)
+    loss, _ = rule.gradient(batches, (3, 1), lambda: None)
+    found = [
+        backprop.anchor_gradients(decoder, rule.anchor, rule.path, (3, 1, index), lambda: None) for index in range(3)
+    ]
+    assert len(set(found)) == 3 and rule.figures["base_kl"] == found[2]
+    assert loss == pytest.approx(alone + 0.7 * found[2], rel=1e-6)
+
+
+def test_all_texts_are_seen_as_often_in_an_order_of_their_own(tmp_path: Path) -> None:
+    base, decoder, adapter = adapted(tmp_path, "lora", r=4)
+    plan, texts = make_plan(base, adapter=adapter, kl_weight=1.0, batch_size=3), windows(7, 40)
+    numbers = {tuple(window.input_ids.tolist()): index for index, window in enumerate(texts)}
+
+    def order(batches: Any) -> list[int]:
+        return [numbers[tuple(ids)] for batch in batches for ids in batch["input_ids"].tolist()]
+
+    anchor = Anchor(decoder, texts, plan)
+    seen = order(anchor.of_step(step) for step in range(14))
+    assert all(sorted(seen[start : start + 7]) == list(range(7)) for start in range(0, 42, 7))
+    assert order([anchor.of_step(5)]) == seen[15:18], "a step needs none before it"
+    settings: dict[str, Any] = {"batch_size": 3, "gradient_accumulation_steps": 1, "seed": plan.seed}
+    task = Batches(texts, **settings)
+    mixed = Batches(texts, **settings, retention=texts, retention_share=1.0)
+    for other in (task, mixed):
+        assert order(batch for step in range(14) for batch in other.of_step(step)[0]) != seen
 
 
 @pytest.mark.parametrize(("layers", "threads"), [((0, 1, 2, 3), 1), ((2, 3), 2)])
