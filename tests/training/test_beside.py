@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from edgetune.adapters import METHODS
 from edgetune.adapters.lora import LoraConfig
 from edgetune.base import open_base
 from edgetune.cli import launch
+from edgetune.data import read_rows
 from edgetune.planner import TrainConfig, plan
+from edgetune.planner.beside import Beside
 from edgetune.planner.wishes import RowFacts, Wishes
+from edgetune.tokenizer import load_tokenizer
 from edgetune.training.loop import train
 from tests.training.conftest import at_step, interrupt, make_base, make_plan, write_rows
 
@@ -64,8 +68,18 @@ def test_a_run_with_both_goes_on_to_the_bit(base: Path, files: Files, tmp_path: 
     job = launch.old_run(tmp_path / "run", data=None, eval_data=None)
     assert {name: job[name] for name in beside} == beside, "the command line goes on with the same files"
     assert resumed.summary["retention_loss_before"] == found["retention_loss_before"]
-    with pytest.raises(errors.CheckpointError, match="was started with something else: kl_data"):
-        train(made, base, data=files["data"], **(beside | {"kl_data": files["old"]}), out=tmp_path / "run", resume=True)
+    for name in beside:
+        with pytest.raises(errors.CheckpointError, match=f"was started with something else: {name}\\."):
+            train(made, base, data=files["data"], **(beside | {name: files["data"]}), out=tmp_path / "run", resume=True)
+
+
+def test_retention_rows_that_are_held_out_are_not_learned(base: Path, files: Files) -> None:
+    read = partial(read_rows, tokenizer=load_tokenizer(base), max_seq_length=48)
+    parts = Beside.of(files["old"], files["texts"]).read("sft", read, seed=3)
+    learned, held_out, anchors = (
+        {row.line for row in rows.rows} for rows in (parts.retention, parts.retention_eval, parts.anchors)
+    )
+    assert len(held_out) == 2 and learned == anchors - held_out and anchors == set(range(1, 21))
 
 
 def test_without_gradients_retention_rows_are_learned_too(base: Path, files: Files, tmp_path: Path) -> None:
