@@ -17,7 +17,7 @@ from conftest import tiny_config, write_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from edgetune.adapters import bitfit, full
+from edgetune.adapters import bitfit, full, ln_tuning
 from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.base import load_adapter, save_adapter
 from edgetune.adapters.bitfit import BitfitConfig
@@ -31,6 +31,7 @@ from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.prompt import PromptConfig
 from edgetune.errors import AdapterError, ConfigError
 from edgetune.models import load_config
+from edgetune.models.config import DecoderConfig
 from edgetune.models.decoder import Decoder, load_decoder
 
 IDS = torch.randint(0, 301, (2, 33), generator=torch.Generator().manual_seed(4))
@@ -141,6 +142,17 @@ def test_the_models_own_tensors_are_trained_in_their_place(tmp_path: Path, confi
     for name in parameters:
         changed.get_parameter(name).data.mul_(1.1)
     np.testing.assert_allclose(logits(decoder), logits(changed), atol=1e-5, rtol=1e-5)
+
+
+def test_a_norm_of_queries_or_keys_is_of_all_heads(tmp_path: Path) -> None:
+    model = load_config(write_model(tmp_path / "model", tiny_config("qwen3")))
+    assert isinstance(model, DecoderConfig)
+    found = ln_tuning.places(model)
+    at, size = "model.layers.1.self_attn", model.head_dim
+    assert model.num_attention_heads != model.num_key_value_heads > 1
+    assert found[f"{at}.q_norm"] == (size, size * model.num_attention_heads)
+    assert found[f"{at}.k_norm"] == (size, size * model.num_key_value_heads)
+    assert found["model.norm"] == (model.hidden_size, model.hidden_size)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,20 @@ def test_a_head_that_is_as_good_in_a_twentieth_of_the_time_is_taken() -> None:
     assert "85.1%" in verdict and "for tuned (100.0 s to train" in verdict and "for the classes' names" in verdict
     worth = compare(ways | {"tuned": way(2900, training_seconds=100.0)}, truth, [str(i) for i in range(77)])
     assert worth["choice"] == "tuned"
+
+
+def test_what_it_learned_from_is_the_file_of_the_run_less_its_held_out_rows(folder: Path, tmp_path: Path) -> None:
+    run, test = read_run(folder / "encoder/run-classification"), folder / "test.jsonl"
+    other = write(tmp_path / "other.jsonl", text_rows(30, seed=7))
+
+    def learned(**said: Any) -> int:
+        trained = replace(run, summary=run.summary | {name: str(path) for name, path in said.items()})
+        made = classified.read_job(trained, test, retention=None, shots=None, max_rows=None, skip_bad=False)
+        return len(made.training)
+
+    assert learned() == 27
+    assert learned(eval_data=other) == 30
+    assert learned(data=other) == learned(data=tmp_path / "gone.jsonl") == 0, "other rows, and none"
 
 
 def test_names_that_are_no_words_tell_nothing(tmp_path: Path) -> None:

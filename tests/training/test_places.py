@@ -187,6 +187,8 @@ def test_a_prompt_ends_where_the_first_token_is_learned() -> None:
         for segment in set(segments[window][segments[window] >= 0].tolist()):
             at = segments[window] == segment
             assert set(lengths[window][at].tolist()) == {PROMPTS[order.index(int(at.sum()))]}
+    (window,) = pack([replace(row, labels=np.full_like(row.labels, IGNORED)) for row in rows()[:2]], 40)
+    assert prompt_lengths(stack([window]))[0].tolist()[:21] == [12] * 12 + [9] * 9, "all, where nothing is learned"
     said = [replace(row, prompt_length=2 + row.line) for row in prompted()[:2]]
     (window,) = pack([*said, prompted()[2]], 40)
     found = prompt_lengths(stack([window]))[0].tolist()
