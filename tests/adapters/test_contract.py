@@ -324,6 +324,20 @@ def test_dora_folds_as_its_formula_says(tmp_path: Path) -> None:
         np.testing.assert_allclose(layer.tensors[name].grad, value, rtol=1e-3, atol=1e-3)
 
 
+def test_tensors_that_do_not_fit_are_refused_and_nothing_is_changed(tmp_path: Path) -> None:
+    _, parameters = adapted("dense", "lora", tmp_path)
+    before = {name: p.detach().numpy().copy() for name, p in parameters.items()}
+    *others, last = other = {name: value + 1 for name, value in before.items()}
+    short = {name: other[name] for name in others}
+    for tensors, message in (
+        (short, f"{last} is missing"), (other | {"lora_A": other[last]}, "lora_A has no place"),
+        (short | {last: other[last][:1]}, rf"{last} has shape \[1, \d+\]; \[\d+, \d+\] was expected"),
+    ):  # fmt: skip
+        with pytest.raises(AdapterError, match=f"The adapter does not fit: {message}"):
+            load_tensors(parameters, tensors)
+        assert all(np.array_equal(parameters[name].detach().numpy(), value) for name, value in before.items())
+
+
 def test_wrong_adapters_are_refused_by_name(tmp_path: Path) -> None:
     decoder, parameters = adapted("dense", "lora", tmp_path)
     config = next(m for m in decoder.modules() if isinstance(m, AdaptedLinear)).config

@@ -58,3 +58,11 @@ def test_retention_windows_have_their_share_of_every_step() -> None:
     only = Batches(task, batch_size=4, gradient_accumulation_steps=2, seed=5)
     ours = [window for step in seen for window in step if not any(window is old for old in kept)]
     assert ours[:56] == [window for step in range(7) for window in only.windows_of_step(step)]
+
+
+def test_retention_windows_have_an_order_of_their_own() -> None:
+    batches = Batches(
+        windows(7), batch_size=2, gradient_accumulation_steps=1, seed=5, retention=windows(7), retention_share=0.5
+    )  # fmt: skip
+    task, kept = ([int(each.input_ids[0]) for each in part] for part in zip(*map(batches.windows_of_step, range(7))))
+    assert sorted(task) == sorted(kept) == list(range(7)) and task != kept
