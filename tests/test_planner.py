@@ -320,7 +320,7 @@ def test_the_adapter_s_bytes_are_those_of_the_trainer(tmp_path: Path, method: st
 
 @pytest.mark.parametrize("method", [name for name, module in METHODS.items() if module.Config.own])
 def test_the_model_s_own_vectors_lie_in_the_base_s_bytes(tmp_path: Path, method: str) -> None:
-    from edgetune.adapters.attach import attach, own_vectors
+    from edgetune.adapters.attach import attach, detached, own_vectors
     from edgetune.models.decoder import load_decoder
 
     decoder = load_decoder(write_model(tmp_path, tiny_config("qwen2"), tokenizer=False))
@@ -334,6 +334,14 @@ def test_the_model_s_own_vectors_lie_in_the_base_s_bytes(tmp_path: Path, method:
     held += sum(value.nbytes for name, value in parameters.items() if name not in where)  # matrices: there are codes
     assert (exact["adapter"], exact["gradients"]) == (held, trained)
     assert (mezo["adapter"], mezo["gradients"]) == (held + trained, 0), "mezo keeps a copy"
+    with detached(decoder):
+        apart = sum(
+            parameters[name].nbytes
+            for name in where
+            if name in parameters and parameters[name].data_ptr() != where[name]
+        )
+    beside = peak_parts(job(decoder.config, adapter=adapter, anchored_per_window=3), FLOOR)[1]
+    assert beside["adapter"] == held + apart > held, "the base that holds it has vectors of its own"
 
 
 @pytest.mark.parametrize("length", [7, 11, 40])

@@ -314,6 +314,12 @@ def test_a_ladder_is_its_formula_and_starts_as_the_base(tmp_path: Path) -> None:
     parameters = attach(decoder, config, seed=1)
     assert torch.equal(logits(decoder), plain)
     assert {id(p) for p in decoder.parameters()} == {id(p) for p in parameters.values()}
+    lower, upper = (parameters[f"model.layers.{i}.side.side_down"].detach() for i in range(2))
+    assert not torch.equal(lower, upper), "each rung has a start of its own"
+    for value in (lower, upper):  # uniform in ±1/sqrt(18)
+        assert (
+            value.abs().max() <= 18**-0.5 and abs(value.mean()) < 0.02 and value.std() == pytest.approx(0.136, rel=0.1)
+        )
     generator = torch.Generator().manual_seed(3)
     for value in parameters.values():
         value.data.copy_(torch.randn(value.shape, generator=generator) * 0.3)

@@ -172,6 +172,16 @@ def test_what_it_learned_from_is_the_file_of_the_run_less_its_held_out_rows(fold
     assert learned(data=other) == learned(data=tmp_path / "gone.jsonl") == 0, "other rows, and none"
 
 
+def test_rows_are_cut_to_what_virtual_tokens_leave(folder: Path) -> None:
+    run = read_run(folder / "decoder/run-classification")
+    adapter = PromptConfig(num_virtual_tokens=4).resolved(run.plan.model_config)
+    job = classified.read_job(
+        replace(run, plan=replace(run.plan, adapter=adapter, max_seq_length=10)), folder / "test.jsonl",
+        retention=None, shots=None, max_rows=None, skip_bad=False,
+    )  # fmt: skip
+    assert max(map(len, job.rows)) == 6 < max(len(row) for row in job_of(folder, "decoder").rows)
+
+
 def test_names_that_are_no_words_tell_nothing(tmp_path: Path) -> None:
     rows = [row | {"label": len(row["label"])} for row in text_rows(12) if row["label"] != "oos"]
     write(tmp_path / "train.jsonl", rows)

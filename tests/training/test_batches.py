@@ -64,5 +64,7 @@ def test_retention_windows_have_an_order_of_their_own() -> None:
     batches = Batches(
         windows(7), batch_size=2, gradient_accumulation_steps=1, seed=5, retention=windows(7), retention_share=0.5
     )  # fmt: skip
-    task, kept = ([int(each.input_ids[0]) for each in part] for part in zip(*map(batches.windows_of_step, range(7))))
+    task, kept = (
+        [int(each.input_ids[0]) for each in part] for part in zip(*map(batches.windows_of_step, range(7)), strict=True)
+    )
     assert sorted(task) == sorted(kept) == list(range(7)) and task != kept
