@@ -149,6 +149,15 @@ def test_a_longer_file_beside_makes_all_windows_as_long(base: Path, files: Files
     assert "retention   0.25 of the windows" in made.explain() and "held to it by 1 times" in made.explain()
 
 
+def test_the_plan_counts_the_micro_batch_that_the_base_holds(base: Path, files: Files) -> None:
+    config = TrainConfig(max_steps=2, max_seq_length=48, batch_size=2)
+    alone = plan(base, "host", data=files["data"], config=config)
+    held = plan(base, "host", data=files["data"], kl_data=files["data"], config=config)
+    assert held.parts["block_workspace"] > alone.parts["block_workspace"]
+    assert held.parts["logits"] == pytest.approx(2 * alone.parts["logits"], rel=0.1), "of both models"
+    assert held.predicted_step_seconds > 1.8 * alone.predicted_step_seconds
+
+
 def test_epochs_are_those_of_the_task(base: Path, files: Files) -> None:
     config = TrainConfig(num_epochs=3, max_seq_length=48, batch_size=2, eval_fraction=0.0, retention_share=0.5)
     alone = plan(base, "host", data=files["data"], config=replace(config, retention_share=None)).max_steps
