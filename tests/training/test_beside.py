@@ -149,10 +149,11 @@ def test_a_longer_file_beside_makes_all_windows_as_long(base: Path, files: Files
     assert "retention   0.25 of the windows" in made.explain() and "held to it by 1 times" in made.explain()
 
 
-def test_the_plan_counts_the_micro_batch_that_the_base_holds(base: Path, files: Files) -> None:
-    config = TrainConfig(max_steps=2, max_seq_length=48, batch_size=2)
-    alone = plan(base, "host", data=files["data"], config=config)
-    held = plan(base, "host", data=files["data"], kl_data=files["data"], config=config)
+@pytest.mark.parametrize("rows", [True, False])
+def test_the_plan_counts_the_micro_batch_that_the_base_holds(base: Path, files: Files, rows: bool) -> None:
+    config, data = TrainConfig(max_steps=2, max_seq_length=48, batch_size=2), files["data"] if rows else None
+    alone = plan(base, "host", data=data, config=config)
+    held = plan(base, "host", data=data, kl_data=files["data"], config=config)
     assert held.parts["block_workspace"] > alone.parts["block_workspace"]
     assert held.parts["logits"] == pytest.approx(2 * alone.parts["logits"], rel=0.1), "of both models"
     assert held.predicted_step_seconds > 1.8 * alone.predicted_step_seconds
