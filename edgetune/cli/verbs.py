@@ -382,7 +382,11 @@ def export(
         ),
     ] = "all",
     accept_loss: Annotated[
-        bool, typer.Option("--accept-loss", help="Write it even if rounding moves a weight further than training did.")
+        bool,
+        typer.Option(
+            "--accept-loss",
+            help="Write it even if rounding moves a weight further than training did, or costs the task.",
+        ),
     ] = False,
     alpha: Annotated[
         float | None,

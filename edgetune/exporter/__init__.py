@@ -87,7 +87,8 @@ def export(
             of `retention_data` and the held-out ones, or takes 1 where there are none of the former.
         slots: "all" lets the graph take any adapter of the base; "adapter" only those of the linears that the run's
             adapter is in, which spares the others' calls for every token.
-        accept_loss: write a bundle whose rounding moved a weight further than training did, or costs the task.
+        accept_loss: write a bundle whose rounding moved a weight further than training did, or costs the task, by
+            rounded weights or by int8 activations.
         eval_data: held-out rows (JSON Lines) for the parity gate; None takes those of the run.
         retention_data: rows of what the base could do already and the merged model should still do.
         with_training: add the graphs that `personalize` trains with on the device.
@@ -198,7 +199,9 @@ def _write_model(
     del decoder
     fast = FORMATS[job.weights].ROUNDS_ACTIVATIONS
     gated = held_out if tuned else []
-    figures = parity.check_logits(model, _seen(job), feeds, items, expected, work, fast=fast, held_out=gated)
+    figures = parity.check_logits(
+        model, _seen(job), feeds, items, expected, work, fast=fast, held_out=gated, accept_loss=accept_loss
+    )
     figures |= {"adapter": "run" if tuned else "random", "held_out_rows": len(job.rows)}
     return figures, rounding
 

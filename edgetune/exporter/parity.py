@@ -366,13 +366,15 @@ def check_logits(
     *,
     fast: bool,
     held_out: Sequence[Probe] = (),
+    accept_loss: bool = False,
 ) -> dict[str, Any]:
     """The gate on logits; its figures. `expected` are torch's logits for `items`; `work` is a folder for others.
 
     The task metric is measured on `held_out` probes. With `fast` the kernels that round activations are measured too,
     and gated on that metric.
     Raises ParityError where fp32 compute is off by more than `allowed_difference`, whole or through the cache, or its
-    top-1 agrees below 99.9 %, or where int8 activations cost more than one point of token accuracy.
+    top-1 agrees below 99.9 %, or where int8 activations cost more than one point of token accuracy, unless that loss is
+    accepted.
     """
     graph, path = Graph(model, config, feeds, fp32_compute=True), work / "graph"
     figures = compare(expected, graph.spool(items, path))
@@ -385,7 +387,8 @@ def check_logits(
         figures["fast"] = compare(expected, graph.spool(items, path))
         if held_out:
             figures["task"]["fast"] = task_metric(graph, held_out, path)
-            _check_task(**figures["task"])
+            if not accept_loss:
+                _check_task(**figures["task"])
     return figures
 
 
@@ -417,7 +420,7 @@ def _check_task(exact: Mapping[str, Any], fast: Mapping[str, Any]) -> None:
         raise ParityError(
             f"Int8 activations cost {drop:.1%} of token accuracy on {fast['positions']} held-out positions "
             f"({exact['token_accuracy']:.1%} to {fast['token_accuracy']:.1%}; one point is allowed). Nothing was "
-            f"written. Export with --weights fp32, or train longer"
+            f"written. Export with --weights fp32, train longer, or take it as it is with --accept-loss"
         )
 
 
