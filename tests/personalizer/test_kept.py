@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from edgetune.adapters.lora import LoraConfig
+from edgetune.models import load_config
+from edgetune.planner import ort_parts
+from edgetune.planner.costs import Job
 from tests.personalizer.test_gradients import FAMILIES, no_check, ort_rule
 from tests.tiny_run import adapter_tensors
 from tests.training.conftest import make_base, random_batch
@@ -26,6 +29,13 @@ def test_what_is_kept_changes_no_bit(family: str, tmp_path: Path) -> None:
         loss, norm = rule.gradient(batches, (0, 0), no_check)
         found.append((loss, norm, {name: value.copy() for name, value in rule.gradients.items()}))
         held = {name for name in rule.graphs.buffers._held if name.startswith("kept.")}
+        job = Job(
+            model=load_config(base), adapter=config, optimizer="adamw", grid="int4", batch_size=2,
+            gradient_accumulation_steps=2, max_seq_length=19, recompute_layers=2 - kept, tile_weights=1,
+            activation_offloading=False, dequantized_layers=0, step_rule="backprop", threads=1,
+            supervised_per_window=19,
+        )  # fmt: skip
+        assert sum(rule.graphs.buffers._held[name].nbytes for name in held) == ort_parts.kept_bytes(job)
         assert {name.rpartition(".")[2] for name in held} == {str(index) for index in range(3 - kept, 3)}
     for loss, norm, gradients in found[1:]:
         assert (loss, norm) == found[0][:2]
