@@ -10,7 +10,7 @@ import pytest
 from edgetune.adapters.lora import LoraConfig
 from edgetune.models import load_config
 from edgetune.planner import ort_parts
-from edgetune.planner.costs import Job
+from edgetune.planner.job import Job
 from tests.personalizer.test_gradients import FAMILIES, no_check, ort_rule
 from tests.tiny_run import adapter_tensors
 from tests.training.conftest import make_base, random_batch
@@ -26,6 +26,8 @@ def test_what_is_kept_changes_no_bit(family: str, tmp_path: Path) -> None:
     for kept in (0, 1, 2):
         rule = ort_rule(base, tmp_path / f"graphs-{kept}", config, tensors, kept_layers=kept)
         assert rule.kept_layers == kept
+        rule.graphs.loss_sum(batches[0], rule.adapter, no_check)
+        assert not any(name.startswith("kept.") for name in rule.graphs.buffers._held), "an evaluation keeps nothing"
         loss, norm = rule.gradient(batches, (0, 0), no_check)
         found.append((loss, norm, {name: value.copy() for name, value in rule.gradients.items()}))
         held = {name for name in rule.graphs.buffers._held if name.startswith("kept.")}
