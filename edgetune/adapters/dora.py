@@ -39,9 +39,12 @@ frozen_tensors = lora.frozen_tensors
 
 @dataclass(frozen=True)
 class DoraConfig(LoraConfig):
-    """LoRA's settings."""
+    """LoRA's settings, but for those that are lora's alone."""
 
     method: ClassVar[str] = NAME
+
+    adapter_budget: None = None
+    init_from: None = None
 
     def _initialization(self) -> str:
         if self.init_lora_weights == lora.LOFTQ:
