@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from edgetune.adapters.attach import set_dropout
@@ -27,7 +26,7 @@ from edgetune.planner.plans import Plan
 from edgetune.training.anchor import Anchor
 from edgetune.training.blocks import Activations, normalize, normalize_backward
 from edgetune.training.forward import SFT, Batch, Check, Features, Tally, below, head_of, last_states, start
-from edgetune.training.optimizer import Optimizer, clip_gradients
+from edgetune.training.optimizer import Optimizer, OptimizerRule, clip_gradients
 from edgetune.training.virtual import take_virtual
 
 NAME = "backprop"
@@ -45,7 +44,7 @@ class Path:
     row_step: int = 1
 
 
-class Rule:
+class Rule(OptimizerRule):
     """See `StepRule`: the exact gradient, clipped, and the plan's optimizer."""
 
     figures: Mapping[str, float]
@@ -85,22 +84,6 @@ class Rule:
         """Which changes no bit."""
         more = self.kept_layers - count
         self.path = replace(self.path, recompute_layers=self.path.recompute_layers + more)
-
-    def update(self, learning_rate: float) -> None:
-        """The optimizer's step."""
-        self.optimizer.step(learning_rate)
-
-    def drop(self) -> None:
-        """Drop the gradients."""
-        self.optimizer.drop_gradients()
-
-    def tensors(self) -> dict[str, np.ndarray]:
-        """The optimizer's state."""
-        return self.optimizer.tensors()
-
-    def load(self, tensors: Mapping[str, np.ndarray], updates: int) -> None:
-        """Give it back to the optimizer."""
-        self.optimizer.load(tensors, updates)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from edgetune.planner.plans import Plan
 from edgetune.training.batches import Batches
 from edgetune.training.encoder_blocks import Activations, EncoderPass
 from edgetune.training.forward import Batch, Check
-from edgetune.training.optimizer import Optimizer, clip_gradients
+from edgetune.training.optimizer import Optimizer, OptimizerRule, clip_gradients
 
 
 class RowBatches(Batches):
@@ -115,7 +115,7 @@ class Task:
             d[start : start + length] = d_pooled[index] / length
 
 
-class Rule:
+class Rule(OptimizerRule):
     """See `StepRule`: the exact gradient, clipped, and the plan's optimizer."""
 
     def __init__(self, encoder: Encoder, task: Task, parameters: Mapping[str, torch.nn.Parameter], plan: Plan) -> None:
@@ -177,22 +177,6 @@ class Rule:
     def keep_layers(self, count: int) -> None:
         """Which changes no bit."""
         self.recompute_layers += self.kept_layers - count
-
-    def update(self, learning_rate: float) -> None:
-        """The optimizer's step."""
-        self.optimizer.step(learning_rate)
-
-    def drop(self) -> None:
-        """Drop the gradients."""
-        self.optimizer.drop_gradients()
-
-    def tensors(self) -> dict[str, np.ndarray]:
-        """The optimizer's state."""
-        return self.optimizer.tensors()
-
-    def load(self, tensors: Mapping[str, np.ndarray], updates: int) -> None:
-        """Give it back to the optimizer."""
-        self.optimizer.load(tensors, updates)
 
 
 def below(encoder: Encoder, walk: EncoderPass, batch: Batch, first_block: int, check: Check) -> torch.Tensor:

@@ -87,3 +87,25 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
         for gradient in gradients:
             gradient.mul_(scale)
     return float(norm)
+
+
+class OptimizerRule:
+    """What a step rule whose gradients an optimizer takes does with that."""
+
+    optimizer: Optimizer
+
+    def update(self, learning_rate: float) -> None:
+        """The optimizer's step."""
+        self.optimizer.step(learning_rate)
+
+    def drop(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.drop_gradients()
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The optimizer's state."""
+        return self.optimizer.tensors()
+
+    def load(self, tensors: Mapping[str, np.ndarray], updates: int) -> None:
+        """Give it back to the optimizer."""
+        self.optimizer.load(tensors, updates)
