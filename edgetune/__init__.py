@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from edgetune.adapters.lora import LoraConfig
     from edgetune.adapters.loreft import LoreftConfig
     from edgetune.adapters.lst import LstConfig
+    from edgetune.adapters.p_tuning import PTuningConfig
     from edgetune.adapters.prefix import PrefixConfig
     from edgetune.adapters.prompt import PromptConfig
     from edgetune.adapters.vera import VeraConfig
@@ -121,6 +122,7 @@ __all__ = [
     "ModelError",
     "ModuleBundle",
     "ModulePlan",
+    "PTuningConfig",
     "ParityError",
     "Plan",
     "PrefixConfig",
@@ -173,6 +175,7 @@ _HOME = {
     "LoreftConfig": "edgetune.adapters.loreft",
     "ModuleBundle": "edgetune.modules.bundle",
     "ModulePlan": "edgetune.modules.plan",
+    "PTuningConfig": "edgetune.adapters.p_tuning",
     "Plan": "edgetune.planner",
     "PrefixConfig": "edgetune.adapters.prefix",
     "PromptConfig": "edgetune.adapters.prompt",

@@ -831,13 +831,13 @@ ADAPTER_VALUES = {
     "projection_prng_key": ("7", 7), "num_virtual_tokens": ("5", 5), "placement": ("houlsby", "houlsby"),
     "non_linearity": ("tanh", "tanh"), "init_lora_weights": ("eva", "eva"), "init_from": ("original", "original"),
     "adapter_budget": ("64KiB", 64 << 10), "positions": ("f2+l3", "f2+l3"),
-    "reduction": ("4", 4),
+    "reduction": ("4", 4), "encoder_hidden_size": ("48", 48),
 }  # fmt: skip
 NEEDS_ROWS = {"adapter_budget"}  # what a plan has of it follows from them: tests/training/test_sensitivity.py
 METHOD_OF = {
     "feedforward_modules": "ia3", "vera_dropout": "vera", "d_initial": "vera", "projection_prng_key": "vera",
     "num_virtual_tokens": "prompt_tuning", "placement": "bottleneck", "non_linearity": "bottleneck",
-    "positions": "loreft", "reduction": "lst",
+    "positions": "loreft", "reduction": "lst", "encoder_hidden_size": "p_tuning",
 }  # fmt: skip
 TRAIN_VALUES = {
     "batch_size": ("3", 3), "gradient_accumulation_steps": ("5", 5), "max_seq_length": ("48", 48),
@@ -892,6 +892,7 @@ def test_every_flag_reaches_the_plan(
         ("loreft", "layers_to_transform", "1", [1]),
         ("prompt_tuning", "num_virtual_tokens", "7", 7),
         ("prefix_tuning", "num_virtual_tokens", "7", 7),
+        ("p_tuning", "num_virtual_tokens", "7", 7),
     ],
 )
 def test_the_flags_of_a_method_reach_the_plan(

@@ -252,6 +252,7 @@ def test_peft_loads_adapter_and_head(runs: dict[str, Run], base: Path, objective
         ("gemma3_text", "dora"),
         ("llama", "prefix_tuning"),
         ("qwen2", "prompt"),
+        ("qwen3", "p_tuning"),
         ("llama", "ln_tuning"),
     ],
 )
@@ -263,6 +264,7 @@ def test_other_families_and_methods(tmp_path: Path, family: str, method: str) ->
     adapter = {
         "ia3": et.Ia3Config(), "dora": et.DoraConfig(r=2), "prefix_tuning": PrefixConfig(num_virtual_tokens=3),
         "prompt": PromptConfig(num_virtual_tokens=3), "ln_tuning": et.LnTuningConfig(),
+        "p_tuning": et.PTuningConfig(num_virtual_tokens=3, encoder_hidden_size=8),
     }[method]  # fmt: skip
     plan = plan_for(base, "classification", data, adapter, max_steps=3, learning_rate=0.05)
     run = et.train(plan, base, data=data, out=tmp_path / "run")

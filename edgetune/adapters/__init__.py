@@ -33,7 +33,9 @@ shape of one of the model, starts as that, and takes its place: of a vector that
 A method of hidden states (`models.places`) has the first three of these, for the place's input x and what is there, y;
 one whose config has `prompt_positions` gets those rows alone, and one with a `side_group` gives states of its own.
 One of virtual tokens has none: its tensor is the model's, at the place "". Both have `places(model)`, every place that
-they could have, with shapes as `slot` takes them.
+they could have, with shapes as `slot` takes them. What is trained of a prompt may be a network that makes it: then
+`encode(tensors)` is the prompt, `add_gradients(d, tensors, gradients)` its backward, and `fold(tensors)` what the files
+hold, which are another method's.
 
 A method at linears has for numpy arrays
 
@@ -51,13 +53,28 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from edgetune.adapters import bitfit, bottleneck, dora, full, ia3, ln_tuning, lora, loreft, lst, prefix, prompt, vera
+from edgetune.adapters import (
+    bitfit,
+    bottleneck,
+    dora,
+    full,
+    ia3,
+    ln_tuning,
+    lora,
+    loreft,
+    lst,
+    p_tuning,
+    prefix,
+    prompt,
+    vera,
+)
 from edgetune.errors import AdapterError
 
 METHODS = {
     "lora": lora, "dora": dora, "ia3": ia3, "vera": vera,
     "ln_tuning": ln_tuning, "bitfit": bitfit, "full": full,
     "bottleneck": bottleneck, "loreft": loreft, "lst": lst, "prefix_tuning": prefix, "prompt_tuning": prompt,
+    "p_tuning": p_tuning,
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from edgetune.adapters import METHODS
 from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.slot import FACTOR_COLUMNS, Slot
-from edgetune.adapters.states import AdaptedState, put_virtual_tokens
+from edgetune.adapters.states import AdaptedState, gradients_of, put_virtual_tokens
 from edgetune.errors import AdapterError
 from edgetune.linear import FrozenLinear
 from edgetune.models.decoder import Decoder, RMSNorm
@@ -150,10 +150,7 @@ class AdaptedLinear(nn.Module):
 
     def _gradients(self) -> dict[str, torch.Tensor]:
         """`.grad` of the tensors, by name."""
-        for value in self.tensors.values():
-            if value.grad is None:
-                value.grad = torch.zeros_like(value)
-        return {name: value.grad for name, value in self.tensors.items()}
+        return gradients_of(self.tensors)
 
     def _add_factor_gradient(self, d_factor: torch.Tensor) -> None:
         self.method.add_factor_gradient(d_factor, self.tensors, self._gradients(), self.config, self.norms)
@@ -199,14 +196,15 @@ def attach(model: Decoder | Encoder, config: AdapterConfig, seed: int = 0) -> di
     if isinstance(model, Decoder):
         model.prompt_positions, model.side_group = config.prompt_positions, config.side_group
     for index, slot in enumerate(method.slots(config, model.config)):
+        rng = np.random.default_rng([seed, index])
         if not slot.place:
-            parameters |= put_virtual_tokens(model, slot, config)
+            parameters |= put_virtual_tokens(model, slot, config, rng)
             continue
         path, _, name = slot.place.removeprefix("model.").rpartition(".")
         parent = model.get_submodule(path)
         frozen = getattr(parent, name)
         layer = AdaptedState(slot, config) if frozen is None else AdaptedLinear(frozen, slot, index, config)
-        for key, value in method.initialize(slot, config, np.random.default_rng([seed, index]), frozen).items():
+        for key, value in method.initialize(slot, config, rng, frozen).items():
             layer.tensors[key].data.copy_(torch.from_numpy(value))
             parameters[f"{slot.place}.{key}"] = layer.tensors[key]
         setattr(parent, name, layer)

@@ -39,7 +39,8 @@ def save_adapter(
     folder: Path, config: AdapterConfig, tensors: Mapping[str, np.ndarray], base_model: str = "", *,
     inside: str = "", beside: Mapping[str, np.ndarray] | None = None, said: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Write `adapter_config.json` and `adapter_model.safetensors`; each appears whole or not at all.
+    """Write `adapter_config.json` and `adapter_model.safetensors`; each appears whole or not at all. Of a method that
+    folds what it trains, they hold that.
 
     `inside` is where the model lies in the one that PEFT knows, such as `bert.`; `beside` are tensors of that one which
     are kept whole, by their names there, and `said` are keys of its config that differ for it.
@@ -47,12 +48,13 @@ def save_adapter(
     Raises:
         AdapterError: a tensor holds NaN or infinity.
     """
+    method = METHODS[config.method]
+    tensors = method.fold(tensors) if hasattr(method, "fold") else tensors
     for name, value in (*tensors.items(), *(beside or {}).items()):
         if not np.isfinite(value).all():
             raise AdapterError(
                 f"{name} holds NaN or infinity; such an adapter is never saved. Lower the learning rate."
             )
-    method = METHODS[config.method]
     files = {_peft_name(name, method, inside): value for name, value in tensors.items()}
     around = OUTSIDE if config.virtual_tokens else _prefix(method)
     files |= {f"{around}{name}": value for name, value in (beside or {}).items()}

@@ -4,8 +4,8 @@
 
 P starts as the embeddings of p random tokens of the vocabulary, as in the paper: a model learns little from vectors
 that look like none of its own. So no start equals the base. Each row of a window has its own p positions, which count
-as its context. The file is PEFT's, `prompt_embeddings`; that of P-tuning (arXiv 2103.10385) is the same, since
-PEFT saves what its encoder gives and not the encoder, and is read too.
+as its context. The file is PEFT's, `prompt_embeddings`; that of P-tuning (`adapters.p_tuning`) is the same, since
+it holds what the encoder gives and not the encoder, and is read here.
 
 The virtual tokens come before all others, so what attention sees of them never changes. An export computes their keys
 and values once, and ships it as the prefix that it is (`adapters.prefix`).

@@ -25,7 +25,7 @@ class Slot:
     scales_output: bool = False
     """Its factors multiply what a linear gives, which backward computes again."""
     kept_floats: int = 0
-    """What is kept beside the tensors while the model is loaded."""
+    """What lies beside the tensors while the model is loaded."""
 
     @property
     def names(self) -> dict[str, tuple[int, ...]]:

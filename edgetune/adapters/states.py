@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 from torch import nn
 
-from edgetune.adapters import METHODS
+from edgetune.adapters import METHODS, p_tuning
 from edgetune.adapters.config import AdapterConfig
+from edgetune.adapters.p_tuning import PTuningConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.slot import Slot
 from edgetune.errors import AdapterError
@@ -36,24 +40,55 @@ class AdaptedState(StateAdapter):
 
     def add_gradients(self, x: torch.Tensor, d_y: torch.Tensor, d_x: torch.Tensor) -> None:
         """See `StateAdapter`."""
-        for value in self.tensors.values():
-            if value.grad is None:
-                value.grad = torch.zeros_like(value)
-        gradients = {name: value.grad for name, value in self.tensors.items()}
-        self.method.add_gradients(x, d_y, d_x, self.tensors, gradients, self.config)
+        self.method.add_gradients(x, d_y, d_x, self.tensors, gradients_of(self.tensors), self.config)
 
 
-def put_virtual_tokens(model: Decoder | Encoder, slot: Slot, config: AdapterConfig) -> dict[str, nn.Parameter]:
-    """Give a decoder the one tensor of a prompt, or of the prefix of all its layers, which is zero until it is started.
+class EncodedTokens(VirtualTokens):
+    """A prompt that a network makes of the first of these tensors (`adapters.p_tuning`), anew in every pass."""
+
+    def __init__(self, tensors: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(tensors["embedding"], slice(None))
+        self.tensors = nn.ParameterDict(tensors)
+
+    @property
+    def values(self) -> torch.Tensor:
+        """See `VirtualTokens`."""
+        made: torch.Tensor = p_tuning.encode(dict(self.tensors))
+        return made
+
+    def add_gradients(self, tokens: torch.Tensor, d: torch.Tensor) -> None:
+        """See `VirtualTokens`."""
+        d_values = torch.zeros_like(self.weight).index_add_(0, tokens, d)
+        p_tuning.add_gradients(d_values, dict(self.tensors), gradients_of(self.tensors))
+
+
+def gradients_of(tensors: nn.ParameterDict) -> dict[str, torch.Tensor]:
+    """`.grad` of the tensors, which is made where it is missing."""
+    for value in tensors.values():
+        if value.grad is None:
+            value.grad = torch.zeros_like(value)
+    return {name: value.grad for name, value in tensors.items()}
+
+
+def put_virtual_tokens(
+    model: Decoder | Encoder, slot: Slot, config: AdapterConfig, rng: np.random.Generator
+) -> dict[str, nn.Parameter]:
+    """Give a decoder the one tensor of a prompt, or of the prefix of all its layers, which is zero until it is started,
+    or the network that makes a prompt, with its first values.
 
     Raises:
         AdapterError: the model is an encoder.
     """
     if not isinstance(model, Decoder):
         raise AdapterError(f"{config.method} needs a decoder: its virtual tokens come before those that see them.")
+    model.virtual_tokens = config.virtual_tokens
+    if isinstance(config, PTuningConfig):
+        made = p_tuning.initialize(slot, config, rng)
+        tensors = {name: nn.Parameter(torch.from_numpy(value)) for name, value in made.items()}
+        model.prompt = EncodedTokens(tensors)
+        return tensors
     ((name, shape),) = slot.names.items()
     weight = nn.Parameter(torch.zeros(shape))
-    model.virtual_tokens = config.virtual_tokens
     if isinstance(config, PrefixConfig):
         width = model.config.num_key_value_heads * model.config.head_dim
         parts = [VirtualTokens(weight, slice(at, at + width)) for at in range(0, shape[1], width)]

@@ -76,12 +76,11 @@ class VirtualTokens(nn.Module):
         """[virtual tokens, width]."""
         return self.weight[:, self.columns]
 
-    @property
-    def gradients(self) -> torch.Tensor:
-        """The same of `.grad`, which is made where it is missing."""
+    def add_gradients(self, tokens: torch.Tensor, d: torch.Tensor) -> None:
+        """Adds d [M, width], the gradients at virtual tokens of these numbers, to `.grad`."""
         if self.weight.grad is None:
             self.weight.grad = torch.zeros_like(self.weight)
-        return self.weight.grad[:, self.columns]
+        self.weight.grad[:, self.columns].index_add_(0, tokens, d)
 
     def forward(self, x: torch.Tensor, virtual: torch.Tensor) -> torch.Tensor:
         """X [B, T, width] with the vectors where `virtual` [B or 1, T] names a token."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from edgetune.adapters.attach import set_dropout
+from edgetune.adapters.states import EncodedTokens
 from edgetune.models.decoder import Decoder
 from edgetune.objectives import Objective, sft
 from edgetune.objectives.sft import Measured
@@ -133,7 +134,11 @@ def keys_values(decoder: Decoder, x: torch.Tensor) -> Iterator[tuple[torch.Tenso
 
 @torch.no_grad()
 def start_virtual_tokens(decoder: Decoder, seed: int) -> None:
-    """The first values of a prompt, embeddings of random tokens, or of a prefix, what the model computes for these."""
+    """The first values of a prompt, embeddings of random tokens, or of a prefix, what the model computes for these. A
+    prompt that a network makes has its own.
+    """
+    if isinstance(decoder.prompt, EncodedTokens):
+        return
     count = decoder.virtual_tokens
     ids = np.random.default_rng([seed]).integers(0, decoder.config.vocab_size, count)
     x = decoder.embed(torch.from_numpy(ids))

@@ -37,5 +37,5 @@ def put_virtual(place: VirtualTokens, x: torch.Tensor, virtual: Virtual, workspa
 def take_virtual(place: VirtualTokens, d: torch.Tensor, virtual: Virtual, workspace: Workspace) -> None:
     """Backward of `put_virtual`: moves the gradient d [N, width] at virtual tokens into that of the place."""
     gradients = workspace.take(len(virtual.rows), d.shape[1], "inner")
-    place.gradients.index_add_(0, virtual.tokens, torch.index_select(d, 0, virtual.rows, out=gradients))
+    place.add_gradients(virtual.tokens, torch.index_select(d, 0, virtual.rows, out=gradients))
     d.index_fill_(0, virtual.rows, 0)

@@ -27,15 +27,21 @@ from edgetune.adapters.full import FullConfig
 from edgetune.adapters.ln_tuning import LnTuningConfig
 from edgetune.adapters.loreft import LoreftConfig
 from edgetune.adapters.lst import LstConfig
+from edgetune.adapters.p_tuning import PTuningConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.prompt import PromptConfig
+from edgetune.adapters.states import EncodedTokens
+from edgetune.data import Row, pack, stack
 from edgetune.errors import AdapterError, ConfigError
 from edgetune.models import load_config
 from edgetune.models.config import DecoderConfig
 from edgetune.models.decoder import Decoder, load_decoder
+from edgetune.training.backprop import Path as Walk
+from edgetune.training.backprop import loss_and_gradients
 
 IDS = torch.randint(0, 301, (2, 33), generator=torch.Generator().manual_seed(4))
 VIRTUAL = {"prompt": PromptConfig(num_virtual_tokens=5), "prefix": PrefixConfig(num_virtual_tokens=5)}
+ENCODED = PTuningConfig(num_virtual_tokens=5, encoder_hidden_size=16)
 PEFT_CONFIGS = {
     "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
     "p-tuning": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=16),
@@ -64,7 +70,7 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 
 OURS: list[tuple[AdapterConfig, str]] = [
-    *((config, family) for config in (*VIRTUAL.values(), LnTuningConfig()) for family in ("llama", "qwen3")),
+    *((config, family) for config in (*VIRTUAL.values(), ENCODED, LnTuningConfig()) for family in ("llama", "qwen3")),
     (LnTuningConfig(layers_to_transform=(1,)), "gemma3_text"),
     (LnTuningConfig(target_modules=("norm",)), "llama"),
     (LnTuningConfig(target_modules=("q_norm", "post_feedforward_layernorm"), layers_to_transform=(0,)), "gemma3_text"),
@@ -97,6 +103,45 @@ def test_we_load_pefts(tmp_path: Path, kind: str, family: str) -> None:
     load_tensors(attach(decoder, config.resolved(decoder.config)), tensors)
     assert (logits(decoder) - plain).abs().max() > 1e-2
     assert (logits(model) - logits(decoder)).abs().max() < 1e-5
+
+
+def test_p_tuning_learns_as_pefts_encoder(tmp_path: Path) -> None:
+    """Loss and gradients with the same values; the file of either is the prompt that they make."""
+    folder = write_model(tmp_path / "model", tiny_config("qwen3"))
+    decoder, config, tensors = adapted(folder, ENCODED)
+    (window,) = pack([Row(ids := IDS[0].numpy().astype(np.int32), ids, 1)], 40, virtual_tokens=5)
+    loss = loss_and_gradients(decoder, [stack([window])], Walk(0, 1), dropout_key=(0, 0), check=lambda: None)
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = peft.get_peft_model(base, copy.deepcopy(PEFT_CONFIGS["p-tuning"])).eval()
+    encoder = model.prompt_encoder["default"]
+    theirs = dict(encoder.named_parameters())
+    names = {"embedding": "embedding.weight"} | {
+        f"{kind}_{i}": f"mlp_head.{2 * i}.{kind}" for i in range(3) for kind in ("weight", "bias")
+    }
+    assert theirs.keys() == set(names.values())
+    for name, value in tensors.items():
+        theirs[names[name]].data.copy_(torch.from_numpy(value))
+    labels = IDS[:1].clone()
+    labels[:, 0] = -100  # which PEFT asks of the last virtual token, and no row here of anything
+    expected = model(IDS[:1], labels=labels).loss
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    parameters = dict(decoder.prompt.tensors.items()) if isinstance(decoder.prompt, EncodedTokens) else {}
+    assert parameters.keys() == names.keys()
+    for name, value in parameters.items():
+        wanted = theirs[names[name]].grad
+        assert wanted.norm() > 1e-4
+        assert (value.grad - wanted).norm() / wanted.norm() < 1e-5, name
+
+    model.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "ours").mkdir()
+    save_adapter(tmp_path / "ours", config, tensors)
+    for writer in ("ours", "theirs"):
+        found, prompt = load_adapter(tmp_path / writer, decoder.config)
+        assert found == VIRTUAL["prompt"].resolved(decoder.config)
+        assert prompt.keys() == {"prompt_embeddings"}
+        np.testing.assert_allclose(prompt["prompt_embeddings"], encoder(torch.arange(5)).detach(), atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")  # so PEFT says of every norm
@@ -244,6 +289,8 @@ def test_saved_and_loaded_bit_for_bit(tmp_path: Path, config: AdapterConfig) -> 
         (LoreftConfig(positions=""), r"positions = ''; such as"),
         (PromptConfig(num_virtual_tokens=0), r"num_virtual_tokens = 0; an integer from 1 to \d+, what the model's"),
         (PrefixConfig(num_virtual_tokens=1 << 20), r"num_virtual_tokens = 1048576"),
+        (PTuningConfig(num_virtual_tokens=0), r"num_virtual_tokens = 0; an integer from 1"),
+        (PTuningConfig(encoder_hidden_size=0), r"encoder_hidden_size = 0; an integer of 1 or more was expected"),
         (
             LnTuningConfig(target_modules=("q_norm",)),
             r"\['q_norm'\]; choose from input_layernorm, post_attention_layernorm, norm",

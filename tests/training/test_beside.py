@@ -203,7 +203,7 @@ class TestRefusals:
 
     def test_what_cannot_be_compared_with_the_base(self, base: Path) -> None:
         self.refused(base, "needs gradients, and mezo", config={"kl_weight": 1.0, "step_rule": "mezo"})
-        for method in ("prompt_tuning", "prefix_tuning"):
+        for method in ("prompt_tuning", "prefix_tuning", "p_tuning"):
             adapter = METHODS[method].Config()
             self.refused(base, f"{method} gives rows other positions", adapter=adapter, config={"kl_weight": 1.0})
 

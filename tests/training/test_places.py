@@ -26,8 +26,10 @@ from edgetune.adapters.ln_tuning import LnTuningConfig
 from edgetune.adapters.lora import LoraConfig
 from edgetune.adapters.loreft import LoreftConfig
 from edgetune.adapters.lst import LstConfig
+from edgetune.adapters.p_tuning import PTuningConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.prompt import PromptConfig
+from edgetune.checkpoint import read_checkpoint
 from edgetune.data import IGNORED, Row, Window, pack, stack
 from edgetune.errors import ConfigError, DataError
 from edgetune.linear import Workspace
@@ -52,6 +54,7 @@ CASES: dict[str, AdapterConfig] = {
     "some blocks": BottleneckConfig(r=3, placement="houlsby", layers_to_transform=(1, 3)),
     "prompt": PromptConfig(num_virtual_tokens=4),
     "prefix": PrefixConfig(num_virtual_tokens=4),
+    "p-tuning": PTuningConfig(num_virtual_tokens=4, encoder_hidden_size=6),
     "norms": LnTuningConfig(),
     "norms of queries and keys": LnTuningConfig(target_modules=("q_norm", "k_norm", "norm"), layers_to_transform=(2,)),
     "norms of some blocks": LnTuningConfig(layers_to_transform=(1, 3)),
@@ -260,7 +263,7 @@ def test_they_start_as_tokens_of_the_vocabulary(tmp_path: Path, case: str) -> No
         assert (decoder(ids) - expected).abs().max() < 1e-5
 
 
-RESUMED = ("pfeiffer", "prompt", "prefix", "norms", "biases", "blocks with biases", "loreft", "lst")
+RESUMED = ("pfeiffer", "prompt", "prefix", "p-tuning", "norms", "biases", "blocks with biases", "loreft", "lst")
 
 
 @pytest.mark.parametrize("case", RESUMED)
@@ -274,6 +277,27 @@ def test_stopped_and_resumed_to_the_bit(tmp_path: Path, case: str) -> None:
     resumed = train(plan, base, data=data, out=tmp_path / "twice", resume=True).summary
     assert (whole["stopped"], resumed["stopped"]) == ("done", "done")
     assert resumed["adapter_sha256"] == whole["adapter_sha256"]
+
+
+@pytest.mark.parametrize("rule", ["backprop", "mezo"])
+def test_what_a_prompts_network_learned_is_kept_as_a_prompt(tmp_path: Path, rule: str) -> None:
+    base, data = make_base(tmp_path), write_rows(tmp_path / "rows.jsonl", 24)
+    optimizer, config = "adamw" if rule == "backprop" else "sgd", CASES["p-tuning"]
+    plan = make_plan(
+        base, adapter=config, method=config.method, max_steps=8, step_rule=rule, learning_rate=1e-3,
+        optimizer=optimizer, eval_fraction=0.0,
+    )  # fmt: skip
+    run = train(plan, base, data=data, out=tmp_path / "run")
+    last = read_checkpoint(run.folder / "checkpoints", 8).tensors("adapter")
+    assert sum(value.size for value in last.values()) == run.summary["trainable_parameters"] > 1000
+    first = attach(load_decoder(base), plan.adapter, plan.seed)
+    assert all((first[name].detach().numpy() != value).any() for name, value in last.items())
+    x = last["embedding"]
+    for i in range(3):
+        x = (np.maximum(x, 0) if i else x) @ last[f"weight_{i}"].T + last[f"bias_{i}"]
+    found, tensors = load_adapter(run.folder, load_config(base))
+    assert isinstance(found, PromptConfig) and found.num_virtual_tokens == 4
+    np.testing.assert_allclose(tensors["prompt_embeddings"], x, atol=1e-6)
 
 
 @pytest.mark.parametrize("rule", ["backprop", "mezo"])
