@@ -29,7 +29,10 @@ from edgetune.cli import verbs as cli
 from edgetune.cli.console import STOPPED_EARLY, exit_code
 from edgetune.cli.flags import _adapter_settings, read_budget, read_settings
 from edgetune.errors import ConfigError, EdgetuneError, MissingExtraError
+from edgetune.models import load_config
+from edgetune.planner import check_engine
 from edgetune.planner.plans import Plan, TrainConfig
+from edgetune.planner.wishes import RowFacts, Wishes
 from edgetune.quantizer import quantize
 
 REPOSITORY = Path(__file__).parents[1]
@@ -852,7 +855,22 @@ TRAIN_VALUES = {
 OBJECTIVE_OF = {"beta": "kto", "label_smoothing": "dpo", "temperature": "distill", "distill_weight": "distill"}
 
 
-@pytest.mark.parametrize("verb", ["plan", "train", "personalize"])
+@pytest.mark.parametrize("field", [*ADAPTER_VALUES, *TRAIN_VALUES])
+def test_personalize_offers_what_training_graphs_do_not_always_refuse(field: str, model: Path) -> None:
+    flag = "--" + {"layers_to_transform": "layers"}.get(field, field).replace("_", "-")
+    value = "sgd" if field == "optimizer" else (ADAPTER_VALUES | TRAIN_VALUES)[field][1]
+    needed = {"objective": OBJECTIVE_OF[field]} if field in OBJECTIVE_OF else {}
+    needed |= {"init_lora_weights": "loftq"} if field == "init_from" else {}
+    adapter, config = read_settings(METHOD_OF.get(field, "lora"), {**needed, field: value})
+    wishes = Wishes(load_config(model), adapter, config.checked(), RowFacts(), "ort")
+    if flag in options("personalize"):
+        check_engine(wishes, "int4")
+        return
+    with pytest.raises(ConfigError):
+        check_engine(wishes, "int4")
+
+
+@pytest.mark.parametrize("verb", ["plan", "train"])
 def test_every_field_of_the_configs_has_a_flag(verb: str) -> None:
     fields = {f.name for f in dataclasses.fields(TrainConfig)} | _adapter_settings().keys()
     assert fields == ADAPTER_VALUES.keys() | TRAIN_VALUES.keys(), "give the new field a value to test its flag with"

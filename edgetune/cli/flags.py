@@ -22,6 +22,7 @@ from edgetune.adapters import METHODS
 from edgetune.adapters.config import AdapterConfig
 from edgetune.errors import ConfigError
 from edgetune.planner.plans import TrainConfig
+from edgetune.planner.wishes import ORT_HAS
 
 _Made = TypeVar("_Made")
 
@@ -151,10 +152,11 @@ def _parameter(field: str, kind: Any, help: str, panel: str) -> inspect.Paramete
     return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
 
 
-def _adapter_settings() -> dict[str, tuple[Any, list[str]]]:
-    """Field of an adapter's config -> its annotation, and the methods that have it."""
+def _adapter_settings(engine: str | None = None) -> dict[str, tuple[Any, list[str]]]:
+    """Field of an adapter's config -> its annotation, and which methods have it, of those that this engine trains."""
     found: dict[str, tuple[Any, list[str]]] = {}
-    for method, module in METHODS.items():
+    for method in _methods(engine):
+        module = METHODS[method]
         hints = get_type_hints(module.Config, include_extras=True)
         for field in dataclasses.fields(module.Config):
             if get_origin(hints[field.name]) is Annotated:  # others follow from the model
@@ -162,11 +164,20 @@ def _adapter_settings() -> dict[str, tuple[Any, list[str]]]:
     return found
 
 
-def _parameters() -> list[inspect.Parameter]:
+def _methods(engine: str | None) -> list[str]:
+    """Those that this engine trains; without one, all."""
+    return [
+        name
+        for name, module in METHODS.items()
+        if engine is None or getattr(module.CAPABILITIES, f"train_{engine}") is None
+    ]
+
+
+def _parameters(engine: str | None) -> list[inspect.Parameter]:
     found = []
-    for name, (hint, methods) in _adapter_settings().items():
+    for name, (hint, methods) in _adapter_settings(engine).items():
         kind, key = get_args(hint)[:2]
-        of = "" if len(methods) == len(METHODS) else f" Of {', '.join(methods)}."
+        of = "" if len(methods) == len(_methods(engine)) else f" Of {', '.join(methods)}."
         found.append(_parameter(name, kind, key.doc + of, "Adapter"))
     hints = get_type_hints(TrainConfig, include_extras=True)
     for field in dataclasses.fields(TrainConfig):
@@ -174,13 +185,17 @@ def _parameters() -> list[inspect.Parameter]:
         default = "the plan's choice" if field.default is None else field.default
         help = f"{key.doc[0].upper()}{key.doc[1:]}. (default: {default})"
         found.append(_parameter(field.name, kind | None, help, "Training"))
-    return found
+    return [parameter for parameter in found if engine != "ort" or parameter.name not in ORT_HAS]
 
 
-def takes_settings(verb: Callable[..., None]) -> Callable[..., None]:
-    """Replace the verb's `**settings` by the flags of this module, as typer reads them from a signature."""
+def takes_settings(verb: Callable[..., None], engine: str | None = None) -> Callable[..., None]:
+    """Replace the verb's `**settings` by the flags of this module, as typer reads them from a signature.
+
+    A verb that has one engine alone gets those that this engine does not always refuse.
+    """
     own = inspect.signature(verb, eval_str=True)
-    parameters = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD] + _parameters()
+    parameters = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    parameters += _parameters(engine)
 
     @functools.wraps(verb)
     def with_flags(**typed: Any) -> None:
@@ -189,6 +204,11 @@ def takes_settings(verb: Callable[..., None]) -> Callable[..., None]:
     with_flags.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     with_flags.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return with_flags
+
+
+def takes_settings_of(engine: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`takes_settings` for a verb of that engine."""
+    return functools.partial(takes_settings, engine=engine)
 
 
 def read_settings(method: str, settings: dict[str, Any]) -> tuple[AdapterConfig, TrainConfig]:

@@ -43,6 +43,7 @@ from edgetune.cli.flags import (
     read_settings,
     refuse_other_flags,
     takes_settings,
+    takes_settings_of,
     was_typed,
 )
 from edgetune.errors import EdgetuneError
@@ -515,7 +516,7 @@ def run(
 
 
 @app.command()
-@takes_settings
+@takes_settings_of("ort")
 def personalize(
     bundle: Bundle,
     *,

@@ -21,7 +21,7 @@ from edgetune import __version__, host
 from edgetune.adapters import METHODS
 from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.head import SCORE, score_shapes
-from edgetune.adapters.lora import KAIMING, LoraConfig
+from edgetune.adapters.lora import LoraConfig
 from edgetune.base import AnyBase, EncoderBase, open_any_base
 from edgetune.data import Rows, read_rows, split_eval
 from edgetune.data.labeled import KIND_OF, LabeledRows, read_labeled_rows, with_targets
@@ -40,7 +40,7 @@ from edgetune.planner.encoders import TextFacts, TextWishes, check_encoder, read
 from edgetune.planner.job import Job
 from edgetune.planner.ladder import SETTINGS, Choice, descend
 from edgetune.planner.plans import FORMAT_VERSION, Concession, Plan, TrainConfig
-from edgetune.planner.wishes import ORT_OPTIMIZERS, RowFacts, Windows, Wishes
+from edgetune.planner.wishes import ORT_HAS, ORT_OPTIMIZERS, RowFacts, Windows, Wishes
 from edgetune.planner.work import lower_work, reference_work, step_work
 from edgetune.tokenizer import load_tokenizer
 
@@ -200,27 +200,16 @@ def check_engine(wishes: Wishes, grid: str) -> None:
         )
     if wishes.engine != "ort":
         return
-    adapter, config = wishes.adapter, wishes.config
-    wanted = {
-        "lora_dropout": bool(adapter.dropout),
-        "rank_pattern": isinstance(adapter, LoraConfig) and adapter.rank_pattern is not None,
-        "init_lora_weights": getattr(adapter, "init_lora_weights", None) not in (None, KAIMING),
-        "step_rule": config.step_rule not in (None, "backprop"),
-        "objective": config.objective != "sft",
-        "activation_offloading": bool(config.activation_offloading),
-        "fast_products": bool(config.fast_products),
-        "retention_share": config.retention_share is not None,
-        "kl_weight": config.kl_weight is not None,
-    }
-    refused = [name for name, asked in wanted.items() if asked]
+    asked = vars(wishes.adapter) | vars(wishes.config)
+    refused = [name for name, values in ORT_HAS.items() if asked[name] not in values]
     if refused:
         raise ConfigError(
             f"{', '.join(refused)} cannot be set here: training graphs learn by sft from one file, know one rank and "
             "an adapter that does nothing at first, and have neither dropout nor a file for what a step keeps. Leave "
             "that out, or use `edgetune train` (engine torch)."
         )
-    if config.optimizer not in (None, *ORT_OPTIMIZERS):
-        raise ConfigError(f"optimizer = {config.optimizer!r}; training graphs have {', '.join(ORT_OPTIMIZERS)}.")
+    if (optimizer := asked["optimizer"]) not in (None, *ORT_OPTIMIZERS):
+        raise ConfigError(f"optimizer = {optimizer!r}; training graphs have {', '.join(ORT_OPTIMIZERS)}.")
     if grid == "nf4":
         raise ConfigError("grid = 'nf4'; no standard operator dequantizes it, so the ort engine takes int4 alone.")
 

@@ -26,7 +26,7 @@ FORMAT_VERSION = 1
 STEP_RULES = ("backprop", "mezo")
 _EVERY: dict[str, ModuleType] = {**OBJECTIVES, **ENCODER_OBJECTIVES}
 # Setting of an objective -> the objectives that have it.
-_SETTINGS = {
+OBJECTIVE_SETTINGS = {
     name: [other for other, module in OBJECTIVES.items() if name in module.SETTINGS]
     for module in OBJECTIVES.values()
     for name in module.SETTINGS
@@ -95,12 +95,12 @@ class TrainConfig:
     @property
     def objective_settings(self) -> dict[str, Any]:
         """Every setting that belongs to some objective: this one's with its defaults filled in, the others' None."""
-        defaults = _EVERY[self.objective].SETTINGS
-        return {name: defaults.get(name) if getattr(self, name) is None else getattr(self, name) for name in _SETTINGS}
+        defaults, given = _EVERY[self.objective].SETTINGS, {name: getattr(self, name) for name in OBJECTIVE_SETTINGS}
+        return {name: defaults.get(name) if value is None else value for name, value in given.items()}
 
     def _check_objective(self) -> None:
         known = _EVERY[self.objective].SETTINGS
-        for name, of in _SETTINGS.items():
+        for name, of in OBJECTIVE_SETTINGS.items():
             if name not in known and getattr(self, name) is not None:
                 raise ConfigError(
                     f"{name} = {getattr(self, name):g} goes with objective {' or '.join(of)}; this one is "

@@ -8,11 +8,12 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from edgetune.adapters.config import AdapterConfig
+from edgetune.adapters.lora import KAIMING
 from edgetune.data import Row, pack, units
 from edgetune.errors import ConfigError
 from edgetune.models import ModelConfig
 from edgetune.planner.ladder import ADAPTER_SETTINGS, SETTINGS, Choice, Freedom
-from edgetune.planner.plans import TrainConfig
+from edgetune.planner.plans import OBJECTIVE_SETTINGS, TrainConfig
 from edgetune.products import are_offered
 
 DEFAULT_OPTIMIZER = "adamw"
@@ -20,9 +21,17 @@ ORT_OPTIMIZERS = ("adamw", "sgd")  # those that training graphs are written for
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_WINDOW = 512  # for texts, which can be cut; other rows get the window that they need
 SHORTEST_WINDOW = 64
-# What the ort engine does in one way: a matrix is dequantized whole, inputs stay in memory, products are its own.
 BESIDE_FIXED = frozenset({"recompute_layers", "activation_offloading"})
+# What the ort engine does in one way: a matrix is dequantized whole, inputs stay in memory, products are its own.
 ORT_FIXED = frozenset({"tile_weights", "activation_offloading", "fast_products", "step_rule"})
+# Its graphs learn by sft from one file, know one rank and an adapter that does nothing at first, and have neither
+# dropout nor a file for what a step keeps: settings that have these values there, and no others.
+ORT_HAS: dict[str, tuple[Any, ...]] = {
+    "lora_dropout": (None, 0), "rank_pattern": (None,), "adapter_budget": (None,), "init_from": (None,),
+    "init_lora_weights": (None, KAIMING), "step_rule": (None, "backprop"), "objective": ("sft",),
+    "activation_offloading": (None, False), "fast_products": (None, False),
+    **dict.fromkeys(("retention_share", "kl_weight", *OBJECTIVE_SETTINGS), (None,)),
+}  # fmt: skip
 WINDOW_STEP = 16
 
 
