@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from edgetune.adapters.config import AdapterConfig
-from edgetune.adapters.lora import KAIMING
+from edgetune.adapters.lora import KAIMING, LOFTQ
 from edgetune.data import Row, pack, units
 from edgetune.errors import ConfigError
 from edgetune.models import ModelConfig
@@ -207,6 +207,12 @@ class Wishes:
             raise ConfigError(
                 f"kl_weight = {config.kl_weight:g}; {self.adapter.method} gives rows other positions than the base, "
                 "so the two are not compared. Choose another adapter, or give rows to --retention-data."
+            )
+        if config.kl_weight is not None and getattr(self.adapter, "init_lora_weights", None) == LOFTQ:
+            raise ConfigError(
+                f"kl_weight = {config.kl_weight:g}; it holds the model to the quantized base, and init_lora_weights = "
+                "'loftq' starts away from that to undo what quantization lost. Take kaiming or eva, or give rows to "
+                "--retention-data."
             )
         if config.step_rule == "mezo" and config.optimizer not in (None, "sgd"):
             raise ConfigError(f"optimizer = {config.optimizer!r}; mezo is an SGD. Leave one of the two out.")

@@ -207,6 +207,14 @@ class TestRefusals:
             adapter = METHODS[method].Config()
             self.refused(base, f"{method} gives rows other positions", adapter=adapter, config={"kl_weight": 1.0})
 
+    def test_a_start_away_from_the_base(self, base: Path) -> None:
+        for start in ("kaiming", "eva"):
+            adapter = LoraConfig(init_lora_weights=start)
+            assert plan(base, "host", adapter=adapter, config=TrainConfig(kl_weight=1.0)).kl_weight == 1.0
+        match = "kl_weight = 1; it holds the model to the quantized base, and .*loftq.* Take kaiming or eva"
+        loftq = LoraConfig(init_lora_weights="loftq", init_from="original")
+        self.refused(base, match, adapter=loftq, config={"kl_weight": 1.0})
+
     @pytest.mark.parametrize("name", ["retention_share", "kl_weight"])
     def test_the_ort_engine(self, base: Path, name: str) -> None:
         self.refused(base, f"{name} cannot be set here", engine="ort", grid=None, config={name: 0.5})
