@@ -76,7 +76,7 @@ def theirs(base: Path, plan: et.Plan, rows: Path, windows: Sequence[Window]) -> 
         pack(read_rows(rows, load_tokenizer(base), plan.max_seq_length), plan.max_seq_length),
         batch_size=plan.batch_size, gradient_accumulation_steps=plan.gradient_accumulation_steps, seed=plan.seed,
     )  # fmt: skip
-    plan = plan.with_steps(len(batches.windows))
+    plan = plan.with_steps(len(batches.task.windows))
     assert plan.max_steps is not None and plan.warmup_steps is not None
     started = time.perf_counter()
     for step in range(plan.max_steps):
