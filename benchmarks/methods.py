@@ -8,8 +8,8 @@ and the best one with the others. Judged is the held-out loss at the end, in nat
     shakespeare    pieces of 480 characters of tinyshakespeare, without prompts; held out are some of the last tenth
 
 PEFT gets the same base, rows, order, initial adapter and learning rate (`shakespeare.theirs`). The peak is that of the
-process that trains, all of it: `floor_bytes` of it are there before a model is. Virtual tokens take part of a window, so
-a step of methods with these has fewer rows.
+process that trains, all of it: `floor_bytes` of it are there before a model is. Virtual tokens take part of a window:
+a step with these has fewer rows.
 
 Run: python benchmarks/methods.py [--methods lora ia3] [--rates 1e-3 1e-2] [--steps 60] [--seeds 2]
      [--data instructions] [--peft lora ia3] [--out methods.json]     (EDGETUNE_REAL names the folder of real data)
