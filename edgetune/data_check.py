@@ -1,11 +1,12 @@
 """What is in a file of rows, before it is trained on: duplicates, leakage, labels, lengths, what a window cuts.
 
 Every finding is a figure with examples and their lines; none is an error. What `read_rows` refuses is refused here too,
-with the lines. Exact means the same strings. Near means that prompts, or texts, share four fifths of their 5-grams
-(`data.near`); a near duplicate also has the same answer, or a near one.
+with the lines. Exact means the same strings and the same answer. Near means that prompts, or texts, share four fifths
+of their 5-grams (`data.near`); a near duplicate also has the same answer, or a near one.
 
 A row has an answer where it has a completion, an output, a label or a last turn of an assistant. Answers count as
-labels where they are short and few: at most `LABEL_CHARACTERS` each, and on average in two rows or more.
+labels where they are short and few: at most `LABEL_CHARACTERS` each, and on average in two rows or more. Of feedback
+the verdict is the answer, to prompt and completion.
 
 What `check_data` returns, ready for JSON:
 
@@ -20,7 +21,8 @@ What `check_data` returns, ready for JSON:
                   cut: texts that take several windows, too_long: rows that training refuses, too_long_lines; of rows
                   for a trained head or embeddings windows and fill are null, and cut are texts that lose their end
     eval          null, or all of the above of the held-out rows, and unseen_labels (label -> lines)
-    leakage       null, or of the held-out rows: exact, prompts: same prompt, near; share: any of them; examples
+    leakage       null, or of the held-out rows: exact, prompts: others with the same prompt, near: others again;
+                  share: all of these; examples
     findings      sentences, the gravest first; empty where nothing was found
 """
 
@@ -58,6 +60,11 @@ class _Line:
     prompt: str | None
     answer: str | None
     texts: tuple[str | list[str], ...]  # those that are encoded each for itself, as a string or words; see `labeled`
+
+    @property
+    def whole(self) -> tuple[str, str | None]:
+        """What makes rows the same; a number or a verdict is none of the text."""
+        return self.text, self.answer
 
     @property
     def compared(self) -> str:
@@ -152,9 +159,10 @@ def _parts(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
             message for message in row["messages"] if message["role"] != "system"
         )  # that stands in each row
         return "\n".join(_strings(before)), last["content"] if last["role"] == "assistant" else None
-    answer = next((row[key] for key in ("completion", "output", "chosen", "label") if key in row), None)
-    asked = [text for key in ("prompt", "instruction", "input", "text") for text in _strings(row.get(key))]
-    return (None, None) if answer is None else ("\n".join(asked), "\n".join(_strings(answer)) or str(answer))
+    answer = next((row[key] for key in ("label", "completion", "output", "chosen") if key in row), None)
+    keys = ("prompt", "instruction", "input", "text", *(["completion"] if "label" in row else []))
+    asked = [text for key in keys for text in _strings(row.get(key))]
+    return (None, None) if answer is None else ("\n".join(asked), "\n".join(_strings(answer)) or json.dumps(answer))
 
 
 def _texts(row: Mapping[str, Any]) -> tuple[str | list[str], ...]:
@@ -168,11 +176,11 @@ def _encoded_length(text: str | list[str], tokenizer: Tokenizer) -> int:
 
 
 def _duplicates(lines: Sequence[_Line]) -> dict[str, Any]:
-    first: dict[str, int] = {}
+    first: dict[tuple[str, str | None], int] = {}
     exact = [
-        (line.number, first[line.text], 1.0)
+        (line.number, first[line.whole], 1.0)
         for line in lines
-        if first.setdefault(line.text, line.number) != line.number
+        if first.setdefault(line.whole, line.number) != line.number
     ]
     repeats = {number for number, *_ in exact}
     once = [line for line in lines if line.number not in repeats]
@@ -271,18 +279,18 @@ def _unseen(labels: Mapping[str, Any] | None, held_out: Sequence[_Line]) -> dict
 
 
 def _leakage(lines: Sequence[_Line], held_out: Sequence[_Line]) -> dict[str, Any]:
-    texts = {line.text: line.number for line in reversed(lines)}
+    known = {line.whole: line.number for line in reversed(lines)}
     prompts = {line.prompt: line.number for line in reversed(lines) if line.prompt}
-    exact = [(line.number, texts[line.text], 1.0) for line in held_out if line.text in texts]
-    asked = [line.number for line in held_out if line.prompt in prompts]
-    leaked = {number for number, *_ in exact}
-    rest = [line for line in held_out if line.number not in leaked]
+    exact = [(line.number, known[line.whole], 1.0) for line in held_out if line.whole in known]
+    rest = [line for line in held_out if line.whole not in known]
+    asked = [(line.number, prompts[line.prompt], 1.0) for line in rest if line.prompt in prompts]
+    rest = [line for line in rest if line.prompt not in prompts]
     matches = near_matches([line.compared for line in rest], [line.compared for line in lines])
     near = [(rest[match.at].number, lines[match.other].number, match.similarity) for match in matches]
     return {
         "exact": len(exact), "prompts": len(asked), "near": len(near),
-        "share": len(leaked.union(asked, (number for number, *_ in near))) / len(held_out),
-        "examples": _examples([*exact[: _EXAMPLES // 2], *near[: _EXAMPLES // 2]]),
+        "share": (len(exact) + len(asked) + len(near)) / len(held_out),
+        "examples": _examples([line for found in (exact, asked, near) for line in found[: _EXAMPLES // 2]]),
     }  # fmt: skip
 
 
@@ -291,15 +299,18 @@ def _findings(result: Mapping[str, Any]) -> list[str]:
     found = []
     leakage, held_out = result["leakage"], result["eval"]
     if leakage and leakage["share"]:
+        ways = {"exact": "exactly", "prompts": "by the prompt alone", "near": "nearly"}
+        line = leakage["examples"][0]
         found.append(
-            f"{leakage['share']:.1%} of the held-out rows stand among the training rows: {leakage['exact']} exactly, "
-            f"{leakage['prompts']} by their prompt, {leakage['near']} nearly. Figures on them are too good: take "
-            "them out."
+            f"{leakage['share']:.1%} of the held-out rows are among the training rows: {_ways(leakage, ways)}, such as "
+            f"line {line['line']} (training line {line['of']}). Figures on them are too good: take them out of one of "
+            "the two files."
         )
     if held_out and held_out["unseen_labels"]:
         labels = held_out["unseen_labels"]
         found.append(
-            f"{len(labels)} labels are in the held-out rows alone: {_listed(list(labels))}. Add training rows of them."
+            f"No training row has {_many(len(labels), 'label')} of the held-out rows: {_listed(list(labels))}. Add "
+            "training rows with that."
         )
     for part, name in ((result, "training"), (held_out, "held-out")):
         if part:
@@ -311,35 +322,47 @@ def _findings_of(part: Mapping[str, Any], name: str) -> list[str]:
     found, labels, window = [], part["labels"], part["window"]
     if window and window["too_long"]:
         found.append(
-            f"{window['too_long']} {name} rows are longer than {window['max_seq_length']} tokens, and training refuses "
-            f"them: lines {_listed(window['too_long_lines'])}. Shorten them."
+            f"{name.capitalize()} rows of more than {window['max_seq_length']} tokens"
+            f"{', both texts together' if part['kind'] == 'preference' else ''}: {window['too_long']:,}, on lines "
+            f"{_listed(window['too_long_lines'])}. Training refuses them: shorten them."
         )
     if window and window["cut"]:
         found.append(
-            f"{window['cut']} {name} texts are longer than {window['max_seq_length']} tokens and "
-            + ("lose their end." if window["windows"] is None else "are cut into windows, which do not see each other.")
+            f"{_many(window['cut'], f'{name} text')} of more than {window['max_seq_length']} tokens: "
+            + ("the end is not read." if window["windows"] is None else "cut into windows that do not see each other.")
         )
     if part["conflicts"]["prompts"]:
         lines = part["conflicts"]["examples"][0]
         found.append(
-            f"{part['conflicts']['prompts']} {name} prompts have several answers, such as lines {_listed(lines)}. "
-            "Keep the right one."
+            f"{_many(part['conflicts']['prompts'], f'{name} prompt')} with several answers, such as on lines "
+            f"{_listed(lines)}. Keep one answer, unless all are right."
         )
     duplicates = part["duplicates"]
     if duplicates["exact"] or duplicates["near"]:
+        line = duplicates["examples"][0]
         found.append(
-            f"{duplicates['exact']} {name} rows repeat an earlier one exactly and {duplicates['near']} nearly. They "
-            "count twice."
+            f"{name.capitalize()} rows like an earlier one: "
+            f"{_ways(duplicates, {'exact': 'exactly', 'near': 'nearly'})}, such as line {line['line']} (line "
+            f"{line['of']}). What is there twice counts twice: leave it out."
         )
     if labels:
         counts = list(labels["counts"].values())
         if counts[0] >= _IMBALANCE * counts[-1]:
             names = list(labels["counts"])
             found.append(
-                f"the most frequent label of the {name} rows, {_shown(names[0])}, stands {counts[0]} times, "
-                f"{_shown(names[-1])} {counts[-1]}. Look at macro-F1 beside the accuracy."
+                f"{_many(counts[0], f'{name} row')} with the label {_shown(names[0])}, {counts[-1]:,} with "
+                f"{_shown(names[-1])}. A rare label is learned badly, and accuracy hides that: look at macro-F1 too."
             )
     return found
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def _ways(counts: Mapping[str, Any], ways: Mapping[str, str]) -> str:
+    """How many of each way, without those of none."""
+    return ", ".join(f"{counts[name]:,} {how}" for name, how in ways.items() if counts[name])
 
 
 def _listed(values: Sequence[object]) -> str:

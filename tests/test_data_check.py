@@ -98,8 +98,9 @@ def test_duplicates_conflicts_and_labels(tmp_path: Path) -> None:
     shares = np.array([17, 3, 1]) / 21
     assert labels["balance"] == pytest.approx(-(shares * np.log(shares)).sum() / np.log(3))
     assert found["lengths"]["max"] == len("turn the kitchen lamp off\noff")
+    assert "14 exactly, 2 nearly, such as line 3 (line 1)." in found["findings"][1]
     assert [sentence[:30] for sentence in found["findings"]] == [
-        "1 training prompts have severa", "14 training rows repeat an ear", "the most frequent label of the",
+        "1 training prompt with several", "Training rows like an earlier ", '17 training rows with the labe',
     ]  # fmt: skip
 
 
@@ -111,12 +112,44 @@ def test_leakage_and_labels_that_only_the_held_out_rows_have(tmp_path: Path) -> 
     eval_data = write(tmp_path / "eval.jsonl", [{"prompt": p, "completion": c} for p, c in [*held_out, *held_out]])
     found = et.check_data(data, eval_data=eval_data)
     leakage = found["leakage"]
-    assert (leakage["exact"], leakage["prompts"], leakage["near"], leakage["share"]) == (2, 4, 4, 0.75)
+    assert (leakage["exact"], leakage["prompts"], leakage["near"], leakage["share"]) == (2, 2, 2, 0.75)
     assert leakage["examples"][0] == {"line": 1, "of": 1, "similarity": 1.0}
     assert found["eval"]["unseen_labels"] == {"unlock": [2, 6], "clock": [4, 8]}
-    assert "75.0% of the held-out rows" in found["findings"][0] and '"unlock", "clock"' in found["findings"][1]
+    assert (
+        "75.0% of the held-out rows are among the training rows: 2 exactly, 2 by" in found["findings"][0]
+        and '"unlock", "clock"' in found["findings"][1]
+    )
     plain = et.check_data(write(tmp_path / "text.jsonl", train), eval_data=write(tmp_path / "e.jsonl", train[:1]))
     assert plain["labels"] is None and plain["leakage"]["exact"] == 1 and plain["leakage"]["prompts"] == 0
+
+
+def test_of_feedback_the_verdict_is_the_answer(tmp_path: Path) -> None:
+    said = [("ring home", "calling", True), ("ring home", "I will not", False), ("ring home", "calling", False)]
+    rows = [{"prompt": p, "completion": c, "label": label} for p, c, label in [*said, said[1]]]
+    found = et.check_data(write(tmp_path / "rows.jsonl", rows))
+    assert found["duplicates"]["exact"] == 1, "line 4; line 3 says another thing of the same text"
+    assert found["conflicts"] == {"prompts": 1, "rows": 2, "examples": [[1, 3]]}
+    assert found["labels"]["counts"] == {"false": 3, "true": 1}
+
+
+def test_values_are_part_of_a_row(tmp_path: Path) -> None:
+    rows = [{"text": "the same", "label": value} for value in (0.5, 2, 0.5)]
+    found = et.check_data(write(tmp_path / "rows.jsonl", rows), eval_data=write(tmp_path / "e.jsonl", rows[1:2]))
+    assert (found["duplicates"]["exact"], found["conflicts"]["rows"], found["leakage"]["exact"]) == (1, 3, 1)
+    other = et.check_data(tmp_path / "rows.jsonl", eval_data=write(tmp_path / "o.jsonl", [rows[0] | {"label": 9}]))
+    assert (other["leakage"]["exact"], other["leakage"]["prompts"], other["leakage"]["share"]) == (0, 1, 1.0)
+    assert "by the prompt alone, such as line 1 (training line 1)" in other["findings"][0]
+
+
+def test_a_pair_has_to_fit_with_both_its_texts(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", tiny_config("llama"))  # a token a byte
+    rows = [{"prompt": "q", "chosen": "a" * 30, "rejected": "b" * count} for count in (3, 30)]
+    found = et.check_data(
+        write(tmp_path / "rows.jsonl", rows), tokenizer=load_tokenizer(model), max_seq_length=50
+    )  # fmt: skip
+    assert found["lengths"]["max"] < 50 and found["window"]["too_long_lines"] == [2]
+    wanted = "Training rows of more than 50 tokens, both texts together: 1, on lines 2. Training refuses them"
+    assert found["findings"][0].startswith(wanted)
 
 
 def test_a_system_prompt_makes_no_rows_alike(tmp_path: Path) -> None:
@@ -168,7 +201,7 @@ def test_rows_of_a_trained_head_are_counted_in_tokens(
     cut = sum(length > 64 for length in lengths)
     window = {"max_seq_length": 64, "windows": None, "fill": None, "cut": cut, "too_long": 0, "too_long_lines": []}
     assert found["window"] == window
-    assert f"{cut} training texts are longer than 64 tokens and lose their end." in found["findings"]
+    assert f"{cut} training text{'s' * (cut > 1)} of more than 64 tokens: the end is not read." in found["findings"]
     with pytest.raises(SystemExit, match="0"):
         verbs.main(["data", "check", str(data), "--model", str(model)])
     assert "each text up to" in capsys.readouterr().out
@@ -184,7 +217,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     data = write(tmp_path / "rows.jsonl", [{"prompt": "ask", "completion": "say"}, {"prompt": "a", "completion": "b"}])
     assert run(str(data), "--eval-data", str(data), "--model", str(model)) == 0
     shown = capsys.readouterr().out
-    assert "2 exact, 2 prompts, 0 near" in shown and "1 of 16, 62% full" in shown
+    assert "2 exact, 0 prompts, 0 near" in shown and "1 of 16 tokens, 62% full" in shown
     assert run(str(data), "--json") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["findings"] == []
     assert run(str(data), "--max-seq-length", "64") == 2

@@ -223,6 +223,15 @@ def test_twenty_lines_are_listed_and_all_are_counted(tokenizers: dict[str, Token
     assert "and 30 more" in message
 
 
+def test_a_file_of_something_else_is_refused_in_few_lines(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "how are you,greeting\n" * 60, encoding="utf-8")
+    message = refused(path, tokenizers["plain"])
+    assert [int(line.split()[1]) for line in message.splitlines() if line.startswith("  line ")] == [1, 2, 3]
+    assert "61 of 61 lines" in message and "and 58 more" in message
+    assert message.count('write one JSON object per line, for example {"text": "…"}') == 1
+
+
 def test_skipping_up_to_one_percent(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
     good, bad = {"text": "a"}, {"text": ""}
     path = write(tmp_path / "a.jsonl", *[good] * 99, bad, *[good] * 100)

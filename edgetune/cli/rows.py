@@ -79,18 +79,19 @@ def _table(found: Mapping[str, Any]) -> str:
         ("", [Path(part["data"]).name for part in parts]),
         ("rows", [f"{part['rows']:,} {part['kind']}" for part in parts]),
         ("exact duplicates", [f"{part['duplicates']['exact']:,}" for part in parts]),
-        ("near duplicates", [f"{part['duplicates']['near']:,}" for part in parts]),
+        ("near duplicates", [_near(part) for part in parts]),
         ("prompts with several answers", [f"{part['conflicts']['prompts']:,}" for part in parts]),
-        ("labels", [_labels(part["labels"]) for part in parts]),
+        ("labels, balance (even is 1)", [_labels(part["labels"]) for part in parts]),
         (f"{unit}: p50 / p95 / max", ["{p50:,.0f} / {p95:,.0f} / {max:,}".format(**part["lengths"]) for part in parts]),
         (f"{unit} in all", [f"{part['lengths']['total']:,}" for part in parts]),
     ]
     if found["window"]:
-        full, one = "{windows:,} of {max_seq_length:,}, {fill:.0%} full", "each text up to {max_seq_length:,}"
+        full = "{windows:,} of {max_seq_length:,} tokens, {fill:.0%} full"
+        one = "each text up to {max_seq_length:,} tokens"
         windows = [part["window"] for part in parts]
         rows += [
             ("windows", [(one if window["windows"] is None else full).format(**window) for window in windows]),
-            ("cut / too long", ["{cut:,} / {too_long:,}".format(**window) for window in windows]),
+            ("texts cut / rows refused", ["{cut:,} / {too_long:,}".format(**window) for window in windows]),
         ]
     if leakage:
         rows.append(
@@ -98,8 +99,13 @@ def _table(found: Mapping[str, Any]) -> str:
         )
     wide = [max(len(cells[i]) for _, cells in rows) for i in range(len(parts))]
     lines = [f"{name:<29}" + "  ".join(f"{c:>{w}}" for c, w in zip(cells, wide, strict=True)) for name, cells in rows]
-    return "\n".join([*lines, "", *(found["findings"] or ["nothing to correct"])])
+    return "\n".join([*lines, "", *(found["findings"] or ["Nothing to correct."])])
+
+
+def _near(part: Mapping[str, Any]) -> str:
+    near, compared = part["duplicates"]["near"], part["duplicates"]["compared"]
+    return f"{near:,}" if compared == part["rows"] else f"{near:,} in {compared:,} rows"
 
 
 def _labels(labels: Mapping[str, Any] | None) -> str:
-    return "-" if labels is None else f"{labels['distinct']:,}, balance {labels['balance']:.2f}"
+    return "-" if labels is None else f"{labels['distinct']:,}, {labels['balance']:.2f}"

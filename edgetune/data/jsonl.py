@@ -23,6 +23,7 @@ __all__ = ["KINDS", "Report", "RowError", "RowFile", "check_row"]
 
 _MAX_LINE_BYTES = 2**20
 _LISTED = 20  # bad lines that a report names; the rest is a count
+_LISTED_OF_ALL = 3  # where every line is bad, most likely by one mistake
 _LISTED_KEYS = 4  # of a row; a row may have a hundred thousand
 _MAX_SKIPPED = 0.01  # of all lines
 
@@ -149,16 +150,17 @@ class Report:
             raise DataError(f'{self.path} has no rows. Write one JSON object per line, for example {{"text": "…"}}.')
         if self.count == 0 or (skip_bad and self.count <= _MAX_SKIPPED * num_lines):
             return
-        more = self.count - len(self._lines)
-        listed = "\n".join([*self._lines, *([f"  and {more} more"] if more else [])])
+        lines = self._lines[: _LISTED_OF_ALL if self.count == num_lines else None]
+        more = self.count - len(lines)
+        listed = "\n".join([*lines, *([f"  and {more} more"] if more else [])])
         step = (
             f"That is more than the {_MAX_SKIPPED:.0%} that may be skipped. Correct these lines."
             if skip_bad
             else f"Correct these lines, or skip them with --skip-bad (skip_bad=True) where they are at most "
             f"{_MAX_SKIPPED:.0%} of all."
         )
-        lines = f"{self.count} of {num_lines} {'line' if num_lines == 1 else 'lines'}"
-        raise DataError(f"{self.path}: {lines} cannot be used, and nothing was read.\n{listed}\n{step}")
+        count = f"{self.count} of {num_lines} {'line' if num_lines == 1 else 'lines'}"
+        raise DataError(f"{self.path}: {count} cannot be used, and nothing was read.\n{listed}\n{step}")
 
 
 def check_row(row: Mapping[str, Any]) -> str:
@@ -227,7 +229,8 @@ def _parse(number: int, line: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         if not line.endswith(b"\n"):
             raise RowError(f"is the last one and is cut off at its byte {len(line)} ({error.msg})") from error
-        raise RowError(f"is not JSON: {error.msg} at character {error.pos + 1}") from error
+        form = '; write one JSON object per line, for example {"text": "…"}' if number == 1 else ""
+        raise RowError(f"is not JSON: {error.msg} at character {error.pos + 1}{form}") from error
     except RowError:
         raise
     except ValueError as error:  # a number of thousands of digits
