@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from edgetune.adapters.capabilities import Capabilities
-from edgetune.adapters.config import LinearsConfig
+from edgetune.adapters.config import LinearsConfig, own_config, read_own_config
 from edgetune.adapters.slot import Slot
-from edgetune.errors import AdapterError, ConfigError
+from edgetune.errors import ConfigError
 from edgetune.models import ModelConfig
 
 NAME = "bitfit"
@@ -80,23 +80,11 @@ def reads_peft(peft: Mapping[str, Any]) -> bool:
 
 def config_to_peft(config: BitfitConfig, base_model: str) -> dict[str, Any]:
     """The `adapter_config.json` of a resolved config."""
-    return {
-        "peft_type": _PEFT_TYPE, "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
-        "target_modules": list(config.target_modules or ()), "layers_to_transform": list(config.blocks),
-        "inference_mode": True,
-    }  # fmt: skip
+    return own_config(config, _PEFT_TYPE, base_model)
 
 
 def config_from_peft(
     peft: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], adapted: Mapping[str, tuple[int, int]]
 ) -> BitfitConfig:
-    """A config from the keys of `config_to_peft`.
-
-    Raises:
-        AdapterError: a key is missing, or its value is none that edgetune writes.
-    """
-    try:
-        layers = tuple(int(i) for i in peft["layers_to_transform"])
-        return BitfitConfig(target_modules=tuple(map(str, peft["target_modules"])), layers_to_transform=layers)
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"adapter_config.json is not as edgetune writes it ({error!r}). Train again.") from error
+    """A config from the keys of `config_to_peft`; raises as `read_own_config`."""
+    return read_own_config(BitfitConfig, peft)

@@ -22,9 +22,9 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import numpy as np
 
 from edgetune.adapters.capabilities import Capabilities
-from edgetune.adapters.config import BlocksConfig
+from edgetune.adapters.config import BlocksConfig, own_config, read_own_config
 from edgetune.adapters.slot import Slot
-from edgetune.errors import AdapterError, ConfigError
+from edgetune.errors import ConfigError
 from edgetune.models import ModelConfig
 from edgetune.schema import Key
 
@@ -186,11 +186,7 @@ def onnx_tensors(config: BottleneckConfig, tensors: Mapping[str, np.ndarray]) ->
 
 def config_to_peft(config: BottleneckConfig, base_model: str) -> dict[str, Any]:
     """The `adapter_config.json` of a resolved config."""
-    return {
-        "peft_type": _PEFT_TYPE, "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
-        "r": config.r, "placement": config.placement, "non_linearity": config.non_linearity,
-        "layers_to_transform": list(config.blocks), "inference_mode": True,
-    }  # fmt: skip
+    return own_config(config, _PEFT_TYPE, base_model)
 
 
 def reads_peft(peft: Mapping[str, Any]) -> bool:
@@ -201,22 +197,5 @@ def reads_peft(peft: Mapping[str, Any]) -> bool:
 def config_from_peft(
     peft: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], adapted: Mapping[str, tuple[int, int]]
 ) -> BottleneckConfig:
-    """A config from the keys of `config_to_peft`.
-
-    Raises:
-        AdapterError: a key is missing, or its value is none that edgetune writes.
-    """
-    try:
-        config = BottleneckConfig(
-            layers_to_transform=tuple(int(i) for i in peft["layers_to_transform"]), r=int(peft["r"]),
-            placement=peft["placement"], non_linearity=peft["non_linearity"],
-        )  # fmt: skip
-        known = config.placement in PLACEMENTS and config.non_linearity in ACTIVATIONS
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"adapter_config.json is not as edgetune writes it ({error!r}). Train again.") from error
-    if not known:
-        raise AdapterError(
-            f"adapter_config.json has placement {config.placement!r} and non_linearity {config.non_linearity!r}; one "
-            f"of {', '.join(PLACEMENTS)} and one of {', '.join(ACTIVATIONS)} were expected."
-        )
-    return config
+    """A config from the keys of `config_to_peft`; raises as `read_own_config`."""
+    return read_own_config(BottleneckConfig, peft)

@@ -9,13 +9,14 @@ None means "not set": the plan chooses, and may concede it to the budget where i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from edgetune.errors import ConfigError, DataError
+from edgetune.errors import AdapterError, ConfigError, DataError
 from edgetune.models import ModelConfig
-from edgetune.schema import Key
+from edgetune.schema import Key, Reader
 
 Config = TypeVar("Config", bound="AdapterConfig")
 
@@ -157,6 +158,28 @@ class LinearsConfig(BlocksConfig):
     def where(self, model: ModelConfig) -> str:
         """See `AdapterConfig`."""
         return f"{', '.join(self.target_modules or ())} in {super().where(model)}"
+
+
+def own_config(config: AdapterConfig, peft_type: str, base_model: str) -> dict[str, Any]:
+    """The `adapter_config.json` of a resolved config of a method that PEFT has not: each field under its own name."""
+    return {
+        "peft_type": peft_type, "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, **asdict(config),
+        "inference_mode": True,
+    }  # fmt: skip
+
+
+def read_own_config(made: type[Config], peft: Mapping[str, Any]) -> Config:
+    """The config again.
+
+    Raises:
+        AdapterError: a key is missing, or its value is none that edgetune writes.
+    """
+    names, reader = [field.name for field in fields(made)], Reader()
+    config = reader.read(made, {name: peft[name] for name in names if peft.get(name) is not None})
+    problems = [*(f"{name}: missing" for name in names if peft.get(name) is None), *reader.problems]
+    if config is None or problems:
+        raise AdapterError(f"adapter_config.json is not as edgetune writes it: {'; '.join(problems)}. Train again.")
+    return config
 
 
 BlocksT = TypeVar("BlocksT", bound=BlocksConfig)

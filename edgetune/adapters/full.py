@@ -23,9 +23,9 @@ from typing import Any, ClassVar
 
 from edgetune.adapters import ln_tuning
 from edgetune.adapters.capabilities import Capabilities
-from edgetune.adapters.config import BlocksConfig
+from edgetune.adapters.config import BlocksConfig, own_config, read_own_config
 from edgetune.adapters.slot import Slot
-from edgetune.errors import AdapterError, ConfigError
+from edgetune.errors import ConfigError
 from edgetune.models import ModelConfig
 from edgetune.models.config import DecoderConfig
 
@@ -93,22 +93,11 @@ def reads_peft(peft: Mapping[str, Any]) -> bool:
 
 def config_to_peft(config: FullConfig, base_model: str) -> dict[str, Any]:
     """The `adapter_config.json` of a resolved config."""
-    return {
-        "peft_type": _PEFT_TYPE, "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
-        "layers_to_transform": list(config.blocks), "biases": list(config.biases), "inference_mode": True,
-    }  # fmt: skip
+    return own_config(config, _PEFT_TYPE, base_model)
 
 
 def config_from_peft(
     peft: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], adapted: Mapping[str, tuple[int, int]]
 ) -> FullConfig:
-    """A config from the keys of `config_to_peft`.
-
-    Raises:
-        AdapterError: a key is missing, or its value is none that edgetune writes.
-    """
-    try:
-        blocks, biases = map(int, peft["layers_to_transform"]), map(str, peft["biases"])
-        return FullConfig(layers_to_transform=tuple(blocks), biases=tuple(biases))
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"adapter_config.json is not as edgetune writes it ({error!r}). Train again.") from error
+    """A config from the keys of `config_to_peft`; raises as `read_own_config`."""
+    return read_own_config(FullConfig, peft)

@@ -30,7 +30,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import numpy as np
 
 from edgetune.adapters.capabilities import Capabilities
-from edgetune.adapters.config import BlocksConfig
+from edgetune.adapters.config import BlocksConfig, own_config, read_own_config
 from edgetune.adapters.slot import Slot
 from edgetune.errors import AdapterError, ConfigError
 from edgetune.models import ModelConfig
@@ -214,11 +214,7 @@ def _namespace(array: Any) -> Any:
 
 def config_to_peft(config: LoreftConfig, base_model: str) -> dict[str, Any]:
     """The `adapter_config.json` of a resolved config."""
-    return {
-        "peft_type": _PEFT_TYPE, "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
-        "r": config.r, "positions": config.positions, "layers_to_transform": list(config.blocks),
-        "inference_mode": True,
-    }  # fmt: skip
+    return own_config(config, _PEFT_TYPE, base_model)
 
 
 def reads_peft(peft: Mapping[str, Any]) -> bool:
@@ -232,13 +228,11 @@ def config_from_peft(
     """A config from the keys of `config_to_peft`.
 
     Raises:
-        AdapterError: a key is missing, or its value is none that edgetune writes.
+        AdapterError: as `read_own_config`, or there are no such positions.
     """
+    config = read_own_config(LoreftConfig, peft)
     try:
-        parse_positions(peft["positions"])
-        return LoreftConfig(
-            layers_to_transform=tuple(int(i) for i in peft["layers_to_transform"]), r=int(peft["r"]),
-            positions=peft["positions"],
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise AdapterError(f"adapter_config.json is not as edgetune writes it ({error!r}). Train again.") from error
+        parse_positions(config.positions or "")
+    except ConfigError as error:
+        raise AdapterError(f"adapter_config.json is not as edgetune writes it: {error} Train again.") from error
+    return config
