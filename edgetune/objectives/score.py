@@ -10,7 +10,7 @@ each sequence of a window, NaN beyond the last one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,7 @@ from edgetune.objectives.sft import Buffers, Measured
 if TYPE_CHECKING:
     import torch
 
-
-class Head(Protocol):
-    """The trained head: its weight [outputs, hidden], and what its gradient is multiplied by."""
-
-    weight: torch.nn.Parameter
-    scale: float
+    from edgetune.models.places import Score
 
 
 class ScoreObjective(ABC):
@@ -44,13 +39,13 @@ class ScoreObjective(ABC):
     def units(self, batch: Batch) -> int:
         return int(np.isfinite(batch["target"]).sum()) // self.together
 
-    def loss(self, hidden: torch.Tensor, batch: Batch, head: Head, buffers: Buffers) -> Measured:
+    def loss(self, hidden: torch.Tensor, batch: Batch, head: Score, buffers: Buffers) -> Measured:
         rows = self._last(hidden, batch, buffers)[1]
         made = self.score(rows @ head.weight.T, _targets(batch))
         return Measured(made.loss, made.figures)
 
     def loss_and_gradient(
-        self, hidden: torch.Tensor, batch: Batch, head: Head, buffers: Buffers, row_step: int = 1
+        self, hidden: torch.Tensor, batch: Batch, head: Score, buffers: Buffers, row_step: int = 1
     ) -> Measured:
         """As `Objective`; adds the head's own gradient to its weight's, times its scale."""
         import torch
