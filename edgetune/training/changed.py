@@ -25,13 +25,13 @@ def prompt_lengths(batch: Mapping[str, np.ndarray]) -> npt.NDArray[np.int64]:
     if "prompt_lengths" in batch:
         return batch["prompt_lengths"]
     learned, segments = batch["labels"] != IGNORED, batch["segment_ids"]
-    made = np.empty_like(segments)
-    for window, marks in enumerate(learned):
-        for segment in np.unique(segments[window]):
-            at = segments[window] == segment
-            row = marks[at]  # what position t predicts stands at t + 1
-            made[window, at] = row.argmax() + 1 if row.any() else len(row)
-    return made
+    begins = np.ones(segments.shape, bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = np.flatnonzero(begins)
+    lengths = np.diff(starts, append=segments.size)
+    first = np.minimum.reduceat(np.where(learned.reshape(-1), np.arange(segments.size), segments.size), starts)
+    found = np.where(first < segments.size, first - starts + 1, lengths)  # what position t predicts stands at t + 1
+    return np.repeat(found, lengths).reshape(segments.shape)
 
 
 def changed_rows(changed: torch.Tensor | None) -> torch.Tensor:
