@@ -290,7 +290,8 @@ class Decoder(nn.Module):
             x = block(x, contexts)
             if block.side is not None and self.side_group is not None:
                 p = pooled(self.norm_above(index)(x), self.side_group)
-                z = block.side(torch.cat((p, torch.zeros_like(p) if z is None else z), -1), p)
+                a = p if z is None else z + p
+                z = block.side(a, a)
         if self.side_output is not None:
             x = self.side_output(z, x)
         return self.norm(x[:, before:])  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ Each is an attribute of `Block`, of its attention or of `Decoder`, None where th
 it, and `training.torch_trainer` the last one. Virtual tokens are the first positions of every row, so attention, rotary
 embedding and packing know them as any other; what would be computed there is overwritten. The positions of
 `block_output` are the first and the last ones of every row's prompt (`prompt_positions`). A rung is called with
-x = [`pooled` output of its block, what the rung below gave], and gives a state of its own (`adapters.lst`).
+x = y = what the rung below gave and the `pooled` output of its block, and gives a state of its own (`adapters.lst`).
 """
 
 from __future__ import annotations

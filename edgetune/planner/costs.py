@@ -294,7 +294,7 @@ def buffers(job: Job) -> dict[str, int]:
         floats |= {f"slot.{slot}.{name}": positions * width for name, width in held.items()}
     if job.adapter.side_group is not None:
         width = positions * hidden // job.adapter.side_group
-        floats |= {"side.z": width, **{f"side.{index}": 2 * width for index in _adapted_blocks(job)}}
+        floats |= {"side.z": width, **{f"side.{index}": width for index in _adapted_blocks(job)}}
         if job.has_gradients:
             floats["side.d"] = width
     if job.adapter.prompt_positions:

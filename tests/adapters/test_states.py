@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +359,12 @@ def test_wrong_files_are_refused_by_name(tmp_path: Path) -> None:
     refused(LnTuningConfig(), r"norm\.weight has shape \[80\]; \[72\]", {"model.norm.weight": np.ones(80, np.float32)})
 
 
+@pytest.mark.parametrize(("hidden", "reduction"), [(72, 4), (90, 3), (1024, 4), (1030, 5), (2048, 8)])
+def test_a_ladder_is_narrower_beside_a_wide_model(tmp_path: Path, hidden: int, reduction: int) -> None:
+    model = load_config(write_model(tmp_path / "model", tiny_config("llama")))
+    assert LstConfig().resolved(replace(model, hidden_size=hidden)).reduction == reduction
+
+
 def test_a_ladder_is_its_formula_and_starts_as_the_base(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", tiny_config("gemma3_text"))
     decoder = load_decoder(folder)
@@ -384,10 +391,8 @@ def test_a_ladder_is_its_formula_and_starts_as_the_base(tmp_path: Path) -> None:
     t = {name.removeprefix("model."): value.detach() for name, value in parameters.items()}
     z = torch.zeros(*IDS.shape, 18)
     for i, (x, norm) in enumerate(zip(outputs, norms, strict=True)):
-        p = norm(x).view(*IDS.shape, 18, 4).sum(-1) / 2  # sqrt(4) times the mean
-        gate = torch.sigmoid(t[f"layers.{i}.side.side_gate"])
-        a = gate * z + (1 - gate) * p
+        a = z + norm(x).view(*IDS.shape, 18, 4).sum(-1) / 2  # sqrt(4) times the mean
         z = a + torch.relu(a @ t[f"layers.{i}.side.side_down"].T) @ t[f"layers.{i}.side.side_up"].T
-    expected = decoder.lm_head(decoder.norm(outputs[-1] + z @ t["side_output.side_upsample"].T))
+    expected = decoder.lm_head(decoder.norm(outputs[-1] + z @ t["side_output.side_upsample"].T / 2**0.5))
     torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-5)
     assert (found - plain).abs().max() > 1e-2
