@@ -64,16 +64,26 @@ def _peer(plan: Plan, base: Path, data: Path, rates: Sequence[float]) -> list[tu
     for step, rate in enumerate(rates):
         pairs = [row for window in batches.windows_of_step(step) for row in window.rows]
         trainer.optimizer.zero_grad()
-        policy = _logps(trainer.model, pairs)
-        with torch.no_grad(), trainer.model.disable_adapter():
-            reference = _logps(trainer.model, pairs)
-        rewards = plan.beta * (policy - reference)
-        margin = rewards[0::2] - rewards[1::2]
-        loss = -nn.functional.logsigmoid(margin).mean()
-        loss.backward()
+        found_margins = margins(trainer.model, pairs, plan.beta)
+        found_loss = loss(found_margins)
+        found_loss.backward()
         trainer.update(rate)
-        found.append((loss.item(), margin.mean().item()))
+        found.append((found_loss.item(), found_margins.mean().item()))
     return found
+
+
+def margins(model: nn.Module, pairs: Sequence[Row], beta: float) -> torch.Tensor:
+    """By how much the chosen answer's reward is above the rejected one's, [pairs]; a pair is two rows, chosen first."""
+    policy = _logps(model, pairs)
+    with torch.no_grad(), model.disable_adapter():
+        reference = _logps(model, pairs)
+    rewards = beta * (policy - reference)
+    return rewards[0::2] - rewards[1::2]
+
+
+def loss(margins: torch.Tensor) -> torch.Tensor:
+    """DPO's (Rafailov et al., arXiv 2305.18290, equation 7), the mean over pairs."""
+    return -nn.functional.logsigmoid(margins).mean()
 
 
 def _logps(model: nn.Module, rows: Sequence[Row]) -> torch.Tensor:

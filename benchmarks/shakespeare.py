@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from machine import about, real
 from peft_twin import PeftTrainer, loss_sum, peft_model
+from torch import nn
 
 import edgetune as et
 from edgetune.adapters.attach import attach, load_tensors
@@ -67,11 +68,15 @@ def nll(decoder: Any, windows: Sequence[Window]) -> float:
     return evaluate(decoder, in_batches(windows, 4), check=lambda: None)
 
 
-def theirs(base: Path, plan: et.Plan, rows: Path, windows: Sequence[Window]) -> dict[str, Any]:
+def twin(base: Path, plan: et.Plan) -> nn.Module:
+    """PEFT's model with the codes of the base and the adapter that the plan starts with."""
+    initial = attach(load_decoder(base), plan.adapter, plan.seed)
+    return peft_model(base, plan.adapter, {name: value.detach().numpy() for name, value in initial.items()})
+
+
+def theirs(model: nn.Module, base: Path, plan: et.Plan, rows: Path, windows: Sequence[Window]) -> dict[str, Any]:
     torch.set_num_threads(plan.threads)
-    decoder = load_decoder(base)
-    initial = {name: value.detach().numpy() for name, value in attach(decoder, plan.adapter, plan.seed).items()}
-    trainer = PeftTrainer(peft_model(base, plan.adapter, initial), plan.weight_decay, plan.max_grad_norm)
+    trainer = PeftTrainer(model, plan.weight_decay, plan.max_grad_norm)
     batches = Batches(
         pack(read_rows(rows, load_tokenizer(base), plan.max_seq_length), plan.max_seq_length),
         batch_size=plan.batch_size, gradient_accumulation_steps=plan.gradient_accumulation_steps, seed=plan.seed,
@@ -111,7 +116,7 @@ def main() -> None:
             windows = held_out(base, text)
             plan = et.plan(base, "host", data=rows, adapter=et.LoraConfig(r=8), config=wishes)
             mine = ours(base, plan, rows, folder / f"run-{grid}", windows)
-            peft = theirs(base, plan, rows, windows)
+            peft = theirs(twin(base, plan), base, plan, rows, windows)
             figures[grid] = {"edgetune": mine, "peft": peft, "difference": mine["nll"] - peft["nll"]}
     print(json.dumps({"steps": steps, "tokens_per_step": 8 * 256, "nll": figures} | about(), indent=1))
 
