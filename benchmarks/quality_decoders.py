@@ -111,12 +111,13 @@ def _preferences(model: nn.Module, base: Path, plan: et.Plan, data: Path) -> dic
     trainer = PeftTrainer(model, plan.weight_decay, plan.max_grad_norm)
     read = read_rows(data, load_tokenizer(base), plan.max_seq_length)
     rows, held_out = split_eval(read, plan.eval_fraction, plan.seed)
+    packed = pack(rows, plan.max_seq_length, rows.together)
     batches = Batches(
-        pack(rows, plan.max_seq_length, rows.together), batch_size=plan.batch_size,
+        packed, batch_size=plan.batch_size,
         gradient_accumulation_steps=plan.gradient_accumulation_steps, seed=plan.seed,
     )  # fmt: skip
-    plan = plan.with_steps(len(batches.windows))
-    assert plan.max_steps is not None and plan.warmup_steps is not None
+    plan = plan.with_steps(len(packed))
+    assert plan.max_steps is not None and plan.warmup_steps is not None and plan.beta is not None
     started = time.perf_counter()
     for step in range(plan.max_steps):
         pairs = [row for window in batches.windows_of_step(step) for row in window.rows]
@@ -129,9 +130,8 @@ def _preferences(model: nn.Module, base: Path, plan: et.Plan, data: Path) -> dic
             )
         )  # fmt: skip
     seconds = time.perf_counter() - started
-    margins = torch.cat(
-        [dpo.margins(model, held_out[at : at + 8], plan.beta).detach() for at in range(0, len(held_out), 8)]
-    )
+    rest = held_out.rows
+    margins = torch.cat([dpo.margins(model, rest[at : at + 8], plan.beta).detach() for at in range(0, len(rest), 8)])
     return {
         "seconds": seconds, "eval_loss": dpo.loss(margins).item(),
         "reward_accuracy": (margins > 0).float().mean().item(),

@@ -77,11 +77,12 @@ def twin(base: Path, plan: et.Plan) -> nn.Module:
 def theirs(model: nn.Module, base: Path, plan: et.Plan, rows: Path, windows: Sequence[Window]) -> dict[str, Any]:
     torch.set_num_threads(plan.threads)
     trainer = PeftTrainer(model, plan.weight_decay, plan.max_grad_norm)
+    packed = pack(read_rows(rows, load_tokenizer(base), plan.max_seq_length), plan.max_seq_length)
     batches = Batches(
-        pack(read_rows(rows, load_tokenizer(base), plan.max_seq_length), plan.max_seq_length),
-        batch_size=plan.batch_size, gradient_accumulation_steps=plan.gradient_accumulation_steps, seed=plan.seed,
+        packed, batch_size=plan.batch_size, gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        seed=plan.seed,
     )  # fmt: skip
-    plan = plan.with_steps(len(batches.task.windows))
+    plan = plan.with_steps(len(packed))
     assert plan.max_steps is not None and plan.warmup_steps is not None
     started = time.perf_counter()
     for step in range(plan.max_steps):
