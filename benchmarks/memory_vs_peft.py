@@ -50,6 +50,7 @@ from edgetune.adapters.lora import LoraConfig
 from edgetune.data import pack, read_rows
 from edgetune.memory import MIB, SAMPLE_SECONDS, anonymous_bytes, format_mib
 from edgetune.models import load_config
+from edgetune.models.config import DecoderConfig
 from edgetune.planner import Plan
 from edgetune.planner.job import Job, row_step
 from edgetune.planner.work import step_work
@@ -294,7 +295,7 @@ def step_flops(run: Path) -> float:
     """What the cost model counts for one step of a run."""
     plan = Plan.from_dict(json.loads((run / "plan.json").read_text(encoding="utf-8")))
     job = Job(
-        model=plan.model_config, method=plan.method, adapter=plan.adapter, grid=plan.grid, batch_size=plan.batch_size,
+        model=plan.model_config, adapter=plan.adapter, grid=plan.grid, batch_size=plan.batch_size,
         gradient_accumulation_steps=plan.gradient_accumulation_steps, max_seq_length=plan.max_seq_length,
         recompute_layers=plan.recompute_layers, tile_weights=plan.tile_weights,
         activation_offloading=plan.activation_offloading, dequantized_layers=plan.dequantized_layers,
@@ -343,6 +344,7 @@ def gemm() -> dict[str, Any]:
 def what_peft_lacks(subject: Subject) -> str | None:
     """Why PEFT cannot run here: a generous guess of its need against the memory available. None where it can."""
     model = load_config(subject.dense)
+    assert isinstance(model, DecoderConfig)
     tables = 4 * model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
     logits = 4 * model.vocab_size * subject.case.tokens
     needed = (subject.dense / "model.safetensors").stat().st_size + tables + 4 * logits + 1024 * MIB

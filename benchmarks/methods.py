@@ -96,10 +96,11 @@ def edgetune_run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def peft_run(job: dict[str, Any]) -> dict[str, Any]:
-    from shakespeare import theirs
+    from shakespeare import theirs, twin
 
     rows = read_rows(Path(job["held"]), load_tokenizer(Path(job["base"])), WINDOW)
-    return theirs(Path(job["base"]), planned(job), Path(job["data"]), pack(rows, WINDOW))
+    base, plan = Path(job["base"]), planned(job)
+    return theirs(twin(base, plan), base, plan, Path(job["data"]), pack(rows, WINDOW))
 
 
 RUNS = {"edgetune": edgetune_run, "peft": peft_run}
