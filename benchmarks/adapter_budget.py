@@ -90,7 +90,7 @@ def compare(base: Path, learned: Path, held: Path, rank: int, args: argparse.Nam
                     "peak_bytes": run.summary["measured_peak_bytes"],
                     "ranks": getattr(adapters[way], "rank_pattern", None),
                 }
-    best = {way: min(args.rates, key=lambda rate, way=way: statistics.mean(losses[way][rate])) for way in losses}
+    best = {way: min(found, key=lambda rate: statistics.mean(found[rate])) for way, found in losses.items()}
     apart = [b - u for b, u in zip(losses["budget"][best["budget"]], losses["uniform"][best["uniform"]], strict=True)]
     return {
         way: said[way]
