@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from edgetune import TrainConfig, host, planner, products
+from edgetune.adapters.full import FullConfig
 from edgetune.adapters.lora import LoraConfig
+from edgetune.adapters.loreft import LoreftConfig
+from edgetune.adapters.lst import LstConfig
 from edgetune.errors import ConfigError
 from edgetune.planner import costs, wishes
 from edgetune.planner.job import Job
@@ -129,7 +132,7 @@ def test_as_many_shapes_as_the_plan_counts(tmp_path: Path, tile_weights: int) ->
     assert max(window.length for window in windows) == plan.max_seq_length
     assert len(made) == costs.num_fast_products(job)
     assert costs.code_bytes(job) == CODE_BYTES * len(made)
-    assert costs.spare_code_bytes(job) == 0, "heads of 16 do not divide: the threads stay"
+    assert costs.spare_bytes(job) == 0, "heads of 16 do not divide: the threads stay"
 
 
 def test_conceded_last_of_what_costs_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,16 +153,22 @@ def test_conceded_last_of_what_costs_time_alone(tmp_path: Path, monkeypatch: pyt
         planner.plan(folder, "pixel-9", config=TrainConfig(fast_products=True), grid="int4", engine="ort")
 
 
-def test_code_for_fewer_threads_is_kept_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fewer_threads_take_more_is_in_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wishes, "are_offered", lambda: True)
-    monkeypatch.setattr(costs, "keeps_bits", lambda threads, positions, head_dim: threads > 1)
+    monkeypatch.setattr("edgetune.planner.job.keeps_bits", lambda threads, positions, head_dim: threads > 1)
     made = planner.plan(write_model(tmp_path, tiny_config("llama")), "host", config=TrainConfig(max_seq_length=64))
-    for threads, times in ((1, 0), (2, 1), (8, 3)):
+    assert made.fast_products
+    for threads, times, buffers in ((1, 0, 0), (2, 1, 1), (8, 3, 0)):
         one = dataclasses.replace(_job(made), threads=threads)
-        assert costs.spare_code_bytes(one) == times * costs.code_bytes(one)
-    without = made.reserve_bytes - costs.spare_code_bytes(_job(made))
-    above = made.predicted_peak_bytes - made.floor_bytes
-    assert without == pytest.approx(0.02 * made.predicted_peak_bytes + 0.05 * above, abs=2)
+        panels = costs.pack_bytes(one) // threads
+        assert costs.spare_bytes(one) == times * costs.code_bytes(one) + buffers * panels
+        parts = costs.peak_parts(one, made.floor_bytes)[1]
+        assert parts["kernels"] == (times + 1) * costs.code_bytes(one) + (threads + buffers) * panels
+        for other in (
+            {"step_rule": "mezo"}, {"objective": "classification"}, {"adapter": FullConfig().resolved(one.decoder)},
+            {"adapter": LoreftConfig().resolved(one.decoder)}, {"adapter": LstConfig().resolved(one.decoder)},
+        ):  # fmt: skip
+            assert costs.spare_bytes(dataclasses.replace(one, **other)) == 0
 
 
 def test_not_planned_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from edgetune.objectives import OBJECTIVES, has_head, with_needed
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.planner import ort_parts, ort_work
 from edgetune.planner.beside import NONE, Beside
-from edgetune.planner.costs import FREE_SHARE, copied_bytes, feature_bytes, peak_parts, spare_code_bytes, stored_bytes
+from edgetune.planner.costs import FREE_SHARE, copied_bytes, feature_bytes, peak_parts, stored_bytes
 from edgetune.planner.encoders import TextFacts, TextWishes, check_encoder, read_text_facts
 from edgetune.planner.job import Job
 from edgetune.planner.ladder import SETTINGS, Choice, descend
@@ -367,7 +367,7 @@ class _Costs:
         """The smallest budget for a choice: the predicted peak, and what the prediction may be off by."""
         peak = sum(self.parts(choice)[1].values())
         above = MARGIN_ABOVE_FLOOR * (peak - self.floor_bytes)
-        return math.ceil(peak + MARGIN * peak + above) + spare_code_bytes(self.job(choice))
+        return math.ceil(peak + MARGIN * peak + above)
 
     def learning_rate(self, choice: Choice) -> float:
         """The optimizer's own; that of mezo keeps the length of a step, which grows with the parameters."""

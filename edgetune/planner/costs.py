@@ -25,7 +25,7 @@ from edgetune.models.config import DecoderConfig
 from edgetune.models.encoder_config import EncoderConfig
 from edgetune.objectives import distill, kl, sft
 from edgetune.optimizers import OPTIMIZERS
-from edgetune.planner.job import FLOAT_BYTES, INDEX_BYTES, TILE_QUERIES, Job, keeps_bits
+from edgetune.planner.job import FLOAT_BYTES, INDEX_BYTES, TILE_QUERIES, Job
 from edgetune.products import CODE_BYTES
 
 # Python and torch objects of a frozen linear with its mapped arrays, and of an adapted one; measured on 210 of each.
@@ -36,9 +36,6 @@ SLOT_OBJECT_BYTES = 5200
 PANEL, PACK_BYTES = 384, 1 << 17
 # These set the gradient of their input, others add to it.
 FIRST_BACKWARD = ("q_proj", "o_proj", "gate_proj", "down_proj")
-# What the kernels of a thread hold more after many micro-batches of as many shapes: found on MiniLM, where plans
-# without it were 3 to 4 % short (6.7 MiB on one thread after 48 of them). Not taken apart.
-SHAPE_BYTES = 11 << 19
 # A row of data as Python and numpy objects, beyond its tokens; measured.
 ROW_OBJECT_BYTES = 700
 # A window whose features are cached: its name and its place in a file, as Python objects; 520 measured.
@@ -105,7 +102,7 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         "gradients": 0,
         "optimizer": optimizer.state_bytes(trained) + optimizer.scratch_bytes(trained),
         "data": data_bytes(job),
-        "kernels": pack_bytes(job) + code_bytes(job) + shape_bytes(job),
+        "kernels": pack_bytes(job) + code_bytes(job) + spare_bytes(job),
         # What blocks share: the attention masks, the rotary tables of every position, and where virtual tokens stand:
         # one number for each position, and two for each of theirs, which are most of them where rows are short.
         "context": FLOAT_BYTES * job.tokens * (num_masks * job.max_seq_length + num_rotary * head_dim)
@@ -144,14 +141,18 @@ def sequence_bytes(job: Job) -> int:
 
 def pack_bytes(job: Job) -> int:
     """What products with frozen weights pack and keep: a buffer is used again by whatever needs no larger one."""
+    forward, backward = _panel_floats(job)
+    return job.threads * (PACK_BYTES + FLOAT_BYTES * (forward + (backward if backward > forward else 0)) // 2)
+
+
+def _panel_floats(job: Job) -> tuple[int, int]:
+    """The largest panel of a forward product, and of a backward one."""
     tiles = [(tile_rows((n, k), job.tile_weights), k) for n, k in multiplied(job)]
     forward = max(n * min(k, PANEL) for n, k in tiles)
     if not job.goes_through_blocks:
         size = job.model.vocab_size, job.model.hidden_size
         tiles = [(tile_rows(size, job.tile_weights), size[1])] if job.has_gradients and not job.scores else []
-    backward = max((min(n, PANEL) * k for n, k in tiles), default=0)
-    floats = forward + (backward if backward > forward else 0)
-    return job.threads * (PACK_BYTES + FLOAT_BYTES * floats // 2)
+    return forward, max((min(n, PANEL) * k for n, k in tiles), default=0)
 
 
 def code_bytes(job: Job) -> int:
@@ -159,12 +160,16 @@ def code_bytes(job: Job) -> int:
     return CODE_BYTES * num_fast_products(job) if job.fast_products else 0
 
 
-def spare_code_bytes(job: Job) -> int:
-    """The same once more for each number of threads that a crew may come down to; it does so beside other programs."""
-    free = job.goes_through_blocks and keeps_bits(job.threads, job.tokens, job.model.head_dim)
-    # Products of as many rows as prompts give, and of a head's few.
-    free = free and not (job.adapter.prompt_positions or job.scores)
-    return code_bytes(job) * (job.threads.bit_length() - 1) if free else 0
+def spare_bytes(job: Job) -> int:
+    """What products keep more where a crew comes down to fewer threads, as it does beside other programs.
+
+    Code for each number of them once more. One thread in the place of two packs into a buffer of its own; four and
+    eight, coming down to one, took no more than is counted for as many (measured).
+    """
+    if not job.may_come_down:
+        return 0
+    packed = PACK_BYTES + FLOAT_BYTES * max(_panel_floats(job)) // 2 if job.threads == 2 else 0
+    return packed + code_bytes(job) * (job.threads.bit_length() - 1)
 
 
 def num_fast_products(job: Job) -> int:
@@ -187,11 +192,6 @@ def num_fast_products(job: Job) -> int:
     if job.has_gradients:
         add(rows, head, "added", "added")
     return len(shapes)
-
-
-def shape_bytes(job: Job) -> int:
-    """What products keep where each micro-batch has a shape of its own."""
-    return job.threads * SHAPE_BYTES if isinstance(job.model, EncoderConfig) else 0
 
 
 def multiplied(job: Job) -> list[tuple[int, int]]:

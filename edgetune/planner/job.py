@@ -144,6 +144,15 @@ class Job:
         return isinstance(self.model, DecoderConfig) and has_head(self.objective)
 
     @property
+    def may_come_down(self) -> bool:
+        """Whether fewer threads may go on with the run."""
+        if not isinstance(self.model, DecoderConfig):
+            return False
+        return may_come_down(
+            self.adapter, self.step_rule, self.objective, self.threads, self.tokens, self.model.head_dim
+        )
+
+    @property
     def loss_rows(self) -> int:
         """The same with what fills them up; a trained head has none of that."""
         if self.scores:
@@ -165,6 +174,17 @@ def keeps_bits(threads: int, positions: int, head_dim: int) -> bool:
     Measured with torch on MKL and oneDNN with AVX-512; the tests hold it for 1 to 8 threads where they run.
     """
     return row_step(threads) > 1 and positions % row_step(threads) == 0 and head_dim % (2 * VECTOR) == 0
+
+
+def may_come_down(
+    adapter: AdapterConfig, step_rule: str, objective: str, threads: int, positions: int, head_dim: int
+) -> bool:
+    """Whether fewer threads may go on with a decoder's run: `keeps_bits`, and no products of other rows.
+
+    Such are those of a prompt's positions, of trained weights, of a network beside the blocks, and of a head's few.
+    """
+    others = adapter.prompt_positions or adapter.thaws or adapter.side_group is not None or has_head(objective)
+    return step_rule == "backprop" and not others and keeps_bits(threads, positions, head_dim)
 
 
 def filled(supervised: int, threads: int) -> int:

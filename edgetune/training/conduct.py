@@ -99,7 +99,7 @@ def conduct_run(
 
 def _untouched_bytes(plan: Plan) -> int:
     """Address space that a data limit counts, and that the code of fast products reserves and never touches."""
-    return int(UNTOUCHED * plan.parts.get("kernels", 0)) * plan.threads.bit_length() if plan.fast_products else 0
+    return int(UNTOUCHED * plan.parts.get("kernels", 0)) if plan.fast_products else 0
 
 
 def _enforcement(enforce: str, limit: object, group: Cgroup | None, budget_bytes: int) -> dict[str, Any]:

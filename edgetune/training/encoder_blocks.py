@@ -20,9 +20,21 @@ import torch
 
 from edgetune.models.encoder import Block, Embeddings, Encoder, LayerNorm
 from edgetune.planner.job import TILE_QUERIES
+from edgetune.products import without_onednn
 from edgetune.training.blocks import BlockPass, softmax, softmax_backward
 
-gelu, gelu_backward = torch.ops.aten.gelu.out, torch.ops.aten.gelu_backward.grad_input
+
+def gelu(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """X times the normal distribution function of x, into `out`."""
+    with without_onednn():
+        torch.ops.aten.gelu.out(x, approximate="none", out=out)
+    return out
+
+
+def gelu_backward(d: torch.Tensor, x: torch.Tensor) -> None:
+    """Turns d, the gradient of gelu(x), into that of x."""
+    with without_onednn():
+        torch.ops.aten.gelu_backward.grad_input(d, x, approximate="none", grad_input=d)
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,7 @@ class EncoderPass:
         linear(after_attention.dense, made.o, made.s1)
         x2 = normalize(made.s1.add_(x), after_attention.norm, self.workspace.like(x, "h"))
         linear(up, x2, made.u)
-        activated = gelu(made.u, approximate="none", out=self.workspace.take(self.positions, inner, "inner"))
+        activated = gelu(made.u, self.workspace.take(self.positions, inner, "inner"))
         linear(output.dense, activated, made.s2)
         made.s2.add_(x2)
         if y is not None:
@@ -101,10 +113,10 @@ class EncoderPass:
         linear_backward = self._products._linear_backward
 
         self._normalize_backward(made.s2, output.norm, d)  # d is that of s2: of x2, and of the MLP's output
-        activated = gelu(made.u, approximate="none", out=take(self.positions, inner, "inner"))
+        activated = gelu(made.u, take(self.positions, inner, "inner"))
         d_u = take(self.positions, inner, "d_inner")
         linear_backward(output.dense, activated, d, d_u, first=True)
-        gelu_backward(d_u, made.u, approximate="none", grad_input=d_u)
+        gelu_backward(d_u, made.u)
         x2 = normalize(made.s1, after_attention.norm, self.workspace.like(x, "h"))
         linear_backward(up, x2, d_u, d)
         self._normalize_backward(made.s1, after_attention.norm, d)  # now of s1: of x, and of attention's output

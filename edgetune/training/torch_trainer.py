@@ -18,7 +18,7 @@ from edgetune.memory import give_back
 from edgetune.models.decoder import load_decoder
 from edgetune.models.places import Score
 from edgetune.objectives import has_head, objective_of, sft
-from edgetune.planner.job import filled, keeps_bits
+from edgetune.planner.job import filled, may_come_down
 from edgetune.training import backprop
 from edgetune.training.anchor import Anchor
 from edgetune.training.crew import Crew, using
@@ -45,11 +45,9 @@ class TorchTrainer(Trainer):
         super().__init__(inputs, folder, guard, limit, pace, on_progress)
         plan = inputs.plan
         positions = plan.batch_size * max((window.length for window in inputs.learned), default=0)
-        adapter = plan.adapter
-        other_shapes = adapter.prompt_positions or adapter.thaws or adapter.side_group is not None  # of products
-        exact = keeps_bits(plan.threads, positions, plan.model_config.head_dim) and not other_shapes
-        with_head = has_head(plan.objective)  # whose few rows are no whole vectors
-        self.crew = Crew(plan.threads, free=exact and plan.step_rule == "backprop" and not with_head)
+        head_dim = plan.model_config.head_dim
+        free = may_come_down(plan.adapter, plan.step_rule, plan.objective, plan.threads, positions, head_dim)
+        self.crew = Crew(plan.threads, free=free)
         self.decoder = load_decoder(inputs.base)
         # Rotary tables, before allocations are limited: numpy crashes in a ufunc that is refused its buffers.
         self.decoder.context(max((window.length for window in inputs.every), default=0))
@@ -65,7 +63,7 @@ class TorchTrainer(Trainer):
         self.parameters = attach(self.decoder, plan.adapter, plan.seed)
         if plan.adapter.virtual_tokens:
             start_virtual_tokens(self.decoder, plan.seed)
-        if with_head:
+        if has_head(plan.objective):
             shapes = score_shapes(plan.objective, plan.classes, self.decoder.config.hidden_size)
             weight = nn.Parameter(torch.from_numpy(initialize_head(shapes, plan.seed)[SCORE]))
             self.parameters[SCORE], self.decoder.score = weight, Score(weight)

@@ -148,3 +148,19 @@ def test_recomputation_and_frozen_lower_blocks_change_no_bit(base: Path, dropout
             assert torch.equal(value, other[name]), name
     plain = reference(encoder, task, "classification", batches).item()
     assert (dropout == 0) == (float(seen[0]["loss"]) == pytest.approx(plain, rel=1e-4))
+
+
+def test_no_code_is_kept_for_each_shape(base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By oneDNN's own log: micro-batches have as many shapes as sums of lengths."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    encoder, task, parameters, config = tuned(base, "classification")
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):  # type: ignore[no-untyped-call]
+        torch.nn.functional.gelu(torch.ones(3, 1201))
+        assert "eltwise_gelu_erf" in capfd.readouterr().out
+        rule(encoder, task, parameters, config).loss_and_gradients(
+            [stack(rows("classification"))], (0, 0), lambda: None
+        )
+        assert "create:" not in capfd.readouterr().out
+        torch.nn.functional.gelu(torch.ones(3, 1203))
+        assert "eltwise_gelu_erf" in capfd.readouterr().out, "what the caller had is there again"
