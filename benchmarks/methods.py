@@ -1,20 +1,22 @@
 """What each adapter method learns on the same rows, steps and seeds, at the best of some learning rates, and what it
 costs; beside PEFT's LoRA and IA3.
 
-stories260k on the nf4 grid, batches of 4 windows of 304 tokens, AdamW, cosine. Every rate is tried with the first seed,
-and the best one with the others. Judged is the held-out loss at the end, in nats per token.
+Batches of 4 windows of 304 tokens, or as many as the model has, on the nf4 grid. Every rate is tried with the first
+seed, and the best one with the others. Judged is the held-out loss at the end, in nats per token.
 
-    instructions   rasbt's instructions with their answers; held out is every twentieth row
-    shakespeare    pieces of 480 characters of tinyshakespeare, without prompts; held out are some of the last tenth
+    instructions   stories260k learns rasbt's instructions with their answers; held out is every twentieth row
+    shakespeare    and pieces of 480 characters of tinyshakespeare, without prompts; held out are some of the last tenth
+    sample         the packaged sample learns its personal rows
 
 PEFT gets the same base, rows, order, initial adapter and learning rate (`shakespeare.theirs`). The peak is that of the
 process that trains, all of it: `floor_bytes` of it are there before a model is. Virtual tokens take part of a window:
 a step with these has fewer rows.
 
 Run: python benchmarks/methods.py [--methods lora ia3] [--rates 1e-3 1e-2] [--steps 60] [--seeds 2]
-     [--data instructions] [--peft lora ia3] [--out methods.json]     (EDGETUNE_REAL names the folder of real data)
+     [--data instructions] [--optimizer adamw] [--peft lora ia3] [--out methods.json]
 
-Runs are added to --out, and what is there already is not run again, so it can be stopped and gone on with at any time.
+EDGETUNE_REAL names the folder of real data. Runs are added to --out, and what is there already is not run again, so it
+can be stopped and gone on with at any time.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from adapter_budget import PIECE, one_core, write_rows
 from machine import about, real
 
 import edgetune as et
+from edgetune import sample
 from edgetune.adapters import METHODS
 from edgetune.adapters.bottleneck import BottleneckConfig
 from edgetune.adapters.config import AdapterConfig
@@ -60,7 +63,11 @@ def shakespeare(folder: Path) -> tuple[Path, Path]:
     return write_rows(folder / "learned.jsonl", pieces[:cut:2]), write_rows(folder / "held.jsonl", pieces[cut::8])
 
 
-DATA = {"instructions": instructions, "shakespeare": shakespeare}
+def personal(folder: Path) -> tuple[Path, Path]:
+    return sample.PERSONAL_TRAIN, sample.PERSONAL_EVAL
+
+
+DATA = {"instructions": instructions, "shakespeare": shakespeare, "sample": personal}
 
 
 def adapters(layers: int) -> dict[str, AdapterConfig]:
@@ -76,11 +83,13 @@ def adapters(layers: int) -> dict[str, AdapterConfig]:
 
 
 def planned(job: dict[str, Any]) -> et.Plan:
+    model = open_base(job["base"]).config
     config = et.TrainConfig(
-        batch_size=BATCH, gradient_accumulation_steps=1, max_seq_length=WINDOW, max_steps=job["steps"],
-        learning_rate=job["rate"], seed=job["seed"],
+        batch_size=BATCH, gradient_accumulation_steps=1, max_steps=job["steps"],
+        max_seq_length=min(WINDOW, model.max_position_embeddings),
+        learning_rate=job["rate"], seed=job["seed"], optimizer=job["optimizer"],
     )  # fmt: skip
-    adapter = adapters(open_base(job["base"]).config.num_hidden_layers)[job["method"]]
+    adapter = adapters(model.num_hidden_layers)[job["method"]]
     return et.plan(job["base"], one_core(), data=job["data"], eval_data=job["held"], adapter=adapter, config=config)
 
 
@@ -98,9 +107,9 @@ def edgetune_run(job: dict[str, Any]) -> dict[str, Any]:
 def peft_run(job: dict[str, Any]) -> dict[str, Any]:
     from shakespeare import theirs, twin
 
-    rows = read_rows(Path(job["held"]), load_tokenizer(Path(job["base"])), WINDOW)
     base, plan = Path(job["base"]), planned(job)
-    return theirs(twin(base, plan), base, plan, Path(job["data"]), pack(rows, WINDOW))
+    rows = read_rows(Path(job["held"]), load_tokenizer(base), plan.max_seq_length)
+    return theirs(twin(base, plan), base, plan, Path(job["data"]), pack(rows, plan.max_seq_length))
 
 
 RUNS = {"edgetune": edgetune_run, "peft": peft_run}
@@ -154,8 +163,9 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--data", choices=DATA, default="instructions")
-    parser.add_argument("--peft", nargs="*", default=["lora", "ia3"], help="methods that PEFT learns too")
+    parser.add_argument("--peft", nargs="*", default=["lora", "ia3"], help="methods that PEFT learns too, with adamw")
     parser.add_argument("--out", type=Path, default=Path("methods.json"))
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -163,19 +173,20 @@ def main() -> None:
         job = json.loads(args.job)
         print(json.dumps(RUNS[job["system"]](job)))
         return
-    setting = {"data": args.data, "steps": args.steps}
+    setting = {"data": args.data, "steps": args.steps, "optimizer": args.optimizer}
     runs: list[dict[str, Any]] = []
     if args.out.exists():
         before = json.loads(args.out.read_text(encoding="utf-8"))
-        if any(before[key] != value for key, value in setting.items()):
-            sys.exit(f"{args.out} has runs of {before['data']}, {before['steps']} steps. Choose another --out.")
+        if (others := {key: before[key] for key in setting}) != setting:
+            sys.exit(f"{args.out} has runs of {others}, not of {setting}. Choose another --out.")
         runs = before["runs"]
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = et.quantize(real("stories260k"), "nf4", folder / "base")
+        model = sample.BASE if args.data == "sample" else real("stories260k")
+        base = et.quantize(model, "nf4", folder / "base")
         learned, held = DATA[args.data](folder)
-        files = {"base": str(base), "data": str(learned), "held": str(held), "steps": args.steps}
+        files = setting | {"base": str(base), "data": str(learned), "held": str(held)}
 
         def add(system: str, method: str, rate: float, seed: int) -> bool:
             """Whether there is such a run now: not where model or rows have nothing for the method."""
@@ -194,7 +205,7 @@ def main() -> None:
             rate = best_rate(runs, method)
             for seed in range(args.seeds) if rate is not None else ():
                 add("edgetune", method, rate, seed)
-                if method in args.peft:
+                if method in args.peft and args.optimizer == "adamw":
                     add("peft", method, rate, seed)
     print(json.dumps(about() | setting | {"methods": summary(runs)}, indent=1))
 

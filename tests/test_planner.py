@@ -790,6 +790,18 @@ class TestLadder:
         assert f"  optimizer   {optimizer}, learning rate {made.learning_rate:g}" in made.explain().splitlines()
         assert plan(model, "pixel-9", config=dataclasses.replace(config, learning_rate=0.5)).learning_rate == 0.5
 
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("optimizer", ["adamw", "lion_8bit", "sgd"])
+    def test_a_method_brings_its_factor(self, tmp_path: Path, method: str, optimizer: str) -> None:
+        folder = write_model(tmp_path / "model", tiny_config("qwen2"))  # which has biases
+        adapter, config = METHODS[method].Config(), TrainConfig(optimizer=optimizer)
+        own, factor = OPTIMIZERS[optimizer].learning_rate, METHODS[method].Config.rate_factor
+        made = plan(folder, "pixel-9", adapter=adapter, config=config)
+        assert made.learning_rate == own * factor
+        assert f"  optimizer   {optimizer}, learning rate {made.learning_rate:g}" in made.explain().splitlines()
+        asked = dataclasses.replace(config, learning_rate=0.5)
+        assert plan(folder, "pixel-9", adapter=adapter, config=asked).learning_rate == 0.5
+
     def test_the_last_rung_says_what_it_means(self, model: Path) -> None:
         targets = plan(model, "pixel-9").adapter.target_modules
         large = LoraConfig(r=96, target_modules=targets, layers_to_transform=tuple(range(8)))

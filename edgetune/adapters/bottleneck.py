@@ -67,6 +67,7 @@ class BottleneckConfig(BlocksConfig):
     """What the user asks of bottleneck adapters. None means "not set": the plan chooses, and may concede it."""
 
     method: ClassVar[str] = NAME
+    rate_factor: ClassVar[float] = 3
 
     r: Annotated[int | None, Key("Rank: a higher one can learn more and costs more memory. (default: 8)")] = None
     placement: Annotated[

@@ -31,6 +31,8 @@ class AdapterConfig:
     """Whether its tensors are the model's own, trained in their place; see `adapters`."""
     thaws: ClassVar[bool] = False
     """Whether matrices are among these, not vectors alone."""
+    rate_factor: ClassVar[float] = 1.0
+    """Its learning rate over LoRA's where none is set: what `benchmarks/methods.py` found best for each, rounded."""
 
     def resolved(self: Config, model: ModelConfig) -> Config:
         """The same with every field filled.

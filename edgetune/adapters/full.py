@@ -49,6 +49,7 @@ class FullConfig(BlocksConfig):
     method: ClassVar[str] = NAME
     own: ClassVar[bool] = True
     thaws: ClassVar[bool] = True
+    rate_factor: ClassVar[float] = 0.3
 
     biases: tuple[str, ...] = ()
     """Linears of a block with a bias, of a resolved config."""

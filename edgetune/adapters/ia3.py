@@ -39,6 +39,7 @@ class Ia3Config(LinearsConfig):
     """What the user asks of IA3."""
 
     method: ClassVar[str] = NAME
+    rate_factor: ClassVar[float] = 10
 
     feedforward_modules: Annotated[
         tuple[str, ...] | None, Key("Of the adapted linears those scaled at their inputs. (default: down_proj)")

@@ -40,6 +40,7 @@ class LnTuningConfig(BlocksConfig):
 
     method: ClassVar[str] = NAME
     own: ClassVar[bool] = True
+    rate_factor: ClassVar[float] = 10
 
     target_modules: Annotated[
         tuple[str, ...] | None, Key("Norms to train, such as input_layernorm,norm. (default: those of hidden states)")

@@ -61,6 +61,7 @@ class LoreftConfig(BlocksConfig):
     """What the user asks of LoReFT. None means "not set": the plan chooses, and may concede it."""
 
     method: ClassVar[str] = NAME
+    rate_factor: ClassVar[float] = 3
 
     r: Annotated[int | None, Key("Rank: a higher one can learn more and costs more memory. (default: 8)")] = None
     positions: Annotated[

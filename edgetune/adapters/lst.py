@@ -67,6 +67,7 @@ class LstConfig(BlocksConfig):
     """What the user asks of LST. None means "not set": the plan chooses, and may concede it."""
 
     method: ClassVar[str] = NAME
+    rate_factor: ClassVar[float] = 3
 
     reduction: Annotated[
         int | None, Key("Hidden size over the width beside the blocks, a divisor of it. (default: 4, or 8 over 1,024)")

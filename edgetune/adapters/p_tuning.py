@@ -38,6 +38,7 @@ class PTuningConfig(PromptConfig):
     """What the user asks of P-tuning. None means "not set"."""
 
     method: ClassVar[str] = NAME
+    rate_factor: ClassVar[float] = 3
 
     encoder_hidden_size: Annotated[
         int | None, Key("Width of the network that makes a prompt while it is trained. (default: 128)")

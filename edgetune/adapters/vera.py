@@ -42,6 +42,7 @@ class VeraConfig(LinearsConfig):
     """What the user asks of VeRA."""
 
     method: ClassVar[str] = NAME
+    rate_factor: ClassVar[float] = 10
 
     r: Annotated[int | None, Key("Rank: a higher one can learn more and costs more memory. (default: 256)")] = None
     vera_dropout: Annotated[

@@ -370,10 +370,12 @@ class _Costs:
         return math.ceil(peak + MARGIN * peak + above)
 
     def learning_rate(self, choice: Choice) -> float:
-        """The optimizer's own; that of mezo keeps the length of a step, which grows with the parameters."""
+        """The optimizer's own by the method's factor; that of mezo keeps the length of a step, which grows with the
+        parameters.
+        """
         if choice.step_rule == "mezo":
             return float(sum(self.job(choice).tensor_sizes) ** -0.5)
-        return OPTIMIZERS[choice.optimizer].learning_rate
+        return OPTIMIZERS[choice.optimizer].learning_rate * choice.adapter.rate_factor
 
 
 def _walk(wishes: Wishes, costs: _Costs, budget_bytes: int) -> Iterator[Choice]:

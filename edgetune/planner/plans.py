@@ -61,7 +61,7 @@ class TrainConfig:
     num_epochs: Annotated[float | None, Key("passes over the rows", 1e-6, 1e6)] = None
     max_steps: Annotated[int | None, Key("optimizer steps, whatever the epochs", 1, 1 << 40)] = None
     optimizer: Annotated[str | None, Key(f"one of {', '.join(OPTIMIZERS)}", choices=tuple(OPTIMIZERS))] = None
-    learning_rate: Annotated[float | None, Key("peak of the schedule; unset, the optimizer's own", 1e-12, 100)] = None
+    learning_rate: Annotated[float | None, Key("peak of the schedule; unset, the method's own", 1e-12, 100)] = None
     lr_scheduler_type: Annotated[str, Key("after the warm-up", choices=("cosine", "linear", "constant"))] = "cosine"
     warmup_ratio: Annotated[float, Key("share of the steps over which the rate rises", 0, 1)] = 0.03
     weight_decay: Annotated[float, Key("decay of the adapter's weights", 0, 100)] = 0.0
