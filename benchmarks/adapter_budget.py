@@ -8,7 +8,7 @@ on the mean over the seeds, and are judged by the held-out loss at the end, in n
                    out are pieces of the last tenth
     instructions   stories260k, int4, learns rasbt's instructions; held out is every tenth row
 
-Run: python benchmarks/adapter_budget.py [--steps 200] [--seeds 3]   (EDGETUNE_REAL names the folder of real data)
+Run: python benchmarks/adapter_budget.py [--steps 200] [--seeds 0 1 2]   (EDGETUNE_REAL names the folder of real data)
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from edgetune.adapters.base import MODEL
 
 RANKS = (2, 8)
 RATES = (3e-3, 1e-2)
+SEEDS = (0, 1, 2)
 PIECE, WINDOW, BATCH = 480, 288, 8
 
 
@@ -67,7 +68,7 @@ def compare(base: Path, learned: Path, held: Path, rank: int, args: argparse.Nam
     }
     said: dict[str, dict[str, Any]] = {}
     host = one_core()
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         adapters = {"uniform": et.LoraConfig(r=rank)}
         for rate in args.rates:
             config = et.TrainConfig(
@@ -102,7 +103,7 @@ def compare(base: Path, learned: Path, held: Path, rank: int, args: argparse.Nam
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))

@@ -1,22 +1,29 @@
 """Ranks within a number of bytes: which linears get a LoRA, and of which rank.
 
-A change of the weights of spectral norm 1 and rank r lowers the loss, to first order, by at most the sum of the r
-largest singular values of the gradient G by the weight, and so by at most
+A gradient G by a weight with singular values sigma_i goes in about
 
-    gain(r) = sqrt(r) ||G||        with ||G|| the Frobenius norm
+    e = exp(-sum_i p_i log p_i)        p_i = sigma_i / sum_j sigma_j
 
-It grows ever more slowly with the rank. So ranks are given one step after the other, each where the gain per byte of
-the file is the largest of those that still fit. As in AdaLoRA (Zhang et al., arXiv 2303.10512) a sensitivity decides
-what a linear gets; there it is that of each singular triple, and ranks are pruned while training, from more than the
-budget allows. Here it is measured before the first step (`training.sensitivity`), so the peak never exceeds the plan's.
+directions, its effective rank (Roy and Vetterli, EUSIPCO 2007), so that is how many a change of that weight can use.
+It is the "gradient intrinsic dimensionality" that RaLoRA aligns adapters with (Ye et al., "Gradient Intrinsic
+Dimensionality Alignment", ICLR 2026). With R the rank that the budget affords everywhere, a linear gets
+
+    rank = t e        but at least R / 2 and at most 4 R
+
+with the one t that fills the budget, in whole ranks. The bounds are those of GoRA (He et al., arXiv 2502.12171), which
+shares a budget by another measure, mean |W * G|. How large G is does not decide: on the model of
+`benchmarks/adapter_budget.py` v_proj has the largest by far and nearly all of it in one direction, and ranks that
+followed it learned less than one rank everywhere (`benchmarks/LOG.md`). `scaling` stays one for all.
+
+What is measured is measured before the first step (`training.sensitivity`); AdaLoRA (arXiv 2303.10512) prunes while
+training, from more than the budget allows. So the peak never exceeds the plan's.
 """
 
 from __future__ import annotations
 
-import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import pairwise
 
 from edgetune.adapters import lora
 from edgetune.adapters.base import file_bytes
@@ -25,7 +32,7 @@ from edgetune.errors import BudgetError, ConfigError
 from edgetune.memory import format_mib
 from edgetune.models import ModelConfig
 
-RANKS = (0, 2, 4, 8, 16, 32)
+CEILING = 4
 
 
 def check_wishes(config: LoraConfig) -> None:
@@ -44,66 +51,68 @@ def check_wishes(config: LoraConfig) -> None:
         )
 
 
-def allocate(config: LoraConfig, model: ModelConfig, norms: Mapping[str, float]) -> LoraConfig:
+def allocate(config: LoraConfig, model: ModelConfig, directions: Mapping[str, float]) -> LoraConfig:
     """The config, resolved, with the ranks that its `adapter_budget` in bytes holds.
 
     Args:
         config: a budget, and whatever leaves the ranks open.
         model: the base.
-        norms: place -> norm of the gradient by its weight [out, in]; only these places are adapted.
+        directions: place -> effective rank of the gradient by its weight, above 0; only these places are adapted.
 
     Raises:
-        BudgetError: the budget holds no linear of the lowest rank.
+        BudgetError: the budget holds no linear of rank 1.
     """
     budget, shapes = config.adapter_budget or 0, model.linears()
-    ranks: dict[str, int] = {}
 
-    def with_ranks(ranks: dict[str, int]) -> LoraConfig:
-        return replace(config, rank_pattern=ranks).resolved(model)
+    def size(ranks: Mapping[str, int]) -> int:
+        made = replace(config, r=1, rank_pattern=dict(ranks))
+        return file_bytes(made, [lora.slot(place, shapes[place], made) for place in shapes if ranks.get(place)])
 
-    def size(ranks: dict[str, int]) -> int:
-        made = replace(config, r=RANKS[1], rank_pattern=ranks)
-        return file_bytes(made, [lora.slot(place, shapes[place], made) for place in shapes if place in ranks])
+    def everywhere(rank: int) -> dict[str, int]:
+        return {place: min(rank, *shapes[place]) for place in directions}
 
-    open_steps = {place: _steps(norm, shapes[place]) for place, norm in norms.items() if norm > 0}
-    while steps := [(found[0], place) for place, found in open_steps.items() if found]:
-        (_, rank), place = max(steps)
-        if size(ranks | {place: rank}) <= budget:
+    highest = max(min(shapes[place]) for place in directions)
+    even = bisect_right(range(1, highest + 1), budget, key=lambda rank: size(everywhere(rank)))
+    ranks = everywhere((even + 1) // 2)
+    steps = sorted(
+        (rank / directions[place], rank, place)
+        for place, most in everywhere(max(1, CEILING * even)).items()
+        for rank in range(ranks[place] + 1, most + 1)
+    )
+
+    def after(count: int) -> dict[str, int]:
+        return ranks | {place: rank for _, rank, place in steps[:count]}
+
+    taken = bisect_right(range(1, len(steps) + 1), budget, key=lambda count: size(after(count)))
+    ranks = after(taken)
+    for _, rank, place in steps[taken:]:  # the bytes that are left
+        if rank == ranks[place] + 1 and size(ranks | {place: rank}) <= budget:
             ranks[place] = rank
-            open_steps[place].pop(0)
-        else:
-            del open_steps[place]  # higher ranks take more
+    ranks = {place: rank for place, rank in ranks.items() if rank}
     if not ranks:
-        least = min(size({place: RANKS[1]}) for place in norms)
+        least = min(size({place: 1}) for place in directions)
         raise BudgetError(
-            f"adapter_budget = {budget} bytes holds no adapter: the smallest, of rank {RANKS[1]} at one linear, takes "
-            f"{least}. Give at least that."
+            f"adapter_budget = {budget} bytes holds no adapter: the smallest, of rank 1 at one linear, takes {least}. "
+            "Give at least that."
         )
-    return with_ranks(ranks)
+    return replace(config, rank_pattern=ranks).resolved(model)
 
 
-def _steps(norm: float, shape: tuple[int, int]) -> list[tuple[float, int]]:
-    """(gain per byte, rank) of each step up of a linear; the gains fall."""
-    ranks = [rank for rank in RANKS if rank <= min(shape)]
-    return [
-        (norm * (math.sqrt(rank) - math.sqrt(below)) / ((rank - below) * sum(shape)), rank)
-        for below, rank in pairwise(ranks)
-    ]
-
-
-def table(config: LoraConfig, model: ModelConfig, norms: Mapping[str, float]) -> str:
-    """A row for each block and a column for each linear: the rank that it got, and the gradient's norm there."""
+def table(config: LoraConfig, model: ModelConfig, directions: Mapping[str, float]) -> str:
+    """A row for each block and a column for each linear: the rank that it got, and the gradient's effective rank."""
     ranks, paths = config.rank_pattern or {}, list(model.linear_shapes)
     names = [path.rpartition(".")[2] for path in paths]
     slots = lora.slots(config, model)
     size = file_bytes(config, slots)
     lines = [
-        f"{len(ranks)} of {len(norms)} linears are adapted, in {size:,} of {config.adapter_budget:,} bytes "
-        f"({format_mib(size)}); rank and norm of the gradient:",
+        f"{len(ranks)} of {len(directions)} linears are adapted, in {size:,} of {config.adapter_budget:,} bytes "
+        f"({format_mib(size)}); rank and effective rank of the gradient:",
         f"  {'block':>5}" + "".join(f"{name:>15}" for name in names),
     ]
     for index in range(model.num_hidden_layers):
         places = [f"{model.block(index)}.{path}" for path in paths]
-        cells = [f"{ranks.get(p, 0):>5}{norms[p]:>10.3g}" if p in norms else f"{'-':>5}{'':>10}" for p in places]
+        cells = [
+            f"{ranks.get(p, 0):>5}{directions[p]:>10.3g}" if p in directions else f"{'-':>5}{'':>10}" for p in places
+        ]
         lines.append(f"  {index:>5}" + "".join(cells))
     return "\n".join(lines)

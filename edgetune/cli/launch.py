@@ -104,9 +104,9 @@ def ranks_for(
     paths = {name: None if wishes[name] is None else str(wishes[name]) for name in ("data", "eval_data")}
     job = {"plan": plan.to_dict(), "base": str(folder), **paths, "skip_bad": wishes["skip_bad"]}
     job["work"] = None if out is None else str(out.absolute().parent)
-    norms = _child("measure", json.dumps(job))["norms"]
-    made = allocate(adapter, plan.model_config, norms)
-    tell(table(made, plan.model_config, norms))
+    directions = _child("measure", json.dumps(job))["directions"]
+    made = allocate(adapter, plan.model_config, directions)
+    tell(table(made, plan.model_config, directions))
     return str(folder), made
 
 
@@ -261,18 +261,19 @@ def _quantize_here(model: str, grid: str, base: str) -> int:
 
 
 def _measure_here(job: str) -> int:
-    """The same for the norms of a sensitivity pass."""
+    """The same for what a sensitivity pass measures."""
     from edgetune.training.progress import show_progress
-    from edgetune.training.sensitivity import measure_norms
+    from edgetune.training.sensitivity import measure_directions
 
     values = json.loads(job)
     try:
         with show_progress() as show:
-            norms = measure_norms(Plan.from_dict(values.pop("plan")), values.pop("base"), **values, on_progress=show)
+            plan, base = Plan.from_dict(values.pop("plan")), values.pop("base")
+            directions = measure_directions(plan, base, **values, on_progress=show)
     except EdgetuneError as error:
         print(json.dumps({"error": type(error).__name__, "message": str(error)}))
         return 1
-    print(json.dumps({"norms": norms}))
+    print(json.dumps({"directions": directions}))
     return 0
 
 

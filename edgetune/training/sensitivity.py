@@ -1,13 +1,14 @@
-"""How much the loss asks of each linear: the norm of the gradient by its weight, measured before a run.
+"""How many directions the loss asks of each linear: the effective rank of the gradient by its weight, before a run.
 
-For LoRA with B = 0 the gradients are d_A = 0 and d_B = s G A^T, with G [out, in] that by the frozen weight. A's values
-are independent, of mean 0 and variance v = 1 / (3 in), so
+For LoRA with B = 0 the gradients are d_A = 0 and d_B = s G A^T, with G [out, in] that by the frozen weight. With
+orthonormal rows A is a random projection of G to the r dimensions that it has itself, so of the singular values of d_B,
+summed over the steps as both stay what they are,
 
-    ||d_B||^2 / (s^2 r v)    has the mean    ||G||^2
+    p_i = sigma_i / sum_j sigma_j        effective rank = exp(-sum_i p_i log p_i)
 
-for any rank: a random sketch (Johnson-Lindenstrauss). So the exact gradient of the planned engine gives the norm for
-every linear at once, in the memory of a training run with a small adapter. After each step A is drawn again and B stays
-0; the result is the root of the mean over the steps. `adapters.allocation` makes ranks of it.
+(Roy and Vetterli, "The effective rank", EUSIPCO 2007) is a count of directions from 1 to r: that of G itself at
+r = in, and with a smaller r lower where G has as many directions or more. So the exact gradient of the planned engine
+measures every linear at once, in the memory of a training run. `adapters.allocation` makes ranks of it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgetune.adapters import lora
 from edgetune.adapters.allocation import allocate
 from edgetune.adapters.attach import AdaptedLinear
 from edgetune.adapters.lora import LoraConfig
@@ -39,7 +39,7 @@ from edgetune.training.progress import Progress
 from edgetune.training.run import CHECKPOINTS
 from edgetune.training.torch_trainer import TorchTrainer
 
-__all__ = ["allocate_ranks", "measure_norms"]
+__all__ = ["allocate_ranks", "measure_directions"]
 
 
 def allocate_ranks(
@@ -68,14 +68,14 @@ def allocate_ranks(
     """
     made = plan_pass(base, device, data=data, adapter=adapter, config=config, **wishes)
     inputs = {"eval_data": wishes.get("eval_data"), "skip_bad": wishes.get("skip_bad", False)}
-    return allocate(adapter, open_base(Path(base)).config, measure_norms(made, base, data=data, **inputs))
+    return allocate(adapter, open_base(Path(base)).config, measure_directions(made, base, data=data, **inputs))
 
 
-def measure_norms(
+def measure_directions(
     plan: Plan, base: str | Path, *, data: str | Path, eval_data: str | Path | None = None, skip_bad: bool = False,
     work: str | Path | None = None, on_progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Place -> norm of the gradient by its weight, over the steps of a plan that `plan_pass` made.
+    """Place -> effective rank of the gradient by its weight, over the steps of a plan that `plan_pass` made.
 
     Its files lie in a temporary folder inside `work`, and are removed.
 
@@ -97,30 +97,35 @@ def measure_norms(
             raise BudgetError("the pass that measures each linear used up the budget. Give the run more --budget.")
         if last is None or run.stopped != "done" or not updates:
             raise ConfigError(f"the pass that measures each linear ended at {run.stopped}, with {updates} good steps.")
-        return {place: math.sqrt(float(total) / updates) for place, (total,) in last.tensors("optim").items()}
+        return {place: effective_rank(gradient) for place, gradient in last.tensors("optim").items()}
 
 
-class _Norms(Rule):
-    """The exact gradient, of which the norms are kept; no update."""
+def effective_rank(matrix: np.ndarray) -> float:
+    """That of its singular values; 1 where all are 0."""
+    values = np.linalg.svd(matrix, compute_uv=False)
+    shares = values[values > 0] / max(values.sum(), np.finfo(values.dtype).tiny)
+    return math.exp(-float((shares * np.log(shares)).sum()))
+
+
+class _Directions(Rule):
+    """The exact gradient by B, summed over the steps; no update."""
 
     def __init__(self, trainer: TorchTrainer) -> None:
         super().__init__(trainer.decoder, trainer.parameters, trainer.plan, trainer.cache)
-        self.seed, self.steps = trainer.plan.seed, 0
+        self.optimizer.moments.clear()  # the sums lie where they would
         self.layers = [module for module in trainer.decoder.modules() if isinstance(module, AdaptedLinear)]
-        self.sums = {layer.slot.place: np.zeros(1, np.float32) for layer in self.layers}
+        self.sums = {layer.slot.place: np.zeros(layer.tensors["lora_B"].shape, np.float32) for layer in self.layers}
+        for layer in self.layers:
+            a = layer.tensors["lora_A"].data
+            a.copy_(torch.linalg.qr(a.T).Q.T)
 
     @torch.no_grad()
     def update(self, learning_rate: float) -> None:
-        """Add the squared norms, and draw A again."""
-        self.steps += 1
+        """Add the gradients."""
         for layer in self.layers:
-            config, slot, gradient = layer.config, layer.slot, layer.tensors["lora_B"].grad
-            assert isinstance(config, LoraConfig) and gradient is not None
-            sketched = config.scaling**2 * config.rank / (3 * slot.in_features)
-            self.sums[slot.place] += float(gradient.double().square().sum()) / sketched
-            rng = np.random.default_rng([self.seed, layer.index, self.steps])
-            drawn = lora.initialize(slot, config, rng, layer.base_layer)["lora_A"]
-            layer.tensors["lora_A"].copy_(torch.from_numpy(drawn))
+            gradient = layer.tensors["lora_B"].grad
+            assert gradient is not None
+            self.sums[layer.slot.place] += gradient.numpy()
         self.drop()
 
     def tensors(self) -> dict[str, np.ndarray]:
@@ -129,7 +134,6 @@ class _Norms(Rule):
 
     def load(self, tensors: Mapping[str, np.ndarray], updates: int) -> None:
         """Give them back."""
-        self.steps = updates
         self.sums = {place: value.copy() for place, value in tensors.items()}
 
 
@@ -138,7 +142,7 @@ class _Trainer(TorchTrainer):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.rule = _Norms(self)
+        self.rule = _Directions(self)
 
     def evaluation_is_due(self) -> bool:
         return False
