@@ -348,7 +348,7 @@ def test_wrong_files_are_refused_by_name(tmp_path: Path) -> None:
     )
     refused(BottleneckConfig(r=3), r"mlp_output\.adapter_down has shape \[3, 72\]; \[4, 72\] was expected", r=4)
     refused(LstConfig(reduction=4), r"not as edgetune writes it \(ValueError\('reduction = 0", reduction=0)
-    refused(LstConfig(reduction=4), r"side_down has shape \[18, 18\]; \[9, 9\] was expected", reduction=8)
+    refused(LstConfig(reduction=4), r"side_down has shape \[32, 18\]; \[32, 9\] was expected", reduction=8)
     refused(LoreftConfig(r=3), r"not as edgetune writes it: positions = 'all'; such as", positions="all")
     refused(LoreftConfig(r=3), r"block_output\.rotate_layer has shape \[3, 72\]; \[4, 72\] was expected", r=4)
     refused(VIRTUAL["prompt"], r"peft_type 'CARTRIDGE'; supported are", peft_type="CARTRIDGE")
@@ -359,8 +359,8 @@ def test_wrong_files_are_refused_by_name(tmp_path: Path) -> None:
     refused(LnTuningConfig(), r"norm\.weight has shape \[80\]; \[72\]", {"model.norm.weight": np.ones(80, np.float32)})
 
 
-@pytest.mark.parametrize(("hidden", "reduction"), [(72, 4), (90, 3), (1024, 4), (1030, 5), (2048, 8)])
-def test_a_ladder_is_narrower_beside_a_wide_model(tmp_path: Path, hidden: int, reduction: int) -> None:
+@pytest.mark.parametrize(("hidden", "reduction"), [(72, 2), (75, 1)])
+def test_a_ladder_is_half_as_wide_where_that_divides(tmp_path: Path, hidden: int, reduction: int) -> None:
     model = load_config(write_model(tmp_path / "model", tiny_config("llama")))
     assert LstConfig().resolved(replace(model, hidden_size=hidden)).reduction == reduction
 
