@@ -39,9 +39,9 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import numpy as np
 
 from edgetune.adapters.capabilities import Capabilities
-from edgetune.adapters.config import BlocksConfig
+from edgetune.adapters.config import BlocksConfig, own_config, read_own_config
 from edgetune.adapters.slot import Slot
-from edgetune.errors import AdapterError, ConfigError
+from edgetune.errors import ConfigError
 from edgetune.models import ModelConfig
 from edgetune.schema import Key
 
@@ -73,7 +73,7 @@ class LstConfig(BlocksConfig):
     rate_factor: ClassVar[float] = 3
 
     reduction: Annotated[
-        int | None, Key("Hidden size over the width beside the blocks, a divisor of it. (default: 2)")
+        int | None, Key("Hidden size over the width beside the blocks, a divisor of it. (default: 2)", low=1)
     ] = None
 
     def resolved(self: LstT, model: ModelConfig) -> LstT:
@@ -182,10 +182,7 @@ def changes(tensors: Mapping[str, np.ndarray]) -> bool:
 
 def config_to_peft(config: LstConfig, base_model: str) -> dict[str, Any]:
     """The `adapter_config.json` of a resolved config."""
-    return {
-        "peft_type": _PEFT_TYPE, "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
-        "reduction": config.reduction, "layers_to_transform": list(config.blocks), "inference_mode": True,
-    }  # fmt: skip
+    return own_config(config, _PEFT_TYPE, base_model)
 
 
 def reads_peft(peft: Mapping[str, Any]) -> bool:
@@ -196,15 +193,5 @@ def reads_peft(peft: Mapping[str, Any]) -> bool:
 def config_from_peft(
     peft: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], adapted: Mapping[str, tuple[int, int]]
 ) -> LstConfig:
-    """A config from the keys of `config_to_peft`.
-
-    Raises:
-        AdapterError: a key is missing, or its value is none that edgetune writes.
-    """
-    try:
-        layers, reduction = tuple(int(i) for i in peft["layers_to_transform"]), int(peft["reduction"])
-        if reduction < 1:
-            raise ValueError(f"reduction = {reduction}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"adapter_config.json is not as edgetune writes it ({error!r}). Train again.") from error
-    return LstConfig(layers_to_transform=layers, reduction=reduction)
+    """A config from the keys of `config_to_peft`; raises as `read_own_config`."""
+    return read_own_config(LstConfig, peft)

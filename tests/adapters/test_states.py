@@ -347,7 +347,7 @@ def test_wrong_files_are_refused_by_name(tmp_path: Path) -> None:
         layers_to_transform=[0, 1.5],
     )
     refused(BottleneckConfig(r=3), r"mlp_output\.adapter_down has shape \[3, 72\]; \[4, 72\] was expected", r=4)
-    refused(LstConfig(reduction=4), r"not as edgetune writes it \(ValueError\('reduction = 0", reduction=0)
+    refused(LstConfig(reduction=4), r"edgetune writes it: reduction: found 0; expected an integer", reduction=0)
     refused(LstConfig(reduction=4), r"side_down has shape \[32, 18\]; \[32, 9\] was expected", reduction=8)
     refused(LoreftConfig(r=3), r"not as edgetune writes it: positions = 'all'; such as", positions="all")
     refused(LoreftConfig(r=3), r"block_output\.rotate_layer has shape \[3, 72\]; \[4, 72\] was expected", r=4)
