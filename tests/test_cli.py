@@ -870,6 +870,11 @@ def test_personalize_offers_what_training_graphs_do_not_always_refuse(field: str
         check_engine(wishes, "int4")
 
 
+def test_personalize_names_the_optimizers_that_it_has() -> None:
+    assert options("personalize")["--optimizer"].startswith("One of adamw, sgd. ")
+    assert "adamw_8bit" in options("train")["--optimizer"]
+
+
 @pytest.mark.parametrize("verb", ["plan", "train"])
 def test_every_field_of_the_configs_has_a_flag(verb: str) -> None:
     fields = {f.name for f in dataclasses.fields(TrainConfig)} | _adapter_settings().keys()

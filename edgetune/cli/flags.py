@@ -22,7 +22,7 @@ from edgetune.adapters import METHODS
 from edgetune.adapters.config import AdapterConfig
 from edgetune.errors import ConfigError
 from edgetune.planner.plans import TrainConfig
-from edgetune.planner.wishes import ORT_HAS
+from edgetune.planner.wishes import ORT_HAS, ORT_OPTIMIZERS
 
 _Made = TypeVar("_Made")
 
@@ -182,8 +182,9 @@ def _parameters(engine: str | None) -> list[inspect.Parameter]:
     hints = get_type_hints(TrainConfig, include_extras=True)
     for field in dataclasses.fields(TrainConfig):
         kind, key = get_args(hints[field.name])[:2]
+        doc = f"one of {', '.join(ORT_OPTIMIZERS)}" if (engine, field.name) == ("ort", "optimizer") else key.doc
         default = "the plan's choice" if field.default is None else field.default
-        help = f"{key.doc[0].upper()}{key.doc[1:]}. (default: {default})"
+        help = f"{doc[0].upper()}{doc[1:]}. (default: {default})"
         found.append(_parameter(field.name, kind | None, help, "Training"))
     return [parameter for parameter in found if engine != "ort" or parameter.name not in ORT_HAS]
 
