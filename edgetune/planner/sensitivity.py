@@ -53,7 +53,8 @@ def plan_pass(
         learning_rate=1.0, max_grad_norm=1e12, early_stopping_patience=None,
         retention_share=None, kl_weight=None,
     )  # fmt: skip
-    measured = LoraConfig(r=min(COLUMNS, base.config.hidden_size), layers_to_transform=adapter.layers_to_transform)
+    narrowest = min(columns for _, columns in base.config.linears().values())
+    measured = LoraConfig(r=min(COLUMNS, narrowest), layers_to_transform=adapter.layers_to_transform)
     given: dict[str, Any] = {"data": data, "config": steps, "engine": "torch", **wishes}
     try:
         made = plan(model, device, adapter=measured, **given)

@@ -152,3 +152,15 @@ def test_the_pass_has_16_columns_where_they_fit(job: tuple[Path, Path], monkeypa
     assert isinstance(smaller.adapter, LoraConfig) and smaller.adapter.rank < COLUMNS, (
         "the plan's, which it may concede"
     )
+
+
+def test_a_linear_of_fewer_columns_is_measured_too(tmp_path: Path) -> None:
+    base = make_base(tmp_path, grid="int4", intermediate_size=12)
+    data = write_rows(tmp_path / "rows.jsonl", 40)
+    plan = plan_pass(base, "host", data=data, adapter=LoraConfig(adapter_budget=20_000), config=SETTINGS)
+    assert isinstance(plan.adapter, LoraConfig) and plan.adapter.r == 12
+    found = measure_directions(plan, base, data=data)
+    assert (
+        found.keys() == open_base(base).config.linears().keys()
+        and 1 <= min(found.values()) <= max(found.values()) <= 12
+    )
