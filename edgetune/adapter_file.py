@@ -21,13 +21,14 @@ from typing import Annotated
 
 import numpy as np
 
-from edgetune.adapters import METHODS, bottleneck, lora, loreft
+from edgetune.adapters import METHODS, bottleneck, lora, loreft, lst
 from edgetune.adapters import prefix as prefix_tuning
 from edgetune.adapters.base import CONFIG
 from edgetune.adapters.bottleneck import BottleneckConfig
 from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.lora import LoraConfig
 from edgetune.adapters.loreft import LoreftConfig
+from edgetune.adapters.lst import LstConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.base import open_any_base, weights_sha256
 from edgetune.errors import AdapterError, ModelError
@@ -63,6 +64,7 @@ class Binding:
     virtual_tokens: Annotated[int, Key("positions that its keys and values begin the cache with", low=0)] = 0
     positions: str | None = None
     "of a LoReFT, which are those of the slots"
+    reduction: Annotated[int | None, Key("of an LST, which is that of the slots", low=1)] = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,9 @@ class AdapterSlot:
     """Where an adapter plugs in: inputs `<name>.lora_A` [in_features, n] and `<name>.lora_B` [n, out_features].
 
     Those of a bottleneck are `adapter_down` and `adapter_up`, of the same shapes, with the activation between them; of
-    a LoReFT they are `reft_down`, `reft_bias` [n] and `reft_up`, for the `positions` of a prompt.
+    a LoReFT they are `reft_down`, `reft_bias` [n] and `reft_up`, for the `positions` of a prompt. A rung of an LST, of
+    hidden states narrowed by `reduction`, has `side_scale` [1], `side_down` and `side_up`; its way back to their width
+    has `side_upsample` [n, out_features] alone.
     `modules` are the linears whose outputs lie side by side in it, each with its number. Where there are several, their
     lora_A stand side by side and their lora_B along the diagonal (`by_slot`); n is the sum of their ranks.
     """
@@ -122,25 +126,48 @@ class AdapterSlot:
     modules: dict[str, int]
     activation: str | None = None
     positions: str | None = None
+    reduction: int | None = None
 
     @property
     def is_lora(self) -> bool:
         """Whether it takes LoRA, which any linear's can be put into."""
-        return self.activation is None and self.positions is None
+        return self.activation is None and self.positions is None and self.reduction is None
 
     @property
-    def inputs(self) -> tuple[str, str]:
-        """The names of the two matrices."""
+    def inputs(self) -> tuple[str, ...]:
+        """The names of its matrices, which change nothing where one is zero."""
         first, second = ("lora_A", "lora_B") if self.activation is None else ("adapter_down", "adapter_up")
         if self.positions is not None:
             first, second = "reft_down", "reft_up"
+        if self.reduction is not None:
+            if self._leads_back:
+                return (f"{self.name}.side_upsample",)
+            first, second = "side_down", "side_up"
         return f"{self.name}.{first}", f"{self.name}.{second}"
+
+    @property
+    def _leads_back(self) -> bool:
+        """Whether it is an LST's way back to the stream, without which no rung changes anything."""
+        return self.name.endswith(f".{lst.OUTPUT}")
+
+    def changes(self, tensors: Mapping[str, np.ndarray]) -> bool:
+        """Whether its inputs among these change what the model computes."""
+        bias = tensors.get(f"{self.name}.reft_bias")
+        if self.reduction is not None and not self._leads_back:
+            return False
+        return (bias is not None and bool(bias.any())) or all(tensors[name].any() for name in self.inputs)
 
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Every input with its shape."""
+        if self._leads_back:
+            return {self.inputs[0]: (rank, self.out_features)}
         first, second = self.inputs
-        bias: dict[str, tuple[int, ...]] = {} if self.positions is None else {f"{self.name}.reft_bias": (rank,)}
-        return {first: (self.in_features, rank), **bias, second: (rank, self.out_features)}
+        between: dict[str, tuple[int, ...]] = {}
+        if self.positions is not None:
+            between = {f"{self.name}.reft_bias": (rank,)}
+        if self.reduction is not None:
+            between = {f"{self.name}.side_scale": (1,)}
+        return {first: (self.in_features, rank), **between, second: (rank, self.out_features)}
 
 
 @dataclass(frozen=True)
@@ -246,6 +273,11 @@ def bind(
         filled = tuple(dict.fromkeys(name.rpartition(".")[0] for name in feeds))
         binding = Binding(*origin, config.rank, float(config.rank), filled, positions=config.positions)
         return BoundAdapter(binding, feeds)
+    if isinstance(config, LstConfig):
+        feeds = by_slot(lst.onnx_tensors(config, tensors), slots)
+        filled = tuple(dict.fromkeys(name.rpartition(".")[0] for name in feeds))
+        width = len(feeds[f"model.{lst.OUTPUT}.side_upsample"])
+        return BoundAdapter(Binding(*origin, width, float(width), filled, reduction=config.reduction), feeds)
     method, slots = METHODS[config.method], tuple(slots)
     method.CAPABILITIES.require("as_lora", AdapterError)
     linears = {module: (rows, slot.in_features) for slot in slots for module, rows in slot.modules.items()}
@@ -359,7 +391,10 @@ def tensor_problems(
         if slot.positions != adapter.binding.positions:
             yield f"{name}: it changes positions {adapter.binding.positions}, the graph {slot.positions}"
             continue
-        expected |= slot.shapes(_rank_in(tensors.get(slot.inputs[0]), r))
+        if slot.reduction != adapter.binding.reduction:
+            yield f"{name}: its reduction is {adapter.binding.reduction}, that of the graph {slot.reduction}"
+            continue
+        expected |= slot.shapes(_rank_in(tensors.get(slot.inputs[0]), r) if slot.is_lora else r)
     if virtual and prefix is None:
         yield "it begins a cache, and the graph has none"
     if not adapter.binding.slots and not virtual:

@@ -359,12 +359,10 @@ def check_adapter(bundle: AnyBundle[Any], adapter: BoundAdapter, *, origin: str 
             f"{origin} begins the cache with {adapter.binding.virtual_tokens} virtual tokens, and the context of "
             f"{bundle.folder} is {bundle.model.max_position_embeddings}. Train it with fewer"
         )
-    slots = {slot.name: slot for slot in bundle.slots}
-    pairs = [tuple(adapter.tensors[name] for name in slots[slot].inputs) for slot in adapter.binding.slots]
-    biased = any(value.any() for name, value in adapter.tensors.items() if name.endswith(".reft_bias"))
-    if pairs and not biased and not any(a.any() and b.any() for a, b in pairs):
-        first, second = (name.rpartition(".")[2] for name in slots[adapter.binding.slots[0]].inputs)
-        raise AdapterError(f"{origin} changes nothing: {first} or {second} of every slot is zero. Train it")
+    slots = [slot for slot in bundle.slots if slot.name in adapter.binding.slots]
+    if slots and not any(slot.changes(adapter.tensors) for slot in slots):
+        names = " or ".join(name.rpartition(".")[2] for name in slots[-1].inputs)
+        raise AdapterError(f"{origin} changes nothing: {names} of every slot is zero. Train it")
 
 
 def _check_binding(bundle: AnyBundle[Any], binding: Binding, origin: str) -> None:

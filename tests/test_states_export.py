@@ -21,6 +21,7 @@ from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.full import FullConfig
 from edgetune.adapters.ln_tuning import LnTuningConfig
 from edgetune.adapters.loreft import LoreftConfig
+from edgetune.adapters.lst import LstConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.prompt import PromptConfig
 from edgetune.data import pack, read_rows, stack
@@ -43,6 +44,8 @@ CONFIGS: dict[str, AdapterConfig] = {
     "parallel": BottleneckConfig(r=2, placement="parallel", non_linearity="tanh", layers_to_transform=(1,)),
     "pfeiffer": BottleneckConfig(r=3, placement="pfeiffer", non_linearity="relu"),
     "loreft": LoreftConfig(r=3, positions="f2+l3"),
+    "lst": LstConfig(reduction=4),
+    "lst of some": LstConfig(reduction=3, layers_to_transform=(1,)),
     "prompt": PromptConfig(num_virtual_tokens=5),
     "prefix": PrefixConfig(num_virtual_tokens=5),
 }
@@ -84,7 +87,7 @@ def torch_logits(base: Path, run: Path, ids: list[int], prompt_length: int | Non
     ("case", "family"),
     [
         *((case, "llama") for case in CONFIGS),
-        *((case, "gemma3_text") for case in ("houlsby", "loreft", "prefix")),
+        *((case, "gemma3_text") for case in ("houlsby", "loreft", "lst", "prefix")),
     ],
 )
 def test_a_bundle_computes_what_was_trained(tmp_path: Path, base: Path, case: str, family: str) -> None:

@@ -24,9 +24,8 @@ On instructions within 0.05 of the same without, or worse: fixed random projecti
 starts at random, gates of another start or temperature, rungs that start as pruned MLPs of their blocks, attention.
 
 W_down starts uniform in ±1/sqrt(s), W_up and U at zero, so the model equals the base. PEFT has no such method: the
-files are in its layout, and edgetune alone reads them.
-
-Left out: a bundle. The graph of a decoder has no place for it yet.
+files are in its layout, and edgetune alone reads them. A graph has slots of its own for it (`graphs.ops.rung`), which
+add nothing where an adapter has no rung: sqrt(c) is one of their inputs, and zero where it is left out.
 """
 
 from __future__ import annotations
@@ -47,14 +46,12 @@ from edgetune.schema import Key
 
 NAME = "lst"
 RUNG, OUTPUT = "side", "side_output"  # attributes of `models.decoder.Block` and `Decoder`
-_BUNDLE = "Bundles have no place for a network beside the blocks. For a bundle train --adapter bottleneck or lora."
 CAPABILITIES = Capabilities(
     train_ort="The training graphs of a bundle know LoRA alone. Train with --engine torch, or --adapter lora.",
     peft_file="PEFT has no LST. edgetune trains and evaluates it; for PEFT train --adapter lora.",
-    as_lora=_BUNDLE,
+    as_lora="It stands beside the weights, and no LoRA does. Its own inputs are exported.",
     merge="lst stands beside the weights and folds into none. To merge, train --adapter lora.",
     merge_share="It cannot be merged, nor can a share of it. To merge, train --adapter lora.",
-    own_inputs=_BUNDLE,
 )
 PEFT_SHARED = ()
 PEFT_NAMES = {
@@ -178,6 +175,19 @@ def _share(config: LstConfig) -> float:
 def changes(tensors: Mapping[str, np.ndarray]) -> bool:
     """Whether these tensors of a slot do anything: a rung does where the output does."""
     return "side_upsample" in tensors and bool(tensors["side_upsample"].any())
+
+
+def onnx_tensors(config: LstConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Graph inputs: of a rung `side_scale` [1], `side_down` and `side_up` [s, s]; of the output `side_upsample`
+    [s, hidden], which holds what it is multiplied by.
+    """
+    made = {}
+    for name, value in tensors.items():
+        place, _, short = name.rpartition(".")
+        made[name] = np.ascontiguousarray(value.T * np.float32(_share(config) if short == "side_upsample" else 1))
+        if short == "side_down":
+            made[f"{place}.side_scale"] = np.array([math.sqrt(config.side_group)], np.float32)
+    return made
 
 
 def config_to_peft(config: LstConfig, base_model: str) -> dict[str, Any]:

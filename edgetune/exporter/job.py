@@ -26,6 +26,7 @@ from edgetune.adapters.config import AdapterConfig
 from edgetune.adapters.head import SCORE, Head, load_with_head
 from edgetune.adapters.lora import LoraConfig
 from edgetune.adapters.loreft import LoreftConfig
+from edgetune.adapters.lst import LstConfig
 from edgetune.adapters.prefix import PrefixConfig
 from edgetune.adapters.prompt import PromptConfig
 from edgetune.base import AnyBase, Base, EncoderBase, open_any_base, weights_sha256
@@ -171,15 +172,18 @@ class Job:
             return ()
         slots = adapter_slots(self.base.config, self.format_of)
         config = None if self.adapter is None else self.adapter.config
-        if isinstance(config, BottleneckConfig | LoreftConfig):
+        if isinstance(config, BottleneckConfig | LoreftConfig | LstConfig):
             everywhere = config.changed(layers_to_transform=None).resolved(self.base.config)
-            hidden = self.base.config.hidden_size
             activation = config.activation if isinstance(config, BottleneckConfig) else None
             positions = config.positions if isinstance(config, LoreftConfig) else None
+            reduction = config.reduction if isinstance(config, LstConfig) else None
             slots = tuple(
-                AdapterSlot(slot.place, hidden, hidden, {slot.place: hidden}, activation, positions)
+                AdapterSlot(
+                    slot.place, slot.in_features, slot.out_features, {slot.place: slot.out_features}, activation,
+                    positions, reduction,
+                )
                 for slot in METHODS[config.method].slots(everywhere, self.base.config)
-            )
+            )  # fmt: skip
         if self.any_adapter or self.adapter is None or self.virtual_tokens:
             return slots
         return tuple(slot for slot in slots if self.adapter.places.keys() & slot.modules.keys())

@@ -5,6 +5,7 @@
     <slot>.lora_A [in, r], <slot>.lora_B [r, out]                                                      float32, optional
     <place>.adapter_down [hidden, r], <place>.adapter_up [r, hidden], where there are bottlenecks      float32, optional
     <place>.reft_down [hidden, r], .reft_bias [r], .reft_up [r, hidden], where there are LoReFTs       float32, optional
+    <place>.side_scale [1], .side_down [s, r], .side_up [r, s], of the last .side_upsample [r, hidden] float32, optional
     prompt_length [1 or batch_size], the tokens of the first call where it is left out, with these     int64, optional
     logits_to_keep [1], 0 where it is left out                                                         int64, optional
  -> logits [batch_size, logits_length, vocab_size], present.%d.key/.value                              float32
@@ -27,7 +28,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgetune.adapter_file import AdapterSlot
-from edgetune.adapters import loreft
+from edgetune.adapters import loreft, lst
 from edgetune.adapters.head import SCORE, Head
 from edgetune.graphs import FORMATS, fused, ops
 from edgetune.graphs.builder import Builder
@@ -90,10 +91,13 @@ class _Decoder:
         positions = next((slot.positions for slot in self.slots.values() if slot.positions is not None), None)
         self.prompt = None if positions is None else ops.prompt_mask(b, ids, mask, positions)
         shared = ops.attention_inputs(b, ids, mask, c, context_length)
-        present = []
+        present, z = [], None
         for i in range(c.num_hidden_layers):
             x, *kv = self._layer(x, i, past[i], shared)
             present.append(kv)
+            z = self._rung(x, z, i)
+        if z is not None and (output := self.slots.get(f"model.{lst.OUTPUT}")) is not None:
+            x = ops.side_output(b, _path(output.name), z, x, output)
         x = ops.by_row(b, _path("model.norm"), self._norm(x, "model.norm"), self.shape)
         x = ops.last_positions(b, f"{_path('lm_head')}/logits_to_keep", x)
         if self.head is None:
@@ -148,6 +152,15 @@ class _Decoder:
         if place in self.slots and self.prompt is not None:
             x = ops.loreft(self.b, _path(place), x, self.slots[place], self.prompt)
         return x, key, value
+
+    def _rung(self, x: ir.Value, z: ir.Value | None, index: int) -> ir.Value | None:
+        """What the network beside the blocks has after block `index`, which gave x [b*s, hidden]."""
+        slot = self.slots.get(f"model.layers.{index}.{lst.RUNG}")
+        if slot is None:
+            return z
+        last = index + 1 == self.config.num_hidden_layers
+        above = "model.norm" if last else f"model.layers.{index + 1}.{self.config.block_norms.before_attention}"
+        return ops.rung(self.b, _path(slot.name), self._norm(x, above, _path(f"{slot.name}.norm")), z, slot)
 
     def _adapted(self, x: ir.Value, y: ir.Value, place: str) -> ir.Value:
         """Hidden states y with what a bottleneck at a place of `models.places` adds of x, both [b*s, hidden]."""
@@ -211,11 +224,11 @@ class _Decoder:
     def _fill(self, module: str) -> Fill:
         return lambda arrays: self.source.fill(module, arrays)
 
-    def _norm(self, x: ir.Value, name: str) -> ir.Value:
+    def _norm(self, x: ir.Value, name: str, path: str | None = None) -> ir.Value:
         weight = f"{name}.weight"
         epsilon = self.config.rms_norm_eps
         return ops.rms_norm(
-            self.b, _path(name), x, weight, self.config.hidden_size, lambda: self.source.vector(weight), epsilon
+            self.b, path or _path(name), x, weight, self.config.hidden_size, lambda: self.source.vector(weight), epsilon
         )
 
     def _head_norm(self, x: ir.Value, name: str, heads: int) -> ir.Value:

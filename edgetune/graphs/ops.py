@@ -125,6 +125,38 @@ def loreft(b: Builder, path: str, h: ir.Value, slot: AdapterSlot, mask: ir.Value
     return b.op(f"{path}/reft_up/Gemm", "Gemm", [z, up, h])
 
 
+# h [n, K] ─ Reshape [n, s, c] ─ ReduceMean ─ Mul(side_scale) ─ Add(z) ─┬─ MatMul(side_down) ─ Relu ─ Gemm(side_up)
+#                                                                       └──────────────────────────────────┘
+def rung(b: Builder, path: str, h: ir.Value, z: ir.Value | None, slot: AdapterSlot) -> ir.Value:
+    """A rung of `lst` over what the one below gave, z; h is the normed output of its block. Left out it hands z on."""
+    rank = f"{slot.name}.r"
+    first, second = slot.inputs
+    down = b.optional_input(first, [slot.in_features, rank], np.zeros((slot.in_features, 0), np.float32))
+    up = b.optional_input(second, [rank, slot.out_features], np.zeros((0, slot.out_features), np.float32))
+    scale = b.optional_input(f"{slot.name}.side_scale", [1], np.zeros(1, np.float32))
+    groups = b.constant("/shape/side", np.array([-1, slot.in_features, slot.reduction], np.int64))
+    h = b.op(f"{path}/Reshape", "Reshape", [h, groups])
+    mean = b.op(
+        f"{path}/ReduceMean", "ReduceMean", [h, b.constant("/shape/last", np.array([-1], np.int64))], keepdims=0
+    )
+    a = b.op(f"{path}/side_scale/Mul", "Mul", [mean, scale])
+    if z is not None:
+        a = b.op(f"{path}/Add", "Add", [z, a])
+    inner = b.op(f"{path}/Relu", "Relu", [b.op(f"{path}/side_down/MatMul", "MatMul", [a, down])])
+    return b.op(f"{path}/side_up/Gemm", "Gemm", [inner, up, a])
+
+
+# z [n, s] ── Slice ── Gemm(side_upsample [r, K], x) ── [n, K]
+def side_output(b: Builder, path: str, z: ir.Value, x: ir.Value, slot: AdapterSlot) -> ir.Value:
+    """The sum x + z U with U as an optional input; left out it has no rows, as many as z then has columns."""
+    ((name, shape),) = slot.shapes(0).items()
+    up = b.optional_input(name, [f"{slot.name}.r", slot.out_features], np.zeros(shape, np.float32))
+    rows = b.op(f"{path}/Shape", "Shape", [up], start=0, end=1)
+    zero, one = (b.constant(f"/side/{n}", np.array([n], np.int64)) for n in (0, 1))
+    z = b.op(f"{path}/Slice", "Slice", [z, zero, rows, one])
+    return b.op(f"{path}/side_upsample/Gemm", "Gemm", [z, up, x])
+
+
 # x [b, s, n] ── Reshape ── [b*s, n]
 def flat(b: Builder, path: str, x: ir.Value, size: int) -> ir.Value:
     """The vectors of all positions, of length `size` each, below each other."""

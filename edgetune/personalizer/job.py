@@ -62,8 +62,11 @@ def _check_default(bundle: Bundle) -> None:
     if name is None:
         return
     binding = bundle.adapters[name].binding
-    if binding.virtual_tokens or binding.activation is not None or binding.positions is not None:
-        kind = "a prefix" if binding.virtual_tokens else "a bottleneck" if binding.activation else "a LoReFT"
+    others = {
+        "a prefix": binding.virtual_tokens, "a bottleneck": binding.activation, "a LoReFT": binding.positions,
+        "an LST": binding.reduction,
+    }  # fmt: skip
+    if kind := next((kind for kind, said in others.items() if said), None):
         raise ConfigError(
             f"adapter {name}, the default of {bundle.folder}, is {kind}, and the training graphs know LoRA alone: what "
             f"is trained could not be compared with it. Choose another with `edgetune adapter default`."
