@@ -115,7 +115,7 @@ class AdapterSlot:
     Those of a bottleneck are `adapter_down` and `adapter_up`, of the same shapes, with the activation between them; of
     a LoReFT they are `reft_down`, `reft_bias` [n] and `reft_up`, for the `positions` of a prompt. A rung of an LST, of
     hidden states narrowed by `reduction`, has `side_scale` [1], `side_down` and `side_up`; its way back to their width
-    has `side_upsample` [n, out_features] alone.
+    has `side_upsample` [in_features, out_features] alone.
     `modules` are the linears whose outputs lie side by side in it, each with its number. Where there are several, their
     lora_A stand side by side and their lora_B along the diagonal (`by_slot`); n is the sum of their ranks.
     """
@@ -160,7 +160,7 @@ class AdapterSlot:
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Every input with its shape."""
         if self._leads_back:
-            return {self.inputs[0]: (rank, self.out_features)}
+            return {self.inputs[0]: (self.in_features if rank else 0, self.out_features)}
         first, second = self.inputs
         between: dict[str, tuple[int, ...]] = {}
         if self.positions is not None:
@@ -276,8 +276,8 @@ def bind(
     if isinstance(config, LstConfig):
         feeds = by_slot(lst.onnx_tensors(config, tensors), slots)
         filled = tuple(dict.fromkeys(name.rpartition(".")[0] for name in feeds))
-        width = len(feeds[f"model.{lst.OUTPUT}.side_upsample"])
-        return BoundAdapter(Binding(*origin, width, float(width), filled, reduction=config.reduction), feeds)
+        units = lst.UNITS
+        return BoundAdapter(Binding(*origin, units, float(units), filled, reduction=config.reduction), feeds)
     method, slots = METHODS[config.method], tuple(slots)
     method.CAPABILITIES.require("as_lora", AdapterError)
     linears = {module: (rows, slot.in_features) for slot in slots for module, rows in slot.modules.items()}

@@ -104,7 +104,7 @@ def test_a_run_becomes_a_bundle_with_its_adapter_in_three_forms(bases: dict[str,
         "base_sha256": manifest["base_sha256"], "grid": "nf4", "tokenizer_sha256": manifest["tokenizer_sha256"],
         "r": 3, "lora_alpha": 5.0, "slots": [
             f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.qkv_proj", "mlp.down_proj")
-        ], "activation": None, "virtual_tokens": 0, "positions": None,
+        ], "activation": None, "virtual_tokens": 0, "positions": None, "reduction": None,
     }  # fmt: skip
     assert manifest["default_adapter"] == "adapter"
     assert manifest["rounding"] is None

@@ -324,6 +324,51 @@ def test_what_the_manifest_says_of_loreft(tmp_path: Path, base: Path) -> None:
         add_adapter(bundle, bottleneck)
 
 
+def test_what_the_manifest_says_of_lst(tmp_path: Path, base: Path) -> None:
+    run = write_run(tmp_path / "run", base, LstConfig(reduction=3, layers_to_transform=(1,)))
+    bundle = export(run, out=tmp_path / "bundle")
+    names = [*(f"model.layers.{i}.side" for i in range(2)), "model.side_output"]
+    assert [(slot.name, slot.in_features, slot.out_features) for slot in bundle.slots] == [
+        (names[0], 24, 24), (names[1], 24, 24), (names[2], 24, 72)
+    ]  # fmt: skip
+    assert {(slot.reduction, slot.activation, slot.positions) for slot in bundle.slots} == {(3, None, None)}
+    binding = bundle.adapters["adapter"].binding
+    assert (binding.r, binding.slots, binding.reduction) == (32, tuple(names[1:]), 3)
+    trained = load_adapter(run, load_config(base))[1]
+    assert {name: value.shape for name, value in bundle.adapter_tensors().items()} == {
+        f"{names[1]}.side_scale": (1,), f"{names[1]}.side_down": (24, 32), f"{names[1]}.side_up": (32, 24),
+        f"{names[2]}.side_upsample": (24, 72),
+    }  # fmt: skip
+    np.testing.assert_array_equal(bundle.adapter_tensors()[f"{names[1]}.side_up"].T, trained[f"{names[1]}.side_up"])
+    own = export(run, out=tmp_path / "own", slots="adapter")
+    assert [slot.name for slot in own.slots] == names[1:]
+
+
+def test_an_lst_of_other_blocks_joins_and_one_of_another_width_does_not(tmp_path: Path, base: Path) -> None:
+    bundle = export(write_run(tmp_path / "run", base, CONFIGS["lst of some"]), out=tmp_path / "bundle")
+    every = write_run(tmp_path / "every", base, LstConfig(reduction=3))
+    assert len(add_adapter(bundle, every, name="every").adapters) == 2
+    ids = list(range(3, 40))
+    session = open_session(bundle.folder, fp32_compute=True, adapter="every")
+    np.testing.assert_allclose(np.concatenate(list(session.logits(ids))), torch_logits(base, every, ids), atol=1e-3)
+    wide = write_run(tmp_path / "wide", base, LstConfig(reduction=2))
+    with pytest.raises(AdapterError, match=r"side: its reduction is 2, that of the graph 3"):
+        add_adapter(bundle, wide)
+    adapter = read_adapter(bundle.folder / "adapter.safetensors")
+    output = "model.side_output.side_upsample"
+    (tmp_path / "other").mkdir()
+
+    def refused(message: str, tensors: dict[str, np.ndarray]) -> None:
+        write_adapter(tmp_path / "other", "other", replace(adapter, tensors=tensors))
+        with pytest.raises(AdapterError, match=message):
+            open_session(bundle, adapter=tmp_path / "other" / "other.safetensors")
+
+    refused(r"changes nothing: side_upsample of", adapter.tensors | {output: np.zeros_like(adapter.tensors[output])})
+    refused(rf"{output}: is missing", {name: value for name, value in adapter.tensors.items() if name != output})
+    scale = "model.layers.1.side.side_scale"
+    refused(rf"{scale}: has shape \[2\], expected \[1\]", adapter.tensors | {scale: np.ones(2, np.float32)})
+
+
 def test_held_out_rows_are_measured_with_their_prompts(tmp_path: Path, base: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     lines = [{"prompt": "a b " * n, "completion": "c" * (2 + n % 3)} for n in range(1, 12)]
@@ -340,9 +385,10 @@ def test_held_out_rows_are_measured_with_their_prompts(tmp_path: Path, base: Pat
     assert mean_nll(bundle, held_out, fp32_compute=True)["nll"] == pytest.approx(loss, abs=1e-4)
 
 
-def test_onnxruntime_genai_takes_the_first_call_as_the_prompt(tmp_path: Path, base: Path) -> None:
+@pytest.mark.parametrize("case", ["loreft", "lst"])
+def test_onnxruntime_genai_takes_the_first_call_as_the_prompt(tmp_path: Path, base: Path, case: str) -> None:
     og = pytest.importorskip("onnxruntime_genai")
-    bundle = export(write_run(tmp_path / "run", base, CONFIGS["loreft"], scale=1), out=tmp_path / "bundle")
+    bundle = export(write_run(tmp_path / "run", base, CONFIGS[case], scale=1), out=tmp_path / "bundle")
     model = og.Model(str(bundle.folder))
     adapters = og.Adapters(model)
     adapters.load(str(bundle.folder / "adapter.onnx_adapter"), "adapter")

@@ -25,11 +25,6 @@ class Capabilities:
     own_inputs: str | None = None
 
     @property
-    def ships(self) -> bool:
-        """Whether a bundle holds it in any form."""
-        return None in (self.as_lora, self.merge, self.own_inputs)
-
-    @property
     def only_merges(self) -> bool:
         """Whether a bundle holds it folded into the weights alone."""
         return self.merge is None and None not in (self.as_lora, self.own_inputs)

@@ -178,8 +178,8 @@ def changes(tensors: Mapping[str, np.ndarray]) -> bool:
 
 
 def onnx_tensors(config: LstConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Graph inputs: of a rung `side_scale` [1], `side_down` and `side_up` [s, s]; of the output `side_upsample`
-    [s, hidden], which holds what it is multiplied by.
+    """Graph inputs: of a rung `side_scale` [1], `side_down` [s, units] and `side_up` [units, s]; of the output
+    `side_upsample` [s, hidden], which holds what it is multiplied by.
     """
     made = {}
     for name, value in tensors.items():

@@ -6,14 +6,12 @@ counts against a device's budget.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from edgetune.adapters import METHODS
 from edgetune.cli.console import answer, exit_code, fail
 from edgetune.errors import EdgetuneError
 from edgetune.memory import format_mib
-from edgetune.objectives import has_head
 from edgetune.planner.plans import Plan
 from edgetune.training.loop import Run, train
 from edgetune.training.progress import show_progress
@@ -62,16 +60,7 @@ def run_job(job: dict[str, Any]) -> int:
     except EdgetuneError as error:
         fail(error, as_json)
         return 1
-    answer(run.summary, outcome(run), as_json, following=_following(run, plan))
+    merge = ["--merge"] * METHODS[plan.adapter.method].CAPABILITIES.only_merges
+    following = ("export", str(run.folder), *merge, "--out", "bundle/") if run.summary["stopped"] == "done" else ()
+    answer(run.summary, outcome(run), as_json, following=following)
     return exit_code(run.summary)
-
-
-def _following(run: Run, plan: Plan) -> tuple[str | Path, ...]:
-    """The command that comes after a finished run: `export`, or `eval` of what no bundle holds."""
-    if run.summary["stopped"] != "done":
-        return ()
-    can = METHODS[plan.adapter.method].CAPABILITIES
-    if can.ships:
-        return ("export", run.folder, *["--merge"] * can.only_merges, "--out", "bundle/")
-    compared = plan.objective == "classification" or not has_head(plan.objective)
-    return ("eval", run.folder, "--data", "FILE") if compared else ()

@@ -177,9 +177,10 @@ class Job:
             activation = config.activation if isinstance(config, BottleneckConfig) else None
             positions = config.positions if isinstance(config, LoreftConfig) else None
             reduction = config.reduction if isinstance(config, LstConfig) else None
+            hidden = self.base.config.hidden_size
             slots = tuple(
                 AdapterSlot(
-                    slot.place, slot.in_features, slot.out_features, {slot.place: slot.out_features}, activation,
+                    slot.place, slot.in_features, slot.out_features, {slot.place: hidden}, activation,
                     positions, reduction,
                 )
                 for slot in METHODS[config.method].slots(everywhere, self.base.config)
