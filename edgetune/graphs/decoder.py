@@ -5,7 +5,7 @@
     <slot>.lora_A [in, r], <slot>.lora_B [r, out]                                                      float32, optional
     <place>.adapter_down [hidden, r], <place>.adapter_up [r, hidden], where there are bottlenecks      float32, optional
     <place>.reft_down [hidden, r], .reft_bias [r], .reft_up [r, hidden], where there are LoReFTs       float32, optional
-    <place>.side_scale [1], .side_down [s, r], .side_up [r, s], then .side_upsample [s, hidden]       float32, optional
+    <place>.side_scale [1], .side_down [s, r], .side_up [r, s], then .side_upsample [s, hidden]        float32, optional
     prompt_length [1 or batch_size], the tokens of the first call where it is left out, with these     int64, optional
     logits_to_keep [1], 0 where it is left out                                                         int64, optional
  -> logits [batch_size, logits_length, vocab_size], present.%d.key/.value                              float32
