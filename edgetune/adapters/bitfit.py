@@ -39,6 +39,7 @@ class BitfitConfig(LinearsConfig):
 
     method: ClassVar[str] = NAME
     own: ClassVar[bool] = True
+    rate_factor: ClassVar[float] = 3
 
     def resolved(self, model: ModelConfig) -> BitfitConfig:
         """See `AdapterConfig`; all linears that have a bias, where nothing is set."""

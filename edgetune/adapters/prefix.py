@@ -45,6 +45,7 @@ class PrefixConfig(PromptConfig):
     """What the user asks of prefix tuning. None means "not set"."""
 
     method: ClassVar[str] = NAME
+    rate_factor: ClassVar[float] = 30
 
     def where(self, model: ModelConfig) -> str:
         """See `AdapterConfig`."""

@@ -43,7 +43,7 @@ class PromptConfig(AdapterConfig):
     """What the user asks of prompt tuning. None means "not set"."""
 
     method: ClassVar[str] = NAME
-    rate_factor: ClassVar[float] = 30
+    rate_factor: ClassVar[float] = 10
 
     num_virtual_tokens: Annotated[
         int | None, Key("Positions that a trained prompt or prefix takes from the context. (default: 20)")
