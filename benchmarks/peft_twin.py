@@ -25,6 +25,7 @@ from edgetune.adapters.lora import LoraConfig
 from edgetune.base import Base, open_base
 
 if TYPE_CHECKING:
+    from edgetune.planner import Plan
     from edgetune.training.backprop import Path as Walk
 
 Batch = dict[str, np.ndarray]
@@ -179,6 +180,17 @@ class PeftTrainer:
         nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
+
+
+def rate_of(plan: Plan, step: int) -> float:
+    """The learning rate of a step of edgetune's run, for a plan that knows how many it has."""
+    from edgetune.training.schedule import learning_rate
+
+    assert plan.max_steps is not None and plan.warmup_steps is not None
+    return learning_rate(
+        step, peak=plan.learning_rate, warmup_steps=plan.warmup_steps, max_steps=plan.max_steps,
+        schedule=plan.lr_scheduler_type,
+    )  # fmt: skip
 
 
 def compare(

@@ -15,7 +15,7 @@ import dpo
 import shakespeare
 import torch
 from machine import real
-from peft_twin import PeftTrainer
+from peft_twin import PeftTrainer, rate_of
 from torch import nn
 
 import edgetune as et
@@ -23,7 +23,6 @@ from edgetune.data import pack, read_rows, split_eval
 from edgetune.memory import Meter
 from edgetune.tokenizer import load_tokenizer
 from edgetune.training.batches import Batches
-from edgetune.training.schedule import learning_rate
 
 RANK, STEPS = 8, 400
 PAIRS, PAIR_EPOCHS, HELD_OUT_PAIRS = 400, 3, 0.25
@@ -117,18 +116,13 @@ def _preferences(model: nn.Module, base: Path, plan: et.Plan, data: Path) -> dic
         gradient_accumulation_steps=plan.gradient_accumulation_steps, seed=plan.seed,
     )  # fmt: skip
     plan = plan.with_steps(len(packed))
-    assert plan.max_steps is not None and plan.warmup_steps is not None and plan.beta is not None
+    assert plan.max_steps is not None and plan.beta is not None
     started = time.perf_counter()
     for step in range(plan.max_steps):
         pairs = [row for window in batches.windows_of_step(step) for row in window.rows]
         trainer.optimizer.zero_grad()
         dpo.loss(dpo.margins(model, pairs, plan.beta)).backward()
-        trainer.update(
-            learning_rate(
-                step, peak=plan.learning_rate, warmup_steps=plan.warmup_steps, max_steps=plan.max_steps,
-                schedule=plan.lr_scheduler_type,
-            )
-        )  # fmt: skip
+        trainer.update(rate_of(plan, step))
     seconds = time.perf_counter() - started
     rest = held_out.rows
     margins = torch.cat([dpo.margins(model, rest[at : at + 8], plan.beta).detach() for at in range(0, len(rest), 8)])

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import about, real
-from peft_twin import PeftTrainer, loss_sum, peft_model
+from peft_twin import PeftTrainer, loss_sum, peft_model, rate_of
 from torch import nn
 
 import edgetune as et
@@ -33,7 +33,6 @@ from edgetune.models.decoder import load_decoder
 from edgetune.tokenizer import load_tokenizer
 from edgetune.training.batches import Batches, in_batches
 from edgetune.training.forward import evaluate
-from edgetune.training.schedule import learning_rate
 
 TRAINING_CHARACTERS, PIECE_CHARACTERS, CONTEXT = 1_000_000, 480, 512
 
@@ -83,16 +82,11 @@ def theirs(model: nn.Module, base: Path, plan: et.Plan, rows: Path, windows: Seq
         seed=plan.seed,
     )  # fmt: skip
     plan = plan.with_steps(len(packed))
-    assert plan.max_steps is not None and plan.warmup_steps is not None
+    assert plan.max_steps is not None
     started = time.perf_counter()
     for step in range(plan.max_steps):
         trainer.gradients([dict(batch) for batch in batches.of_step(step)[0]])
-        trainer.update(
-            learning_rate(
-                step, peak=plan.learning_rate, warmup_steps=plan.warmup_steps, max_steps=plan.max_steps,
-                schedule=plan.lr_scheduler_type,
-            )
-        )  # fmt: skip
+        trainer.update(rate_of(plan, step))
     seconds = time.perf_counter() - started
     # With gradients on: without, bitsandbytes 0.50 takes another path on a CPU, which refuses most shapes.
     total = sum(loss_sum(trainer.model, dict(batch)).item() for batch in in_batches(windows, 4))
