@@ -44,7 +44,7 @@ from edgetune.base import open_base
 from edgetune.data import pack, read_rows
 from edgetune.tokenizer import load_tokenizer
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 WINDOW, BATCH = 304, 4
 COSTS = ("trainable_parameters", "adapter_bytes", "measured_peak_bytes", "tokens_per_second")
 
