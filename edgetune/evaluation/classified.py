@@ -24,7 +24,6 @@ from torch import nn
 from edgetune.adapters.attach import attach, load_tensors
 from edgetune.adapters.base import MODEL
 from edgetune.adapters.head import SCORE, load_with_head
-from edgetune.data import split_eval
 from edgetune.data.labeled import LabeledRow, labeled, read_labeled_rows
 from edgetune.errors import ConfigError, DataError
 from edgetune.evaluation.head import fit_head
@@ -105,7 +104,7 @@ def read_job(
         raise ConfigError(
             f"{what}: a classifier continues no text, so it has no prompt and forgets none. Leave it out."
         )
-    plan, tokenizer, summary = trained.plan, trained.tokenizer, trained.summary
+    plan, tokenizer = trained.plan, trained.tokenizer
     length = plan.max_seq_length - plan.adapter.virtual_tokens
 
     def read(path: str | Path, skip_bad: bool) -> Any:
@@ -115,11 +114,8 @@ def read_job(
     if len(rows) < 2:
         raise DataError(f"{data} has {len(rows)} row; an interval needs at least 2. Add rows.")
     training: Sequence[LabeledRow] = ()
-    if Path(summary["data"]).is_file():
-        known = read(summary["data"], True)
-        if known.sha256 == summary["data_sha256"]:
-            learned = known if summary["eval_data"] else split_eval(known, plan.eval_fraction, plan.seed)[0]
-            training = labeled(learned)
+    if trained.training_data is not None:
+        training = labeled(trained.learned(read(trained.training_data, True)))
     names: tuple[LabeledRow, ...] = ()
     if all(any(letter.isalpha() for letter in name) for name in plan.classes):
         spelled = (tokenizer.encode(name.replace("_", " "), max_length=length) for name in plan.classes)

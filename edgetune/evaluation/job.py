@@ -24,6 +24,7 @@ from edgetune.objectives import sft
 from edgetune.planner.plans import Plan
 from edgetune.tokenizer import Tokenizer, load_tokenizer
 from edgetune.training.run import METRICS, Metrics, Run
+from edgetune.weights import sha256_file
 
 AnyRow = TypeVar("AnyRow", bound=Row)
 _SEPARATOR = "\n\n"  # between the examples of a prompt, where no chat template divides them
@@ -43,6 +44,16 @@ class Trained:
     def positions(self) -> int:
         """Those of a micro-batch of the plan: what is evaluated with no more stays inside of its memory."""
         return self.plan.batch_size * self.plan.max_seq_length
+
+    @property
+    def training_data(self) -> Path | None:
+        """The file that the run learned from; None where it is gone, or another one by now."""
+        path = Path(self.summary["data"])
+        return path if path.is_file() and sha256_file(path) == self.summary["data_sha256"] else None
+
+    def learned(self, rows: Rows) -> Rows:
+        """Of the rows of that file, those that were not held out."""
+        return rows if self.summary["eval_data"] else split_eval(rows, self.plan.eval_fraction, self.plan.seed)[0]
 
     @property
     def training_seconds(self) -> float:
@@ -171,7 +182,10 @@ def read_job(
     if len(rows) < 2:
         raise DataError(f"{data} has {len(rows)} row; an interval needs at least 2. Add rows.")
     kept = () if retention is None else some(_answered(read(retention)), max_rows)
-    training = _training_rows(trained.summary, plan, tokenizer, held_out.kind)
+    training: Sequence[Row] = ()
+    if held_out.kind != "text" and trained.training_data is not None:
+        known = read_rows(trained.training_data, tokenizer, plan.max_seq_length, skip_bad=True)
+        training = trained.learned(known).rows if known.kind == held_out.kind else ()
     return Job(**vars(trained), rows=rows, kind=held_out.kind, training=training, retention=kept, context=context)
 
 
@@ -185,17 +199,6 @@ def some(rows: Sequence[AnyRow], max_rows: int | None) -> list[AnyRow]:
         return list(rows)
     order = np.random.default_rng(0).permutation(len(rows))[:max_rows]
     return [rows[i] for i in sorted(order)]
-
-
-def _training_rows(summary: dict[str, Any], plan: Plan, tokenizer: Tokenizer, kind: str) -> Sequence[Row]:
-    """The rows that the run learned from; none where they are gone, were changed or are of another kind."""
-    path = Path(summary["data"])
-    if kind == "text" or not path.is_file():
-        return ()
-    rows = read_rows(path, tokenizer, plan.max_seq_length, skip_bad=True)
-    if rows.sha256 != summary["data_sha256"] or rows.kind != kind:
-        return ()
-    return (rows if summary["eval_data"] else split_eval(rows, plan.eval_fraction, plan.seed)[0]).rows
 
 
 def answer_ids(row: Row) -> tuple[int, ...]:

@@ -51,10 +51,9 @@ def explain_choice(result: Mapping[str, Any]) -> str:
         for name in ways
         if name != chosen
     ]
-    return (
-        f"{_DO[chosen].format(shots=shots)}: {_METRICS[metric]} {_value(metric, ways[chosen][metric])} "
-        f"({_costs(ways[chosen])}), against {', '.join(others)}."
-    )
+    against = f"against {', '.join(others)}" if others else "and nothing to hold it against"
+    do = _DO[chosen].format(shots=shots) if others else "Tuned"
+    return f"{do}: {_METRICS[metric]} {_value(metric, ways[chosen][metric])} ({_costs(ways[chosen])}), {against}."
 
 
 def _value(metric: str, figure: Mapping[str, float]) -> str:

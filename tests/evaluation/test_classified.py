@@ -156,6 +156,9 @@ def test_a_head_that_is_as_good_in_a_twentieth_of_the_time_is_taken() -> None:
     assert "85.1%" in verdict and "for tuned (100.0 s to train" in verdict and "for the classes' names" in verdict
     worth = compare(ways | {"tuned": way(2900, training_seconds=100.0)}, truth, [str(i) for i in range(77)])
     assert worth["choice"] == "tuned"
+    alone = compare({"tuned": ways["tuned"], "head": None, "base": None}, truth, [str(i) for i in range(77)])
+    verdict = explain_choice({**alone, "kind": "label", "shots": 0})
+    assert verdict.startswith("Tuned: accuracy 85.1% [") and verdict.endswith("a row), and nothing to hold it against.")
 
 
 def test_what_it_learned_from_is_the_file_of_the_run_less_its_held_out_rows(folder: Path, tmp_path: Path) -> None:
@@ -170,6 +173,8 @@ def test_what_it_learned_from_is_the_file_of_the_run_less_its_held_out_rows(fold
     assert learned() == 27
     assert learned(eval_data=other) == 30
     assert learned(data=other) == learned(data=tmp_path / "gone.jsonl") == 0, "other rows, and none"
+    (tmp_path / "damaged.jsonl").write_text("what was here is no JSON now\n", encoding="utf-8")
+    assert learned(data=tmp_path / "damaged.jsonl") == 0
 
 
 def test_rows_are_cut_to_what_virtual_tokens_leave(folder: Path) -> None:
