@@ -209,6 +209,21 @@ def test_the_planner_counts_every_buffer_and_parameter(base: Path, tmp_path: Pat
     assert job.head_sizes == (3 * 96, 3)  # three classes in the rows
 
 
+def test_the_first_products_have_the_most_rows(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What MKL packs into is then never too small."""
+    data, rows, multiply = write(tmp_path / "rows.jsonl", text_rows(40)), list[int](), torch.mm
+
+    def mm(x: torch.Tensor, *others: Any, **out: Any) -> torch.Tensor:
+        rows.append(len(x))
+        return multiply(x, *others, **out)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    et.train(plan_for(base, data, "classification", num_epochs=2), base, data=data, out=tmp_path / "run")
+    linears = 6
+    assert set(rows[:linears]) == {max(rows)} and min(rows) < max(rows)
+    assert rows[linears:].count(max(rows)) >= linears, "that of a real micro-batch, and no more"
+
+
 class _Plan:
     max_grad_norm, recompute_layers, optimizer, weight_decay = 1.0, 1, "adamw", 0.0
 

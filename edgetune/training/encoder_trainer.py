@@ -55,12 +55,32 @@ class EncoderTrainer(Trainer):
         self.encoder.workspace.clear()
         give_back()
 
+    @torch.no_grad()
+    def fill_cache(self) -> None:
+        """Multiply once with as many rows as the largest micro-batch has.
+
+        MKL packs into buffers that it keeps, and keeps those too that turn out too small. With the largest first there
+        is one of each: 2.9 in the place of 9.6 MiB after 600 micro-batches of MiniLM, one text each.
+        """
+        most, take = self.most_positions(), self.encoder.workspace.take
+        layers = (layer for layer in self.encoder.blocks[-1].modules() if isinstance(layer, FrozenLinear))
+        with self.limit:
+            for layer in layers:
+                x = take(most, layer.in_features, "inner").zero_()
+                y = take(most, layer.out_features, "d_inner").zero_()
+                for rows, weight in layer.tiles():
+                    torch.mm(x, weight.T, out=y[:, rows])
+                    x.addmm_(y[:, rows], weight)
+
+    def most_positions(self) -> int:
+        """Tokens of the run's largest micro-batch."""
+        facts = TextFacts(tuple(self.inputs.rows), tuple(self.inputs.eval_rows))
+        per_step = self.batches.windows_per_step
+        return facts.most_positions(self.plan.batch_size, self.max_steps * per_step, self.plan.seed)
+
     def held_out(self) -> Iterable[Batch]:
         """Micro-batches no larger than those that are learned."""
-        rows, size = self.inputs.eval_rows, self.plan.batch_size
-        facts = TextFacts(tuple(self.inputs.rows), tuple(rows))
-        most = facts.most_positions(size, self.max_steps * self.batches.windows_per_step, self.plan.seed)
-        return held_out_batches(rows, size, most)
+        return held_out_batches(self.inputs.eval_rows, self.plan.batch_size, self.most_positions())
 
     def measure(self, batches: Iterable[Batch]) -> tuple[float, dict[str, float]]:
         loss, metric = evaluate(self.encoder, self.task, batches, self.check)

@@ -128,7 +128,7 @@ class Trainer(ABC):
             raise ConfigError(f"init_lora_weights = {asked!r} is for decoders on the torch engine. Leave it out.")
 
     def fill_cache(self) -> None:  # noqa: B027 - an engine may have none
-        """Compute once what does not change in a run, where plan or objective want that."""
+        """What comes once before the first step, such as to compute what does not change in a run."""
 
     def read_on_demand(self) -> None:  # noqa: B027
         """Read no weights ahead: in a cgroup pages on their way from disk count, and cannot be dropped."""
