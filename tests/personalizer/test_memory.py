@@ -199,3 +199,21 @@ def test_an_adapter_in_use_takes_what_splitting_it_copies() -> None:
     made = by_linear(tensors, slots).values()
     copies = [value for value in made if not any(np.shares_memory(value, given) for given in tensors.values())]
     assert split_bytes(tensors, slots) == sum(value.nbytes for value in copies) == 4 * 6 * 9
+
+
+def test_a_plan_has_the_arena_wherever_its_peak_is(tmp_path: Path) -> None:
+    """It never shrinks: while the adapter is put into the bundle, which is the peak of a small one, it is there too."""
+    model = load_config(make_base(tmp_path, "llama", "int4"))
+    job = Job(
+        model=model, adapter=LoraConfig(r=RANK).resolved(model), optimizer="sgd", grid="int4", batch_size=BATCH,
+        gradient_accumulation_steps=1, max_seq_length=LENGTH, recompute_layers=model.num_hidden_layers, tile_weights=1,
+        activation_offloading=False, dequantized_layers=0, step_rule="backprop", threads=1, supervised_per_window=9,
+    )  # fmt: skip
+    walk = Walk(model, BATCH, LENGTH, job.supervised)
+    touched = walk.backward(dict.fromkeys(model.linear_shapes, RANK)).touched_bytes
+    moment, parts = ort_parts.peak_parts(job, 1 << 25)
+    assert moment == "adopting"
+    in_plan = sum(parts[name] for name in (*ort_parts.PARTS, "arena"))
+    noted = 8 * ort_parts.reserved_bytes(touched) // 256  # of each piece of the range
+    assert in_plan == touched + noted
+    assert ort_parts.arena_bytes(parts) >= ort_parts.reserved_bytes(touched) >= 1.2 * touched + ort_parts.SPARE_BYTES
