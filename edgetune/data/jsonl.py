@@ -147,7 +147,10 @@ class Report:
         DataError: A line is bad, or with `skip_bad` more than 1 % are, or no line is good.
         """
         if num_lines == 0:
-            raise DataError(f'{self.path} has no rows. Write one JSON object per line, for example {{"text": "…"}}.')
+            raise DataError(
+                f'{self.path} has no rows. Write one JSON object per line, for example {{"text": "…"}}, with a "label" '
+                "beside it where a head learns classes."
+            )
         if self.count == 0 or (skip_bad and self.count <= _MAX_SKIPPED * num_lines):
             return
         lines = self._lines[: _LISTED_OF_ALL if self.count == num_lines else None]

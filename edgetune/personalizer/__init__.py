@@ -23,7 +23,6 @@ from edgetune.memory import Meter, trim_allocator
 from edgetune.personalizer.graphs import Adapter, TrainingGraphs, read_description
 from edgetune.personalizer.job import make_plan, old_plan, sliced
 from edgetune.personalizer.trainer import OrtTrainer
-from edgetune.planner.ort_parts import arena_bytes
 from edgetune.planner.plans import Plan, TrainConfig
 from edgetune.runtime.adapters import add_adapter
 from edgetune.training.conduct import conduct_run
@@ -126,7 +125,7 @@ def _adopt(bundle: Bundle, run: Run, *, accept_worse: bool) -> None:
     if not accept_worse and (before is None or after is None or after > before):
         return
     name = _free_name(bundle, run.folder.resolve().name.lower())
-    arena = arena_bytes(summary["parts"])  # that of the run is there still
+    arena = summary["arena_bytes"]  # that of the run is there still
     graphs = TrainingGraphs(read_description(bundle), summary["threads"], summary["optimizer"], arena)
 
     def probe_change(tensors: dict[str, np.ndarray]) -> float:

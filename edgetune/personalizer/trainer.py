@@ -23,7 +23,6 @@ from edgetune.data import IGNORED
 from edgetune.errors import AdapterError
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.personalizer.graphs import Adapter, Arrays, Batch, Check, TrainingGraphs, read_description
-from edgetune.planner.ort_parts import arena_bytes
 from edgetune.planner.plans import Plan
 from edgetune.training.batches import in_batches
 from edgetune.training.inputs import Inputs
@@ -125,7 +124,7 @@ class OrtTrainer(Trainer):
         assert isinstance(config, LoraConfig), "the planner refuses the others"
         self.parameters = initial(config, plan)
         kept = plan.model_config.num_hidden_layers - config.first_block - plan.recompute_layers
-        graphs = TrainingGraphs(description, plan.threads, plan.optimizer, arena_bytes(plan.parts), kept)
+        graphs = TrainingGraphs(description, plan.threads, plan.optimizer, plan.arena_bytes, kept)
         self.rule = Backprop(graphs, self.parameters, config, plan)
         self.active_loss: float | None = None
 

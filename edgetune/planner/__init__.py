@@ -482,6 +482,7 @@ def _made(
         activation_offloading=choice.activation_offloading,
         dequantized_layers=choice.dequantized_layers,
         fast_products=choice.fast_products,
+        arena_bytes=ort_parts.arena_bytes(job) if wishes.engine == "ort" else 0,
         feature_cache_bytes=cache_bytes,
         max_steps=config.max_steps,
         num_epochs=config.num_epochs or DEFAULT_EPOCHS,

@@ -143,19 +143,24 @@ def update_bytes(job: Job) -> int:
 
 def arena_parts(job: Job, *, trains: bool) -> dict[str, int]:
     """What of the arena is in use by part where it grows last, and the rest of it; in an evaluation, or in a step."""
-    blocks = {
-        tuple((slot.place.split(".", 3)[3], _rank(job)) for slot in job.slots if slot.place.startswith(block))
-        for block in (f"{job.model.block(index)}." for index in range(job.model.num_hidden_layers))
-    }
-    touched, live = _arena(job.model, job.batch_size, job.max_seq_length, job.supervised, tuple(sorted(blocks)), trains)
+    touched, live = _touched(job, trains=trains)
     return {part: live.get(part, 0) for part in PARTS} | {
         "arena": touched - sum(live.values()) + reserved_bytes(touched) // HANDLE_SHARE
     }
 
 
-def arena_bytes(parts: Mapping[str, int]) -> int:
-    """The range that the arena of a plan with these parts takes."""
-    return reserved_bytes(sum(parts.get(part, 0) for part in (*PARTS, "arena")))
+def arena_bytes(job: Job) -> int:
+    """The range that the arena takes: what a step is expected to touch, and more."""
+    return reserved_bytes(_touched(job, trains=True)[0])
+
+
+def _touched(job: Job, *, trains: bool) -> tuple[int, Mapping[str, int]]:
+    """See `_arena`."""
+    blocks = {
+        tuple((slot.place.split(".", 3)[3], _rank(job)) for slot in job.slots if slot.place.startswith(block))
+        for block in (f"{job.model.block(index)}." for index in range(job.model.num_hidden_layers))
+    }
+    return _arena(job.model, job.batch_size, job.max_seq_length, job.supervised, tuple(sorted(blocks)), trains)
 
 
 def reserved_bytes(touched_bytes: int) -> int:

@@ -196,6 +196,8 @@ class Plan:
     fast_products: bool
     """Products whose shapes come in every step use the processor's widest vectors, where that is exact; their code
     takes memory (`edgetune.products`)."""
+    arena_bytes: int
+    """The range of addresses that training graphs allocate in, of which `parts` has what is touched; 0 of torch."""
     feature_cache_bytes: int
     """The most storage that a cache of the frozen lower blocks' outputs takes; 0 is no cache."""
     max_steps: int | None

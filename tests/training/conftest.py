@@ -76,7 +76,7 @@ def make_plan(base: Path, **overrides: Any) -> Plan:
         "classes": (),
         "optimizer": "adamw", "batch_size": 2, "gradient_accumulation_steps": 2, "max_seq_length": 48,
         "step_rule": "backprop", "recompute_layers": 1, "tile_weights": 2000, "activation_offloading": False,
-        "dequantized_layers": 0, "fast_products": False, "feature_cache_bytes": 0,
+        "dequantized_layers": 0, "fast_products": False, "arena_bytes": 0, "feature_cache_bytes": 0,
         "max_steps": 12, "num_epochs": 1.0, "warmup_steps": 2,
         "warmup_ratio": 0.1, "learning_rate": 5e-3, "lr_scheduler_type": "cosine", "weight_decay": 0.01,
         "max_grad_norm": 1.0, "eval_fraction": 0.2, "early_stopping_patience": None, "retention_share": None,
