@@ -133,7 +133,7 @@ def peft_run(job: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def feature_run(job: dict[str, Any]) -> dict[str, Any]:
+def features_run(job: dict[str, Any]) -> dict[str, Any]:
     from edgetune.training.feature_based import train_feature_based
 
     started = time.perf_counter()
