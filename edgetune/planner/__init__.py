@@ -35,7 +35,7 @@ from edgetune.objectives import OBJECTIVES, has_head, with_needed
 from edgetune.optimizers import OPTIMIZERS
 from edgetune.planner import ort_parts, ort_work
 from edgetune.planner.beside import NONE, Beside
-from edgetune.planner.costs import FREE_SHARE, copied_bytes, feature_bytes, peak_parts, stored_bytes
+from edgetune.planner.costs import FREE_SHARE, copied_bytes, feature_bytes, peak_parts, spare_bytes, stored_bytes
 from edgetune.planner.encoders import TextFacts, TextWishes, check_encoder, read_text_facts
 from edgetune.planner.job import Job
 from edgetune.planner.ladder import SETTINGS, Choice, descend
@@ -364,10 +364,13 @@ class _Costs:
         return ENGINES[self.wishes.engine](self.job(choice), self.floor_bytes)
 
     def needed_bytes(self, choice: Choice) -> int:
-        """The smallest budget for a choice: the predicted peak, and what the prediction may be off by."""
+        """The smallest budget for a choice: the predicted peak, what that may be off by, and what torch's products take
+        more beside other programs.
+        """
         peak = sum(self.parts(choice)[1].values())
         above = MARGIN_ABOVE_FLOOR * (peak - self.floor_bytes)
-        return math.ceil(peak + MARGIN * peak + above)
+        spare = spare_bytes(self.job(choice)) if self.wishes.engine == "torch" else 0
+        return math.ceil(peak + MARGIN * peak + above) + spare
 
     def learning_rate(self, choice: Choice) -> float:
         """The optimizer's own by the method's factor; that of mezo keeps the length of a step, which grows with the

@@ -102,7 +102,7 @@ def _shared(job: Job, floor_bytes: int) -> dict[str, int]:
         "gradients": 0,
         "optimizer": optimizer.state_bytes(trained) + optimizer.scratch_bytes(trained),
         "data": data_bytes(job),
-        "kernels": pack_bytes(job) + code_bytes(job) + spare_bytes(job),
+        "kernels": pack_bytes(job) + code_bytes(job),
         # What blocks share: the attention masks, the rotary tables of every position, and where virtual tokens stand:
         # one number for each position, and two for each of theirs, which are most of them where rows are short.
         "context": FLOAT_BYTES * job.tokens * (num_masks * job.max_seq_length + num_rotary * head_dim)
