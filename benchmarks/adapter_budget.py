@@ -38,18 +38,20 @@ def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> Path:
     return path
 
 
-def shakespeare(folder: Path) -> tuple[Path, Path]:
+def shakespeare(folder: Path, every: int = 4) -> tuple[Path, Path]:
+    """Learned rows, and as held-out ones each `every`-th of the last tenth."""
     text = (real("tinyshakespeare") / "input.txt").read_text(encoding="utf-8")
     pieces = [{"text": text[at : at + PIECE]} for at in range(0, len(text) - PIECE, PIECE)]
     cut = len(pieces) * 9 // 10
-    return write_rows(folder / "learned.jsonl", pieces[:cut:2]), write_rows(folder / "held.jsonl", pieces[cut::4])
+    return write_rows(folder / "learned.jsonl", pieces[:cut:2]), write_rows(folder / "held.jsonl", pieces[cut::every])
 
 
-def instructions(folder: Path) -> tuple[Path, Path]:
+def instructions(folder: Path, every: int = 10) -> tuple[Path, Path]:
+    """Learned rows, and as held-out ones each `every`-th."""
     rows = json.loads((real("rasbt_instruction") / "instruction-data.json").read_text(encoding="utf-8"))
     rows = [{key: row[key] for key in ("instruction", "input", "output")} for row in rows if row["output"]]
-    learned = [row for index, row in enumerate(rows) if index % 10]
-    return write_rows(folder / "learned.jsonl", learned), write_rows(folder / "held.jsonl", rows[::10])
+    learned = [row for index, row in enumerate(rows) if index % every]
+    return write_rows(folder / "learned.jsonl", learned), write_rows(folder / "held.jsonl", rows[::every])
 
 
 DATA = {"shakespeare": shakespeare, "instructions": instructions}

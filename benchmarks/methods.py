@@ -28,10 +28,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adapter_budget import PIECE, one_core, write_rows
+from adapter_budget import instructions, one_core, shakespeare
 from machine import about, real
 
 import edgetune as et
@@ -49,25 +50,13 @@ WINDOW, BATCH = 304, 4
 COSTS = ("trainable_parameters", "adapter_bytes", "measured_peak_bytes", "tokens_per_second")
 
 
-def instructions(folder: Path) -> tuple[Path, Path]:
-    rows = json.loads((real("rasbt_instruction") / "instruction-data.json").read_text(encoding="utf-8"))
-    rows = [{key: row[key] for key in ("instruction", "input", "output")} for row in rows if row["output"]]
-    learned = [row for index, row in enumerate(rows) if index % 20]
-    return write_rows(folder / "learned.jsonl", learned), write_rows(folder / "held.jsonl", rows[::20])
-
-
-def shakespeare(folder: Path) -> tuple[Path, Path]:
-    text = (real("tinyshakespeare") / "input.txt").read_text(encoding="utf-8")
-    pieces = [{"text": text[at : at + PIECE]} for at in range(0, len(text) - PIECE, PIECE)]
-    cut = len(pieces) * 9 // 10
-    return write_rows(folder / "learned.jsonl", pieces[:cut:2]), write_rows(folder / "held.jsonl", pieces[cut::8])
-
-
 def personal(folder: Path) -> tuple[Path, Path]:
     return sample.PERSONAL_TRAIN, sample.PERSONAL_EVAL
 
 
-DATA = {"instructions": instructions, "shakespeare": shakespeare, "sample": personal}
+DATA = {
+    "instructions": partial(instructions, every=20), "shakespeare": partial(shakespeare, every=8), "sample": personal
+}  # fmt: skip
 
 
 def adapters(layers: int) -> dict[str, AdapterConfig]:

@@ -50,13 +50,11 @@ def peft_run(job: dict[str, Any]) -> dict[str, Any]:
     plan, base, rows = _plan(job), Path(job["base"]), Path(job["train"])
     with Meter() as meter:
         model = _peft_model(job)
-        started = time.perf_counter()
         if job["set"] == "shakespeare":
             windows = shakespeare.held_out(base, _text())
             figures = shakespeare.theirs(model, base, plan, rows, windows)
         else:
             figures = _preferences(model, base, plan, rows)
-        figures = {"seconds": time.perf_counter() - started} | figures
     model.save_pretrained(job["out"])
     return figures | {
         "measured_peak_bytes": meter.peak_bytes,

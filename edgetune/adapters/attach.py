@@ -114,10 +114,10 @@ class AdaptedLinear(nn.Module):
         """
         keep = self._keep(x.shape)
         if keep is None:
-            self.method.add_gradients(x, d_y, d_x, self._all, self._gradients(), self.config)
+            self.method.add_gradients(x, d_y, d_x, self._all, gradients_of(self.tensors), self.config)
             return
         d_dropped = None if d_x is None else torch.zeros_like(x)
-        self.method.add_gradients(x * keep, d_y, d_dropped, self._all, self._gradients(), self.config)
+        self.method.add_gradients(x * keep, d_y, d_dropped, self._all, gradients_of(self.tensors), self.config)
         if d_x is not None and d_dropped is not None:
             d_x.addcmul_(d_dropped, keep)
 
@@ -148,12 +148,8 @@ class AdaptedLinear(nn.Module):
             norms[rows] = self.method.squared_norms(weight, squares, self.tensors, rows, self.config)
         return norms.sqrt_()
 
-    def _gradients(self) -> dict[str, torch.Tensor]:
-        """`.grad` of the tensors, by name."""
-        return gradients_of(self.tensors)
-
     def _add_factor_gradient(self, d_factor: torch.Tensor) -> None:
-        self.method.add_factor_gradient(d_factor, self.tensors, self._gradients(), self.config, self.norms)
+        self.method.add_factor_gradient(d_factor, self.tensors, gradients_of(self.tensors), self.config, self.norms)
 
     def _dropped(self, x: torch.Tensor) -> torch.Tensor:
         keep = self._keep(x.shape)

@@ -114,8 +114,8 @@ def read_job(
     if len(rows) < 2:
         raise DataError(f"{data} has {len(rows)} row; an interval needs at least 2. Add rows.")
     training: Sequence[LabeledRow] = ()
-    if trained.training_data is not None:
-        training = labeled(trained.learned(read(trained.training_data, True)))
+    if (path := trained.training_data()) is not None:
+        training = labeled(trained.learned(read(path, True)))
     names: tuple[LabeledRow, ...] = ()
     if all(any(letter.isalpha() for letter in name) for name in plan.classes):
         spelled = (tokenizer.encode(name.replace("_", " "), max_length=length) for name in plan.classes)

@@ -45,9 +45,8 @@ class Trained:
         """Those of a micro-batch of the plan: what is evaluated with no more stays inside of its memory."""
         return self.plan.batch_size * self.plan.max_seq_length
 
-    @property
     def training_data(self) -> Path | None:
-        """The file that the run learned from; None where it is gone, or another one by now."""
+        """The file that the run learned from; None where it is gone, or by its hash, read here, another one by now."""
         path = Path(self.summary["data"])
         return path if path.is_file() and sha256_file(path) == self.summary["data_sha256"] else None
 
@@ -183,8 +182,8 @@ def read_job(
         raise DataError(f"{data} has {len(rows)} row; an interval needs at least 2. Add rows.")
     kept = () if retention is None else some(_answered(read(retention)), max_rows)
     training: Sequence[Row] = ()
-    if held_out.kind != "text" and trained.training_data is not None:
-        known = read_rows(trained.training_data, tokenizer, plan.max_seq_length, skip_bad=True)
+    if held_out.kind != "text" and (path := trained.training_data()) is not None:
+        known = read_rows(path, tokenizer, plan.max_seq_length, skip_bad=True)
         training = trained.learned(known).rows if known.kind == held_out.kind else ()
     return Job(**vars(trained), rows=rows, kind=held_out.kind, training=training, retention=kept, context=context)
 
